@@ -1,0 +1,38 @@
+# `make demo` and `make test` set everything up on a fresh machine; nothing outside this folder is touched.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DIGITS := examples/digits
+
+.PHONY: demo test lint format clean
+
+demo: $(READY)
+	mkdir -p out
+	$(BIN)/sparse-engine build $(DIGITS)/sparsedm.pth --sparse -o out/digits.sengine
+	$(BIN)/sparse-engine verify out/digits.sengine --against $(DIGITS)/sparsedm.pth
+	$(BIN)/sparse-engine sample out/digits.sengine -n 60 --labels 0-9 --guidance 2 --steps 25 -o out/digits.png
+	$(BIN)/python $(DIGITS)/compare.py out/digits.sengine
+	@echo "Look at out/digits.png: digits drawn by the 2:4 sparse model, one class a column."
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# torch first and alone: its exact pin lets a machine that has a CPU build use it.
+$(READY): pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cpu,export,bench,examples,dev]'
+	touch $@
+
+clean:
+	rm -rf build dist out $(VENV) .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,70 @@
+"""Every error that sparse-engine raises on purpose.
+
+A message says what is wrong, where, and what was expected; ``fix`` says what to do about it. The command
+line prints both, in one or two lines, and exits with ``exit_code``: 2 where the user's input is at fault,
+1 where something failed.
+"""
+
+from __future__ import annotations
+
+
+class SparseEngineError(Exception):
+    """The root of the hierarchy: something failed.
+
+    Args:
+        what: what is wrong, where, and what was expected.
+        fix: what the user can do about it; None where there is nothing to add.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, fix: str | None = None) -> None:
+        super().__init__(what if fix is None else f"{what}\n  fix: {fix}")
+        self.what = what
+        self.fix = fix
+
+
+class InputError(SparseEngineError):
+    """The user's input is at fault."""
+
+    exit_code = 2
+
+
+class CheckpointError(InputError):
+    """A checkpoint cannot be read, or does not fit its model family."""
+
+
+class EngineFileError(InputError):
+    """A ``.sengine`` file is damaged, of another format version, or made for another machine."""
+
+
+class OptionError(InputError, ValueError):
+    """An argument has a value that cannot be used."""
+
+
+class OutputError(InputError):
+    """A result cannot be written where it was asked for."""
+
+
+class MissingDependencyError(InputError):
+    """An optional package is not installed; ``fix`` names the extra that brings it."""
+
+
+class UnsupportedError(InputError):
+    """This machine, or this build of a library, cannot do what was asked."""
+
+
+class BackendError(SparseEngineError):
+    """A backend failed while building, loading or running an engine."""
+
+
+class VerificationError(SparseEngineError):
+    """An engine's results are further from the reference than the tolerance allows."""
+
+
+class EngineClosedError(SparseEngineError):
+    """An engine was used after ``close()``, or in a process forked from the one that loaded it."""
+
+
+class SamplingCancelled(SparseEngineError):
+    """A callback asked for sampling to stop."""

@@ -1,0 +1,65 @@
+"""Writing files whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from sparse_engine.errors import OutputError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A temporary file beside ``path``: it takes its place, flushed to disk, if the block ends well; otherwise it goes.
+
+    Raises:
+        OutputError: the folder does not exist or cannot be written, or the disk is full.
+    """
+    temporary = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        with os.fdopen(descriptor, "w+b") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise output_error(path, error) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def check_writable(path: Path) -> None:
+    """Say before the work, not after it, that a file cannot be written. Raises OutputError."""
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; expected a file name", f"write to {path / 'NAME'}")
+    if not path.parent.is_dir():
+        raise output_error(path, FileNotFoundError(errno.ENOENT, "no such folder"))
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{path}: the folder {path.parent} cannot be written to", "write elsewhere with -o")
+
+
+def output_error(path: Path, error: OSError) -> OutputError:
+    """What went wrong with writing ``path``, in the user's terms."""
+    if error.errno == errno.ENOSPC:
+        return OutputError(
+            f"{path}: the disk is full; nothing was left behind", "free space, or write elsewhere with -o"
+        )
+    if not path.parent.is_dir():
+        return OutputError(f"{path}: the folder {path.parent} does not exist", "create it, or write elsewhere with -o")
+    return OutputError(f"{path} cannot be written: {error.strerror or error}", "write elsewhere with -o")
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
