@@ -1,0 +1,1 @@
+"""Activation ranges along the sampling trajectory, and Q/DQ insertion."""

@@ -1,0 +1,1 @@
+"""Checkpoints, masks and model families; torch to ONNX. Needs torch."""

@@ -1,0 +1,66 @@
+"""What a model family has to offer, so that the rest of the code never asks which one it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from torch import nn
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class FamilyConfig(Protocol):
+    """Everything that fixes a family's graph: a frozen dataclass."""
+
+    @property
+    def data_shape(self) -> tuple[int, int, int]:
+        """Shape of one sample, [C, H, W]."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Rows of the label table, the null class too; 0 is unconditional."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a model was trained, as far as sampling has to know. Nothing of this can be read off the weights.
+
+    ``value_range`` is None for latents, which have no pixels. ``schedule`` is a name or a mapping that
+    ``sampling.schedule_from_dict`` takes.
+    """
+
+    schedule: str | Mapping[str, Any] = "vp-linear"
+    prediction: str = "eps"
+    value_range: tuple[float, float] | None = (-1.0, 1.0)
+    null_class: int | None = None
+    sampler: str = "dpm-solver"
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    Attributes:
+        name: as it stands in manifests and in ``--family``.
+        sparse_layers: globs over module names: the layers that SparseDM masks.
+        recognises: whether a state dict's shapes are this family's.
+        read_config: (shapes, given) -> (configuration, notes). ``given`` holds what the user or a stored
+            configuration says and wins over a default; where it contradicts the shapes, CheckpointError.
+        config_from_dict: the configuration out of a manifest.
+        network: configuration -> module with the checkpoint's own key names and forward(x, t, y).
+        recipe: configuration -> how the family's published models were trained.
+        positions: (configuration, layer name) -> how often a layer's weights are applied to one sample.
+    """
+
+    name: str
+    sparse_layers: tuple[str, ...]
+    recognises: Callable[[Shapes], bool]
+    read_config: Callable[[Shapes, Mapping[str, Any]], tuple[Any, list[str]]]
+    config_from_dict: Callable[[Mapping[str, Any]], Any]
+    network: Callable[[Any], nn.Module]
+    recipe: Callable[[Any], Recipe]
+    positions: Callable[[Any, str], int]

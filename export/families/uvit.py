@@ -1,0 +1,324 @@
+"""U-ViT: the ViT with long skip connections that SparseDM sparsifies first.
+
+Source: Bao et al., "All are Worth Words: A ViT Backbone for Diffusion Models", CVPR 2023 (arXiv 2209.12152).
+Module names are those of the authors' checkpoints (baofff/U-ViT), so a state dict loads as it is; the code is
+written for export: static reshapes, no data-dependent Python, a dynamic batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_engine.errors import CheckpointError, OptionError
+
+from .base import Family, Recipe, Shapes
+
+# embed_dim (and depth, where one size alone does not settle it) -> heads, from the authors' published configurations.
+PUBLISHED_HEADS = {512: 8, 768: 12, 1024: 16}
+PUBLISHED_HEADS_WITH_DEPTH = {(1152, 28): 16}
+
+# The layers that SparseDM masks in a U-ViT (its skip_linear, embeddings and head stay dense).
+SPARSE_LAYERS = ("*.attn.qkv", "*.attn.proj", "*.mlp.fc1", "*.mlp.fc2")
+
+# The names under which the authors' configuration files have the same settings.
+AUTHORS_NAMES = {"img_size": "image_size", "in_chans": "channels", "num_heads": "heads", "conv": "final_conv"}
+
+
+@dataclasses.dataclass(frozen=True)
+class UViTConfig:
+    """Everything that fixes a U-ViT's graph.
+
+    ``depth`` counts the in- and out-blocks and not the middle one (12 is 6 + 1 + 6), as the authors' does.
+    ``num_classes`` counts every row of the label table, the null class too; 0 is unconditional.
+    """
+
+    image_size: int
+    patch_size: int
+    channels: int
+    embed_dim: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = False
+    mlp_time_embed: bool = False
+    num_classes: int = 0
+    final_conv: bool = True
+    skip: bool = True
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> UViTConfig:
+        """Read a configuration from a mapping; keys that are not a U-ViT's are left alone."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in names})
+
+    @property
+    def tokens(self) -> int:
+        """Length of the sequence: patches, the time token, and the label token of a conditional model."""
+        return (self.image_size // self.patch_size) ** 2 + self.extras
+
+    @property
+    def extras(self) -> int:
+        """Tokens that are not patches."""
+        return 2 if self.num_classes else 1
+
+    @property
+    def data_shape(self) -> tuple[int, int, int]:
+        """Shape of one sample, [C, H, W]."""
+        return (self.channels, self.image_size, self.image_size)
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal embedding of times. t: [B], in the network's units -> [B, dim]."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    args = t[:, None].float() * freqs[None]
+    embedding = torch.cat([torch.cos(args), torch.sin(args)], dim=-1)
+    return F.pad(embedding, (0, 1)) if dim % 2 else embedding
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused q, k, v projection."""
+
+    def __init__(self, dim: int, heads: int, qkv_bias: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        length, dim = x.shape[1:]
+        split = (-1, length, self.heads, dim // self.heads)
+        q, k, v = (part.reshape(split).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))  # [B, H, L, D/H]
+        return self.proj(_attend(q, k, v).transpose(1, 2).reshape(-1, length, dim))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, in the plain form for an exported graph: every runtime's pattern matcher knows it."""
+    if torch.compiler.is_exporting():
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return scores.softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Mlp(nn.Module):
+    """Two linears with an erf-GELU between them."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block; an out-block first merges its long skip."""
+
+    def __init__(self, config: UViTConfig, skip: bool) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, config.heads, config.qkv_bias)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * config.mlp_ratio))
+        self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """[B, L, D] -> [B, L, D]; skip is the matching in-block's output."""
+        if self.skip_linear is not None and skip is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """Image to tokens by a strided convolution."""
+
+    def __init__(self, config: UViTConfig) -> None:
+        super().__init__()
+        patch = config.patch_size
+        self.proj = nn.Conv2d(config.channels, config.embed_dim, patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, (H/p)(W/p), D]."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class UViT(nn.Module):
+    """The network: (x, t, y) -> prediction of x's shape."""
+
+    def __init__(self, config: UViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, half = config.embed_dim, config.depth // 2
+        self.patch_embed = PatchEmbed(config)
+        self.time_embed = (
+            nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
+            if config.mlp_time_embed
+            else nn.Identity()
+        )
+        if config.num_classes:
+            self.label_emb = nn.Embedding(config.num_classes, dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, dim))
+        self.in_blocks = nn.ModuleList(Block(config, skip=False) for _ in range(half))
+        self.mid_block = Block(config, skip=False)
+        self.out_blocks = nn.ModuleList(Block(config, skip=config.skip) for _ in range(half))
+        self.norm = nn.LayerNorm(dim)
+        self.decoder_pred = nn.Linear(dim, config.patch_size**2 * config.channels)
+        self.final_layer = (
+            nn.Conv2d(config.channels, config.channels, 3, padding=1) if config.final_conv else nn.Identity()
+        )
+        self.apply(_initialise)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Predict what the network was trained for (eps, x0 or v).
+
+        Args:
+            x: [B, C, H, W].
+            t: [B], in the network's own time units.
+            y: [B] int64 labels; None for an unconditional model.
+        """
+        tokens = [self.time_embed(timestep_embedding(t, self.config.embed_dim))[:, None], self.patch_embed(x)]
+        if self.config.num_classes:
+            tokens.insert(0, self.label_emb(y)[:, None])
+        h = torch.cat(tokens, dim=1) + self.pos_embed
+        skips = []
+        for block in self.in_blocks:
+            h = block(h)
+            skips.append(h)
+        h = self.mid_block(h)
+        for block in self.out_blocks:
+            h = block(h, skips.pop())
+        h = self.decoder_pred(self.norm(h))[:, self.config.extras :]
+        return self.final_layer(self._unpatchify(h))
+
+    def _unpatchify(self, h: Tensor) -> Tensor:
+        """[B, (h w), (p1 p2 C)] -> [B, C, (h p1), (w p2)]."""
+        channels, size, patch = self.config.channels, self.config.image_size, self.config.patch_size
+        side = size // patch
+        h = h.reshape(-1, side, side, patch, patch, channels)
+        return h.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, size, size)
+
+
+def _initialise(module: nn.Module) -> None:
+    """The authors' initialisation: truncated normal of 0.02 for linears, zero biases."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _recognises(shapes: Shapes) -> bool:
+    return {"pos_embed", "patch_embed.proj.weight", "mid_block.attn.qkv.weight", "decoder_pred.weight"} <= set(shapes)
+
+
+def _read_config(shapes: Shapes, given: Mapping[str, Any]) -> tuple[UViTConfig, list[str]]:
+    given = {AUTHORS_NAMES.get(name, name): value for name, value in given.items()}
+    if given.get("num_classes", 0) < 0:  # the authors write -1 for unconditional
+        given["num_classes"] = 0
+    read = _read_shapes(shapes)
+    for name, value in read.items():
+        if name in given and given[name] != value:
+            raise CheckpointError(
+                f"{name} is {given[name]} in the given configuration, but the weights have {value}",
+                "correct the configuration, or leave that entry out: it is read off the weights",
+            )
+    heads, notes = _heads(read["embed_dim"], read["depth"], given.get("heads"))
+    return UViTConfig(heads=heads, **read), notes
+
+
+def _read_shapes(shapes: Shapes) -> dict[str, Any]:
+    """Everything about a U-ViT that its shapes say."""
+    embed_dim, channels, patch_size, _ = _shape(shapes, "patch_embed.proj.weight", 4)
+    num_classes = _shape(shapes, "label_emb.weight", 2)[0] if "label_emb.weight" in shapes else 0
+    tokens = _shape(shapes, "pos_embed", 3)[1]
+    patches = tokens - (2 if num_classes else 1)
+    side = math.isqrt(max(patches, 0))
+    if side == 0 or side * side != patches:
+        raise CheckpointError(
+            f"pos_embed has {tokens} positions, which leaves {patches} patches: not a square image",
+            "a U-ViT's image is square; check that this is an image model",
+        )
+    in_blocks = {int(match[1]) for key in shapes if (match := re.match(r"in_blocks\.(\d+)\.", key))}
+    return {
+        "image_size": side * patch_size,
+        "patch_size": patch_size,
+        "channels": channels,
+        "embed_dim": embed_dim,
+        "depth": 2 * len(in_blocks),
+        "mlp_ratio": _shape(shapes, "mid_block.mlp.fc1.weight", 2)[0] / embed_dim,
+        "qkv_bias": "mid_block.attn.qkv.bias" in shapes,
+        "mlp_time_embed": "time_embed.0.weight" in shapes,
+        "num_classes": num_classes,
+        "final_conv": "final_layer.weight" in shapes,
+        "skip": not in_blocks or "out_blocks.0.skip_linear.weight" in shapes,
+    }
+
+
+def _shape(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:
+    if name not in shapes:
+        raise CheckpointError(f"{name} is missing; a U-ViT has it", "check that the checkpoint is complete")
+    if len(shapes[name]) != ndim:
+        raise CheckpointError(f"{name} has shape {list(shapes[name])}; expected {ndim} dimensions")
+    return shapes[name]
+
+
+def _heads(embed_dim: int, depth: int, given: int | None) -> tuple[int, list[str]]:
+    """The number of heads leaves no trace in the weights: taken from the user or from the published sizes."""
+    if given is not None:
+        if given < 1 or embed_dim % given:
+            raise OptionError(
+                f"heads = {given} does not divide embed_dim = {embed_dim}",
+                f"give the number the model was trained with, a divisor of {embed_dim}",
+            )
+        return given, []
+    heads = PUBLISHED_HEADS.get(embed_dim) or PUBLISHED_HEADS_WITH_DEPTH.get((embed_dim, depth))
+    if heads is None:
+        raise CheckpointError(
+            f"the number of attention heads cannot be read off the weights, and embed_dim {embed_dim} with depth "
+            f"{depth} is no published size",
+            "say it with --heads N, or in a configuration file beside the checkpoint",
+        )
+    return heads, [f"heads = {heads}: not in the weights; taken from the published U-ViT of embed_dim {embed_dim}"]
+
+
+def _recipe(config: UViTConfig) -> Recipe:
+    """The authors' own: pixels on the continuous VP-SDE, 4-channel latents on Stable Diffusion's betas."""
+    null_class = config.num_classes - 1 if config.num_classes in (11, 1001) else None
+    if config.channels == 4:
+        return Recipe("stable-diffusion", "eps", None, null_class, "dpm-solver++-singlestep")
+    return Recipe("vp-linear", "eps", (-1.0, 1.0), null_class, "dpm-solver")
+
+
+def _positions(config: UViTConfig, layer: str) -> int:
+    if layer.startswith("time_embed"):
+        return 1
+    if layer.startswith("patch_embed"):
+        return config.tokens - config.extras
+    if layer.startswith("final_layer"):
+        return config.image_size**2
+    return config.tokens
+
+
+FAMILY = Family(
+    name="uvit",
+    sparse_layers=SPARSE_LAYERS,
+    recognises=_recognises,
+    read_config=_read_config,
+    config_from_dict=UViTConfig.from_dict,
+    network=UViT,
+    recipe=_recipe,
+    positions=_positions,
+)

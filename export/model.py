@@ -1,0 +1,110 @@
+"""A checkpoint understood: its family, its configuration, and how it was trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparse_engine.errors import CheckpointError, OptionError
+from sparse_engine.sampling import schedule_from_dict
+
+from .checkpoint import Checkpoint, load_checkpoint
+from .families import Family, FamilyConfig, Recipe, family_named, recognise
+
+PREDICTIONS = ("eps", "x0", "v")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A trained model, ready to be baked.
+
+    ``notes`` says aloud whatever could not be read off the weights and was taken from somewhere else.
+    """
+
+    checkpoint: Checkpoint
+    family: Family
+    config: FamilyConfig
+    recipe: Recipe
+    notes: list[str]
+
+    def network(self, state: Mapping[str, np.ndarray]) -> nn.Module:
+        """The family's network with the given weights, in evaluation mode."""
+        with torch.device("meta"):
+            network = self.family.network(self.config)
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in state.items()}
+        network.load_state_dict(tensors, assign=True)
+        return network.eval().requires_grad_(False)
+
+
+def load_model(path: str | Path, family: str | None = None, **given: Any) -> Model:
+    """Read a checkpoint and work out what it is.
+
+    Args:
+        path: as ``load_checkpoint`` takes it.
+        family: a family's name; read off the keys by default.
+        **given: settings that win over a stored configuration, which wins over defaults: a family's own (``heads``),
+            and ``schedule``, ``prediction``, ``value_range``, ``null_class``, ``sampler``. None counts as not given.
+
+    Raises:
+        CheckpointError: the file is damaged, of no known family, or its weights contradict the configuration.
+        OptionError: a given setting cannot be used.
+    """
+    checkpoint = load_checkpoint(path)
+    stored = {**checkpoint.config, **checkpoint.config.get("nnet", {})}
+    settings = {**stored, **{name: value for name, value in given.items() if value is not None}}
+    where = str(checkpoint.path)
+    name = family or stored.get("family")
+    chosen = family_named(name) if name else recognise(checkpoint.shapes, where)
+    config, notes = chosen.read_config(checkpoint.shapes, settings)
+    model = Model(checkpoint, chosen, config, *_recipe(chosen.recipe(config), config, settings, notes))
+    _check_weights(model, where)
+    return dataclasses.replace(model, notes=[*checkpoint.notes, *model.notes])
+
+
+def _recipe(
+    default: Recipe, config: FamilyConfig, given: Mapping[str, Any], notes: list[str]
+) -> tuple[Recipe, list[str]]:
+    """What the user or the stored configuration says of the training, over the family's default."""
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    recipe = dataclasses.replace(default, **{name: given[name] for name in names if name in given})
+    if recipe.value_range is not None:
+        low, high = recipe.value_range
+        recipe = dataclasses.replace(recipe, value_range=(float(low), float(high)))
+    if recipe.prediction not in PREDICTIONS:
+        raise OptionError(f"prediction {recipe.prediction!r} is not known; expected one of {', '.join(PREDICTIONS)}")
+    schedule_from_dict(recipe.schedule if isinstance(recipe.schedule, Mapping) else {"name": recipe.schedule})
+    null = recipe.null_class
+    if null is not None and not 0 <= null < config.num_classes:
+        raise OptionError(
+            f"null class {null} is outside the {config.num_classes} rows of the label table",
+            "give the index of the class that stands for 'no label', or leave it out",
+        )
+    notes = list(notes)
+    if null is not None and "null_class" not in given:
+        notes.append(f"null class = {null}: taken to be the last of {config.num_classes}; say it with --null-class")
+    if "schedule" not in given:
+        notes.append(f"schedule = {recipe.schedule}, prediction = {recipe.prediction}: the family's published training")
+    return recipe, notes
+
+
+def _check_weights(model: Model, where: str) -> None:
+    """Hold the keys and shapes against those of the network that the configuration gives."""
+    with torch.device("meta"):
+        expected = {name: tuple(t.shape) for name, t in model.family.network(model.config).state_dict().items()}
+    found = model.checkpoint.shapes
+    for problem, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
+        if names:
+            listed = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+            raise CheckpointError(
+                f"{where}: {len(names)} {problem} key(s) for a {model.family.name} model: {listed}",
+                "check that the checkpoint is complete and of this family",
+            )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise CheckpointError(f"{where}: {name} has shape {list(found[name])}; expected {list(shape)}")

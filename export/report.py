@@ -1,0 +1,73 @@
+"""The per-layer report of a checkpoint, as a dictionary and as a chart."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparse_engine.errors import MissingDependencyError
+from sparse_engine.files import replacing
+
+from .bake import bake
+from .build import warnings_of
+from .masks import Pattern
+from .model import load_model
+
+
+def inspect_checkpoint(
+    path: Path, *, rule: str, pattern: str, layers: Sequence[str] | None, family: str | None, **given: Any
+) -> dict[str, Any]:
+    """What a checkpoint is and what masking it would do. Arguments and errors as ``build_engine``."""
+    model = load_model(path, family, **given)
+    baked = bake(model, rule, Pattern.parse(pattern), layers)
+    schedule = model.recipe.schedule
+    return {
+        "family": model.family.name,
+        "config": dataclasses.asdict(model.config),  # type: ignore[call-overload]
+        "data_shape": list(model.config.data_shape),
+        "num_classes": model.config.num_classes,
+        "null_class": model.recipe.null_class,
+        "schedule": dict(schedule) if isinstance(schedule, Mapping) else {"name": schedule},
+        "prediction": model.recipe.prediction,
+        "checkpoint_sha256": model.checkpoint.sha256,
+        "mask": baked.recipe(),
+        "layers": [layer.to_dict() for layer in baked.layers],
+        "notes": [*model.notes, *warnings_of(baked)],
+    }
+
+
+def plot_layers(layers: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw parameters per layer before and after masking to a PNG.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        OutputError: the file cannot be written.
+    """
+    try:
+        import matplotlib as mpl
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("--plot needs matplotlib", "pip install 'sparse-engine[bench]'") from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [layer["name"] for layer in layers]
+    before = np.array([layer["parameters"] for layer in layers])
+    after = np.array([layer["nonzeros"] for layer in layers])
+    with mpl.rc_context({"font.size": 8}):
+        figure = Figure(figsize=(max(6.0, 0.17 * len(layers) + 2.0), 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        positions = np.arange(len(layers))
+        axes.bar(positions, before, width=0.85, color="#bbbbbb", label=f"stored: {before.sum() / 1e6:.2f} M")
+        axes.bar(positions, after, width=0.85, color="#0072b2", label=f"after the mask: {after.sum() / 1e6:.2f} M")
+        axes.set_xticks(positions, names, rotation=90, fontsize=5 if len(layers) > 40 else 7)
+        axes.set_ylabel("parameters")
+        axes.set_title("Parameters per layer, before and after the mask", loc="left")
+        axes.margins(x=0.01)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside upper right", ncols=2, frameon=False)
+        with replacing(path) as stream:
+            FigureCanvasAgg(figure).print_png(stream)

@@ -1,0 +1,148 @@
+"""An engine against the checkpoint it was built from: ``sparse-engine verify``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparse_engine import sampling
+from sparse_engine.engine import SparseEngine
+from sparse_engine.errors import VerificationError
+from sparse_engine.manifest import Manifest
+
+from .bake import bake
+from .masks import Pattern
+from .model import load_model
+from .step_graph import solver_lines
+
+TIMES = (0.999, 0.75, 0.5, 0.25, 0.1, 0.01)  # of the schedule's end
+BATCH = 2
+TRAJECTORY_STEPS = 10
+
+
+@dataclass(frozen=True)
+class TimeError:
+    """How far eps is from the reference at one time. ``relative`` is the largest error over the largest |eps|."""
+
+    t: float
+    max_abs: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What ``verify`` found.
+
+    Attributes:
+        times: one error per time.
+        psnr: of a short deterministic trajectory against the reference's, in dB; inf where they are equal.
+        tolerance: for ``relative``.
+        same_checkpoint: whether the checkpoint is the file that the engine was built from.
+    """
+
+    times: list[TimeError]
+    psnr: float
+    tolerance: float
+    same_checkpoint: bool
+    steps: int = TRAJECTORY_STEPS
+
+    @property
+    def worst(self) -> float:
+        """The largest relative error of eps."""
+        return max(entry.relative for entry in self.times)
+
+    @property
+    def passed(self) -> bool:
+        """Whether eps is within the tolerance at every time."""
+        return self.worst <= self.tolerance
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``--json`` prints it."""
+        return {**asdict(self), "worst": self.worst, "passed": self.passed}
+
+    def check(self) -> None:
+        """Raise VerificationError unless passed."""
+        if not self.passed:
+            raise VerificationError(
+                f"relative error of eps is {self.worst:.2e}; expected at most {self.tolerance:.0e}"
+                + ("" if self.same_checkpoint else " (the engine was built from another checkpoint file)"),
+                "rebuild the engine from this checkpoint",
+            )
+
+
+def verify_engine(
+    path: str | Path, checkpoint: str | Path, *, tolerance: float = 1e-4, threads: int | None = None, seed: int = 0
+) -> Verification:
+    """Compare an engine with the torch network of a checkpoint, its masks baked the way the engine's were.
+
+    Every payload byte is hashed first.
+
+    Raises:
+        EngineFileError, CheckpointError: one of the two cannot be used.
+    """
+    with SparseEngine.load(path, threads=threads, check=True) as engine:
+        reference = Reference(engine.manifest, checkpoint)
+        times = [_time_error(engine, reference, t * engine.schedule.t_max, seed) for t in TIMES]
+        psnr = _trajectory_psnr(engine, reference, seed)
+        same = reference.sha256 == engine.manifest.checkpoint_sha256
+    return Verification(times, psnr, tolerance, same)
+
+
+class Reference:
+    """The torch network that an engine has to agree with."""
+
+    def __init__(self, manifest: Manifest, checkpoint: str | Path) -> None:
+        settings = {**manifest.config, "null_class": manifest.null_class, "prediction": manifest.prediction}
+        model = load_model(checkpoint, manifest.family, schedule=manifest.schedule, **settings)
+        mask = manifest.mask
+        baked = bake(model, mask["rule"], Pattern.parse(mask["pattern"]), mask["layers"])
+        self._network = model.network(baked.state)
+        self.sha256 = model.checkpoint.sha256
+        self.labels = np.arange(BATCH) % model.config.num_classes if model.config.num_classes else None
+
+    def __call__(self, x: np.ndarray, network_time: np.ndarray) -> np.ndarray:
+        """The network's prediction, float32 of x's shape."""
+        arguments = [torch.from_numpy(x), torch.from_numpy(network_time)]
+        if self.labels is not None:
+            arguments.append(torch.from_numpy(self.labels))
+        with torch.no_grad():
+            predicted: np.ndarray = self._network(*arguments).float().numpy()
+        return predicted
+
+    def step(self, *inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """One solver step in torch: (x, t, coef, clip, base, h1, h2, z) -> (x_next, m)."""
+        x, t, *rest = inputs
+        eps = torch.from_numpy(self(x, t))
+        x_next, m = solver_lines(torch.from_numpy(x), eps, *(torch.from_numpy(array) for array in rest))
+        return x_next.numpy(), m.numpy()
+
+
+def _time_error(engine: SparseEngine, reference: Reference, t: float, seed: int) -> TimeError:
+    x = sampling.normal(seed, np.arange(BATCH), 0, engine.manifest.data_shape)
+    network_time = np.full(BATCH, engine.schedule.network_time(t), np.float32)
+    expected = reference(x, network_time)
+    found = engine.predict(x, t, labels=reference.labels)
+    error = float(np.abs(found - expected).max())
+    return TimeError(t, error, error / max(float(np.abs(expected).max()), 1e-30))
+
+
+def _trajectory_psnr(engine: SparseEngine, reference: Reference, seed: int) -> float:
+    trajectory = engine.trajectory(TRAJECTORY_STEPS, "dpm-solver++")
+    x = sampling.normal(seed, np.arange(BATCH), 0, engine.manifest.data_shape)
+    expected = sampling.walk(trajectory, reference.step, x, noise=None)
+    found = engine.sample(
+        BATCH,
+        steps=TRAJECTORY_STEPS,
+        sampler="dpm-solver++",
+        noise=x,
+        labels=reference.labels,
+        batch_size=BATCH,
+        output="float",
+    )
+    low, high = engine.manifest.value_range or (float(expected.min()), float(expected.max()))
+    mean_square = float(np.mean((found - expected).astype(np.float64) ** 2))
+    return float(10 * np.log10((high - low) ** 2 / mean_square)) if mean_square else float("inf")

@@ -1,0 +1,171 @@
+"""What passes between export, backends and the engine: the step graph, the payload, the step runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from sparse_engine.artifact import EngineFile
+    from sparse_engine.sampling import Trajectory
+
+WEIGHTS_FILE = "weights.bin"
+GRAPH_FILE = "step.onnx"
+WEIGHTS_ALIGNMENT = 4096  # a page: each large tensor can be mapped by itself
+NoiseSource = Callable[[int], np.ndarray]
+StepCallback = Callable[[int, float, np.ndarray], object]
+
+
+@dataclass(frozen=True)
+class StepGraph:
+    """One solver step as ONNX, its weights beside it.
+
+    Attributes:
+        proto: the graph. Weights are references into ``weights.bin``, laid out in the order of ``weights``.
+        weights: initializer name -> array.
+        layers: layer name -> (initializer, reduction axis): where each Linear's and Conv's weight is in the graph.
+    """
+
+    proto: ModelProto
+    weights: dict[str, np.ndarray]
+    layers: dict[str, tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class PayloadFile:
+    """One file of an engine, written in pieces so that large weights are never held twice.
+
+    ``aligned`` starts it on a page of the engine file, so that it can be mapped.
+    """
+
+    name: str
+    size: int
+    chunks: Callable[[], Iterable[bytes | memoryview]]
+    aligned: bool = False
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What a backend's build leaves: files, and what the manifest says of them."""
+
+    files: Sequence[PayloadFile]
+    backend: dict[str, Any]
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a build was asked for.
+
+    Attributes:
+        sparse: use sparse kernels where a layer is hardware 2:4 and the kernel is faster.
+        precision: of the network's weights and products; the solver's lines are always float32.
+        batch: (smallest, usual, largest) batch.
+    """
+
+    sparse: bool
+    precision: str = "fp32"
+    batch: tuple[int, int, int] = (1, 16, 64)
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether this machine can run a backend, with what, and if not, why not and what to do."""
+
+    usable: bool
+    version: str | None = None
+    reason: str | None = None
+    fix: str | None = None
+
+
+class StepRunner(Protocol):
+    """A loaded engine: walks trajectories. Safe to call from several threads."""
+
+    def run(
+        self,
+        trajectory: Trajectory,
+        x: np.ndarray,
+        *,
+        labels: np.ndarray | None,
+        guidance: np.ndarray,
+        noise: NoiseSource,
+        callback: StepCallback | None = None,
+    ) -> np.ndarray:
+        """Run every row of a trajectory.
+
+        Args:
+            trajectory: the sampler's table.
+            x: float32 [B, C, H, W], the state at the first time.
+            labels: int64 [G, B]; None for an unconditional model.
+            guidance: float32 [G], the weight of each of the G network passes.
+            noise: draw index -> float32 of x's shape; asked only where a row adds noise.
+            callback: called with (step, time, x) after each step; returning False stops.
+
+        Returns:
+            float32 [B, C, H, W] after the last row.
+        """
+        ...
+
+    def network(self, x: np.ndarray, t: np.ndarray, *, labels: np.ndarray | None, guidance: np.ndarray) -> np.ndarray:
+        """The network's own output: x float32 [B, C, H, W], t float32 [B] in its own units -> float32 [B, C, H, W]."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What runs: library version, device, threads, and per layer the kernel where it was chosen."""
+        ...
+
+    def close(self) -> None:
+        """Give memory and devices back. A second call does nothing."""
+        ...
+
+
+class Backend(Protocol):
+    """One way of building and running an engine. ``name`` is the one in manifests and ``--backend``."""
+
+    name: str
+
+    def availability(self) -> Availability:
+        """Whether this machine can run it."""
+        ...
+
+    def build(self, graph: StepGraph, options: BuildOptions) -> Payload:
+        """Turn a step graph into an engine's files. Raises BackendError, UnsupportedError."""
+        ...
+
+    def load(self, engine: EngineFile, *, threads: int | None, device: str | None) -> StepRunner:
+        """Load an engine's payload. Raises EngineFileError, BackendError, UnsupportedError."""
+        ...
+
+
+def weight_offsets(weights: dict[str, np.ndarray]) -> tuple[dict[str, int], int]:
+    """Where each weight lies in ``weights.bin``, and the file's size."""
+    offsets, end = {}, 0
+    for name, array in weights.items():
+        alignment = WEIGHTS_ALIGNMENT if array.nbytes >= WEIGHTS_ALIGNMENT else 64
+        offsets[name] = -(-end // alignment) * alignment
+        end = offsets[name] + array.nbytes
+    return offsets, end
+
+
+def weights_payload(weights: dict[str, np.ndarray]) -> PayloadFile:
+    """``weights.bin`` as a payload file."""
+    offsets, size = weight_offsets(weights)
+
+    def chunks() -> Iterable[bytes | memoryview]:
+        position = 0
+        for name, array in weights.items():
+            yield bytes(offsets[name] - position)
+            yield np.ascontiguousarray(array).data.cast("B")
+            position = offsets[name] + array.nbytes
+
+    return PayloadFile(WEIGHTS_FILE, size, chunks, aligned=True)
+
+
+def bytes_payload(name: str, data: bytes) -> PayloadFile:
+    """A small file as a payload file."""
+    return PayloadFile(name, len(data), lambda: (data,))

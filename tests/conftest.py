@@ -1,0 +1,82 @@
+"""Small models for every test: real U-ViTs of few parameters, built once per session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_engine import SparseEngine
+from sparse_engine.export.build import build_engine
+from sparse_engine.export.families.uvit import UViT, UViTConfig
+
+TINY = UViTConfig(image_size=8, patch_size=2, channels=3, embed_dim=32, depth=2, heads=4)
+TINY_CONDITIONAL = UViTConfig(8, 2, 3, 32, 2, 4, num_classes=5)
+TINY_LATENT = UViTConfig(8, 2, 4, 32, 2, 4, num_classes=5, final_conv=False, mlp_time_embed=True)
+
+
+def random_state(config: UViTConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A U-ViT's weights, large enough that every part of the network shows in its output."""
+    torch.manual_seed(seed)
+    network = UViT(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(0, 0.15)
+    return network.state_dict()
+
+
+def save_checkpoint(path: Path, config: UViTConfig, seed: int = 0) -> Path:
+    """A state dict under the authors' key names."""
+    torch.save(random_state(config, seed), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny.pth", TINY)
+
+
+@pytest.fixture(scope="session")
+def conditional_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("conditional") / "conditional.pth", TINY_CONDITIONAL)
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Build an engine from a checkpoint in a folder of its own."""
+
+    def make(checkpoint: Path, **options: Any) -> Path:
+        output = tmp_path_factory.mktemp("engine") / f"{checkpoint.stem}.sengine"
+        return build_engine(checkpoint, output, **{"heads": 4, **options})[0]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_checkpoint: Path, build: Callable[..., Path]) -> Path:
+    return build(tiny_checkpoint, sparse=True)
+
+
+@pytest.fixture(scope="session")
+def conditional_engine(conditional_checkpoint: Path, build: Callable[..., Path]) -> Path:
+    return build(conditional_checkpoint, sparse=True, null_class=4)
+
+
+@pytest.fixture(scope="session")
+def latent_engine(tmp_path_factory: pytest.TempPathFactory, build: Callable[..., Path]) -> Path:
+    return build(save_checkpoint(tmp_path_factory.mktemp("latent") / "latent.pth", TINY_LATENT), null_class=4)
+
+
+@pytest.fixture
+def engine(conditional_engine: Path) -> Any:
+    with SparseEngine.load(conditional_engine, threads=1) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

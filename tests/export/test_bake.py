@@ -1,0 +1,119 @@
+"""Which layers get which mask, and what the report says of it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_engine.errors import CheckpointError, OptionError
+from sparse_engine.export.bake import bake
+from sparse_engine.export.build import warnings_of
+from sparse_engine.export.families.uvit import UViTConfig
+from sparse_engine.export.masks import Pattern, is_n_of_m, magnitude_mask
+from sparse_engine.export.model import Model, load_model
+from tests.conftest import TINY, TINY_CONDITIONAL, random_state, save_checkpoint
+
+
+@pytest.fixture
+def model(tiny_checkpoint: Path) -> Model:
+    return load_model(tiny_checkpoint, heads=4)
+
+
+def test_sparsedm_masks_these_layers_and_no_others(model: Model) -> None:
+    baked = bake(model)
+    masked = {layer.name for layer in baked.layers if layer.masked}
+    blocks = ("in_blocks.0", "mid_block", "out_blocks.0")
+    assert masked == {
+        f"{block}.{layer}" for block in blocks for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    }
+    for name, array in baked.state.items():
+        stored = model.checkpoint.state[name]
+        layer = name.removesuffix(".weight")
+        expected = stored * magnitude_mask(stored)[0] if layer in masked and name.endswith(".weight") else stored
+        assert np.array_equal(array, expected)
+
+
+def test_a_uvit_s_has_52_masked_layers() -> None:
+    """Depth 12 is 6 + 1 + 6 blocks of 4 layers."""
+    from sparse_engine.export.families.uvit import FAMILY, UViT
+
+    with torch.device("meta"):
+        network = UViT(UViTConfig(32, 2, 3, 512, 12, 8))
+    names = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
+    from fnmatch import fnmatchcase
+
+    assert sum(any(fnmatchcase(name, glob) for glob in FAMILY.sparse_layers) for name in names) == 52
+
+
+def test_report_counts_parameters_macs_and_energy(model: Model) -> None:
+    layer = next(layer for layer in bake(model).layers if layer.name == "mid_block.mlp.fc1")
+    assert layer.shape == (128, 32)
+    assert (layer.parameters, layer.nonzeros) == (4096, 2048)
+    assert (layer.macs, layer.macs_nonzero) == (4096 * 17, 2048 * 17)  # 16 patches and the time token
+    assert layer.energy_removed == pytest.approx(0.133, abs=0.02)
+    assert (layer.source, layer.pattern, layer.hardware_24, layer.reason) == ("magnitude", "2:4", True, None)
+
+
+def test_weights_never_trained_with_a_mask_are_warned_of(model: Model) -> None:
+    assert any("warning: the mask removes more than" in note for note in warnings_of(bake(model)))
+    assert not any("warning" in note for note in warnings_of(bake(model, "none")))
+
+
+def test_weights_that_are_24_already_are_left_alone(tmp_path: Path, model: Model) -> None:
+    baked = bake(model)
+    torch.save({name: torch.from_numpy(array) for name, array in baked.state.items()}, tmp_path / "x.pth")
+    again = bake(load_model(tmp_path / "x.pth", heads=4))
+    assert {layer.source for layer in again.layers if layer.masked} == {"zeros"}
+    assert all(np.array_equal(again.state[name], array) for name, array in baked.state.items())
+    assert all(layer.energy_removed == 0 for layer in again.layers)
+
+
+def test_explicit_masks_are_multiplied_in_whatever_the_rule(tmp_path: Path) -> None:
+    state = random_state(TINY)
+    weight = state.pop("mid_block.mlp.fc1.weight")
+    mask = torch.tensor([0.0, 1, 1, 0]).repeat(weight.numel() // 4).reshape(weight.shape)
+    torch.save(
+        {**state, "mid_block.mlp.fc1.weight_orig": weight, "mid_block.mlp.fc1.weight_mask": mask}, tmp_path / "x.pth"
+    )
+    for rule in ("auto", "none", "magnitude"):
+        baked = bake(load_model(tmp_path / "x.pth", heads=4), rule)
+        assert np.array_equal(baked.state["mid_block.mlp.fc1.weight"], (weight * mask).numpy())
+        assert next(layer for layer in baked.layers if layer.name == "mid_block.mlp.fc1").source == "explicit"
+
+
+def test_rules_that_a_checkpoint_does_not_bear(model: Model) -> None:
+    with pytest.raises(CheckpointError, match="carries no explicit mask"):
+        bake(model, "explicit")
+    with pytest.raises(CheckpointError, match="its stored weights are not 2:4"):
+        bake(model, "zeros")
+    with pytest.raises(OptionError, match="mask rule 'best' is not known"):
+        bake(model, "best")
+
+
+def test_layers_by_glob(model: Model) -> None:
+    baked = bake(model, layers=["*.skip_linear", "patch_embed.*"])
+    assert [layer.name for layer in baked.layers if layer.masked] == ["patch_embed.proj", "out_blocks.0.skip_linear"]
+    patch_embed = baked.layers[0]
+    assert (patch_embed.hardware_24, patch_embed.reason) == (False, "3 inputs are no multiple of 4")
+    assert any("patch_embed.proj is not 2:4" in note for note in warnings_of(baked))
+    with pytest.raises(OptionError, match=r"'encoder.\*' matches none of the"):
+        bake(model, layers=["encoder.*"])
+
+
+def test_a_layer_that_cannot_be_cut_into_groups_stays_dense(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "x.pth", UViTConfig(6, 2, 1, 34, 0, 2))
+    baked = bake(load_model(checkpoint, heads=2), layers=["final_layer", "mid_block.mlp.fc1"])
+    final = next(layer for layer in baked.layers if layer.name == "final_layer")
+    assert (final.masked, final.reason) == (False, "9 weights are no multiple of 4")
+
+
+def test_other_patterns_are_baked_but_never_called_24(tmp_path: Path) -> None:
+    model = load_model(save_checkpoint(tmp_path / "x.pth", TINY_CONDITIONAL), heads=4)
+    baked = bake(model, pattern=Pattern(7, 8))
+    fc1 = baked.state["mid_block.mlp.fc1.weight"]
+    assert is_n_of_m(fc1, Pattern(7, 8))
+    assert not baked.sparse_layers
+    assert any("7:8 is baked in but is not 2:4" in note for note in warnings_of(baked))
+    one_of_16 = bake(model, pattern=Pattern(1, 16))
+    assert one_of_16.sparse_layers  # at most one of 16 is also at most two of 4

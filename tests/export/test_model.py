@@ -1,0 +1,168 @@
+"""What is read off a checkpoint's keys and shapes, what is looked up, and what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_engine.errors import CheckpointError, OptionError
+from sparse_engine.export.families.uvit import UViT, UViTConfig
+from sparse_engine.export.model import load_model
+from tests.conftest import TINY, TINY_CONDITIONAL, TINY_LATENT, random_state, save_checkpoint
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY,
+        TINY_CONDITIONAL,
+        TINY_LATENT,
+        UViTConfig(16, 4, 3, 32, 0, 4, mlp_ratio=8.0, qkv_bias=True),
+        UViTConfig(8, 1, 3, 32, 4, 4, mlp_ratio=1.0, skip=False),
+        UViTConfig(8, 2, 1, 48, 2, 4, num_classes=11, mlp_time_embed=True),
+    ],
+    ids=["pixels", "conditional", "latents", "mid block only, qkv bias", "no skips, patch 1", "time mlp"],
+)
+def test_configuration_is_read_off_the_shapes(tmp_path: Path, config: UViTConfig) -> None:
+    model = load_model(save_checkpoint(tmp_path / "x.pth", config), heads=4)
+    assert model.config == config
+
+
+@pytest.mark.parametrize("embed_dim,depth,heads", [(512, 0, 8), (768, 0, 12), (1024, 0, 16), (1152, 28, 16)])
+def test_heads_of_the_published_sizes(embed_dim: int, depth: int, heads: int) -> None:
+    from sparse_engine.export.families.uvit import FAMILY
+
+    with torch.device("meta"):
+        network = UViT(UViTConfig(32, 2, 3, embed_dim, depth, heads))
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    config, notes = FAMILY.read_config(shapes, {})
+    assert (config.heads, config.depth) == (heads, depth)
+    assert "not in the weights" in notes[0]
+
+
+def test_heads_of_an_unpublished_size_must_be_said(tiny_checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"attention heads cannot be read off.*\n.*--heads N"):
+        load_model(tiny_checkpoint)
+
+
+def test_wrong_head_count(tiny_checkpoint: Path) -> None:
+    with pytest.raises(OptionError, match="heads = 5 does not divide embed_dim = 32"):
+        load_model(tiny_checkpoint, heads=5)
+
+
+def test_a_stored_configuration_speaks_the_authors_names(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "x.pth", TINY_CONDITIONAL)
+    (tmp_path / "x.json").write_text(
+        '{"nnet": {"num_heads": 8, "img_size": 8}, "null_class": 4, "schedule": "vp-cosine"}'
+    )
+    model = load_model(checkpoint)
+    assert model.config.heads == 8
+    assert (model.recipe.null_class, model.recipe.schedule) == (4, "vp-cosine")
+    assert load_model(checkpoint, heads=2).config.heads == 2  # the command line wins over the file
+
+
+def test_a_configuration_that_contradicts_the_weights(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "x.pth", TINY)
+    (tmp_path / "x.json").write_text('{"heads": 4, "embed_dim": 64}')
+    with pytest.raises(CheckpointError, match="embed_dim is 64 in the given configuration, but the weights have 32"):
+        load_model(checkpoint)
+
+
+def test_null_class_is_the_last_of_an_odd_looking_table_and_said_aloud(tmp_path: Path) -> None:
+    eleven = save_checkpoint(tmp_path / "a.pth", UViTConfig(8, 2, 3, 32, 0, 4, num_classes=11))
+    model = load_model(eleven, heads=4)
+    assert model.recipe.null_class == 10
+    assert any("null class = 10" in note for note in model.notes)
+    ten = save_checkpoint(tmp_path / "b.pth", UViTConfig(8, 2, 3, 32, 0, 4, num_classes=10))
+    assert load_model(ten, heads=4).recipe.null_class is None
+    with pytest.raises(OptionError, match="null class 10 is outside the 10 rows"):
+        load_model(ten, heads=4, null_class=10)
+
+
+def test_latents_have_no_pixels_and_their_authors_schedule(tmp_path: Path) -> None:
+    model = load_model(save_checkpoint(tmp_path / "x.pth", TINY_LATENT), heads=4)
+    assert model.recipe.value_range is None
+    assert model.recipe.schedule == "stable-diffusion"
+
+
+def test_missing_unexpected_and_misshapen_keys(tmp_path: Path) -> None:
+    state = random_state(TINY)
+    file = tmp_path / "x.pth"
+    del state["mid_block.norm1.bias"]
+    torch.save(state, file)
+    with pytest.raises(CheckpointError, match=r"1 missing key\(s\) for a uvit model: mid_block.norm1.bias"):
+        load_model(file, heads=4)
+    torch.save({**random_state(TINY), "extra.weight": torch.ones(1)}, file)
+    with pytest.raises(CheckpointError, match=r"1 unexpected key\(s\) for a uvit model: extra.weight"):
+        load_model(file, heads=4)
+    torch.save({**random_state(TINY), "norm.weight": torch.ones(31)}, file)
+    with pytest.raises(CheckpointError, match=r"norm.weight has shape \[31\]; expected \[32\]"):
+        load_model(file, heads=4)
+    torch.save({**random_state(TINY), "pos_embed": torch.ones(1, 16, 32)}, file)
+    with pytest.raises(CheckpointError, match="16 positions, which leaves 15 patches: not a square image"):
+        load_model(file, heads=4)
+
+
+def test_another_network_is_refused(tmp_path: Path) -> None:
+    torch.save(torch.nn.Conv2d(3, 8, 3).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"its 2 keys \(weight, bias, ...\) are of no known model family"):
+        load_model(tmp_path / "x.pth")
+
+
+def test_settings_that_cannot_be_used(tiny_checkpoint: Path) -> None:
+    with pytest.raises(OptionError, match="family 'dit' is not known"):
+        load_model(tiny_checkpoint, "dit", heads=4)
+    with pytest.raises(OptionError, match="prediction 'noise' is not known"):
+        load_model(tiny_checkpoint, heads=4, prediction="noise")
+    with pytest.raises(OptionError, match="schedule"):
+        load_model(tiny_checkpoint, heads=4, schedule="linearish")
+
+
+def test_network_is_the_authors_architecture(rng: np.random.Generator) -> None:
+    """Against the published forward pass, written out once more from the paper with plain tensor operations."""
+    config = TINY_CONDITIONAL
+    state = random_state(config)
+    network = UViT(config)
+    network.load_state_dict(state)
+    x = torch.from_numpy(rng.standard_normal((2, 3, 8, 8), np.float32))
+    t, y = torch.tensor([5.0, 700.0]), torch.tensor([1, 3])
+    with torch.no_grad():
+        found = network.eval()(x, t, y)
+    assert torch.allclose(found, published_forward(state, config, x, t, y), atol=1e-4, rtol=1e-4)
+
+
+def published_forward(
+    w: dict[str, torch.Tensor], config: UViTConfig, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    dim, patch, side = config.embed_dim, config.patch_size, config.image_size // config.patch_size
+
+    def linear(name: str, h: torch.Tensor) -> torch.Tensor:
+        out = h @ w[f"{name}.weight"].T
+        return out + w[f"{name}.bias"] if f"{name}.bias" in w else out
+
+    def norm(name: str, h: torch.Tensor) -> torch.Tensor:
+        h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return h * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def block(name: str, h: torch.Tensor) -> torch.Tensor:
+        qkv = linear(f"{name}.attn.qkv", norm(f"{name}.norm1", h))
+        heads = qkv.reshape(len(h), -1, 3, config.heads, dim // config.heads)
+        q, k, v = (heads[:, :, i].transpose(1, 2) for i in range(3))
+        attention = (q @ k.transpose(2, 3) / (dim // config.heads) ** 0.5).softmax(-1) @ v
+        h = h + linear(f"{name}.attn.proj", attention.transpose(1, 2).flatten(2))
+        hidden = linear(f"{name}.mlp.fc1", norm(f"{name}.norm2", h))
+        return h + linear(f"{name}.mlp.fc2", 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5)))
+
+    frequencies = 10000.0 ** (-torch.arange(dim // 2) / (dim // 2))
+    angles = t[:, None] * frequencies
+    time_token = torch.cat([angles.cos(), angles.sin()], 1)[:, None]
+    patches = x.reshape(len(x), 3, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5).reshape(len(x), side**2, -1)
+    tokens = patches @ w["patch_embed.proj.weight"].reshape(dim, -1).T + w["patch_embed.proj.bias"]
+    h = torch.cat([w["label_emb.weight"][y][:, None], time_token, tokens], 1) + w["pos_embed"]
+    h = skip = block("in_blocks.0", h)
+    h = block("mid_block", h)
+    h = block("out_blocks.0", linear("out_blocks.0.skip_linear", torch.cat([h, skip], -1)))
+    pixels = linear("decoder_pred", norm("norm", h))[:, 2:].reshape(len(x), side, side, patch, patch, 3)
+    image = pixels.permute(0, 5, 1, 3, 2, 4).reshape(len(x), 3, 8, 8)
+    return torch.nn.functional.conv2d(image, w["final_layer.weight"], w["final_layer.bias"], padding=1)
