@@ -1,0 +1,165 @@
+"""The engine file ``NAME.sengine``: written whole or not at all, opened with every doubt spoken.
+
+A zip, stored without compression, of ``manifest.json`` and the payload. The specification is
+``docs/engine-file.md``; this module is the one place that reads or writes the container.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from sparse_engine.backends.base import PayloadFile
+from sparse_engine.errors import EngineFileError
+from sparse_engine.files import replacing
+from sparse_engine.manifest import FORMAT_VERSION, Manifest
+
+MANIFEST = "manifest.json"
+SUFFIX = ".sengine"
+PAGE = 4096
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # no clock in the file: the same input gives the same bytes
+_PADDING_FIELD = 0xD935  # the extra-field id that Android's zipalign pads with
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+
+
+def write_engine(path: str | Path, manifest: Manifest, files: Sequence[PayloadFile]) -> None:
+    """Write an engine file: to a temporary file beside it, flushed to disk, then renamed.
+
+    ``manifest.files`` is filled in here. On any failure, an interrupt too, nothing is left behind.
+
+    Raises:
+        OutputError: the folder does not exist or cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    with replacing(path) as stream:
+        records = {}
+        with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+            for file in files:
+                records[file.name] = _write_member(archive, stream, file)
+            manifest.files = records
+            info = zipfile.ZipInfo(MANIFEST, _EPOCH)
+            archive.writestr(info, json.dumps(manifest.to_dict(), indent=1, sort_keys=True))
+
+
+def _write_member(archive: zipfile.ZipFile, stream: IO[bytes], file: PayloadFile) -> dict[str, Any]:
+    info = zipfile.ZipInfo(file.name, _EPOCH)
+    info.file_size = file.size
+    zip64 = file.size > zipfile.ZIP64_LIMIT
+    if file.aligned:
+        header = stream.tell() + _LOCAL_HEADER.size + len(file.name) + (20 if zip64 else 0) + 4
+        pad = -header % PAGE
+        info.extra = struct.pack("<HH", _PADDING_FIELD, pad) + bytes(pad)
+    digest, written = hashlib.sha256(), 0
+    with archive.open(info, "w", force_zip64=zip64) as member:
+        for chunk in file.chunks():
+            member.write(chunk)
+            digest.update(chunk)
+            written += len(chunk)
+    if written != file.size:
+        raise EngineFileError(f"{file.name}: {written} bytes were written, {file.size} announced")
+    return {"size": file.size, "sha256": digest.hexdigest()}
+
+
+class EngineFile:
+    """An engine file, opened and found whole.
+
+    Everything but the weights is hashed here; the weights by ``verify``.
+
+    Attributes:
+        path: of the file.
+        manifest: what it holds.
+
+    Raises (on construction):
+        EngineFileError: missing, not an engine file, cut short, altered, or of a newer format version.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise EngineFileError(f"{path} does not exist", "build it: sparse-engine build CHECKPOINT -o " + str(path))
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                self._members = {info.filename: info for info in archive.infolist()}
+                if MANIFEST not in self._members:
+                    raise EngineFileError(f"{path} is a zip without {MANIFEST}: no engine file", _NOT_AN_ENGINE)
+                self.manifest = Manifest.parse(archive.read(MANIFEST), str(path))
+        except (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+            raise self._damaged(error) from error
+        self._spans = {name: self._span(name) for name in self.manifest.files}
+        for name in self.manifest.files:
+            if not self._mapped(name):
+                self._check_hash(name)
+
+    def _damaged(self, error: Exception) -> EngineFileError:
+        with self.path.open("rb") as stream:
+            is_zip = stream.read(4) == b"PK\x03\x04"
+        if is_zip:
+            return EngineFileError(f"{self.path} is cut short or altered: {error}", "copy it again, or rebuild it")
+        return EngineFileError(f"{self.path} is no engine file: {error}", _NOT_AN_ENGINE)
+
+    def _mapped(self, name: str) -> bool:
+        return name.endswith((".bin", ".safetensors"))
+
+    def _span(self, name: str) -> tuple[int, int]:
+        """(offset, size) of a member's bytes in the file, read off its local header."""
+        expected = self.manifest.files[name]["size"]
+        info = self._members.get(name)
+        if info is None or info.compress_type != zipfile.ZIP_STORED or info.file_size != expected:
+            found = "nothing" if info is None else f"{info.file_size} bytes"
+            raise EngineFileError(f"{self.path}: {name} should have {expected} bytes, found {found}", _COPY_AGAIN)
+        with self.path.open("rb") as stream:
+            stream.seek(info.header_offset)
+            header = stream.read(_LOCAL_HEADER.size)
+            fields = _LOCAL_HEADER.unpack(header) if len(header) == _LOCAL_HEADER.size else None
+            if fields is None or fields[0] != b"PK\x03\x04" or stream.read(fields[9]) != name.encode():
+                raise EngineFileError(f"{self.path}: the header of {name} is damaged", _COPY_AGAIN)
+        offset = info.header_offset + _LOCAL_HEADER.size + fields[9] + fields[10]
+        if offset + expected > self.path.stat().st_size or (self._mapped(name) and offset % PAGE):
+            raise EngineFileError(f"{self.path}: {name} is not where it should be", _COPY_AGAIN)
+        return offset, expected
+
+    def span(self, name: str) -> tuple[int, int]:
+        """(offset, size) of a payload file's bytes inside the engine file, for mapping in place.
+
+        Raises EngineFileError where the engine has no such file.
+        """
+        if name not in self._spans:
+            raise EngineFileError(f"{self.path} has no {name}; it holds {', '.join(self._spans)}", _COPY_AGAIN)
+        return self._spans[name]
+
+    def read(self, name: str) -> bytes:
+        """A payload file's bytes; for small ones."""
+        offset, size = self.span(name)
+        with self.path.open("rb") as stream:
+            stream.seek(offset)
+            return stream.read(size)
+
+    def verify(self) -> None:
+        """Hash every payload file, the weights too. Raises EngineFileError where one was altered."""
+        for name in self.manifest.files:
+            self._check_hash(name)
+
+    def _check_hash(self, name: str) -> None:
+        offset, remaining = self._spans[name]
+        digest = hashlib.sha256()
+        with self.path.open("rb") as stream:
+            stream.seek(offset)
+            while chunk := stream.read(min(remaining, 1 << 22)):
+                digest.update(chunk)
+                remaining -= len(chunk)
+        expected = self.manifest.files[name]["sha256"]
+        if digest.hexdigest() != expected:
+            raise EngineFileError(
+                f"{self.path}: {name} was altered: its sha256 is {digest.hexdigest()[:12]}..., "
+                f"expected {expected[:12]}...",
+                _COPY_AGAIN,
+            )
+
+
+_COPY_AGAIN = "copy the file again, or rebuild it with sparse-engine build"
+_NOT_AN_ENGINE = f"expected a {SUFFIX} file that sparse-engine build wrote (format version {FORMAT_VERSION})"

@@ -1,0 +1,95 @@
+"""``sparse-engine inspect``: what a checkpoint or an engine holds, layer by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from sparse_engine.artifact import SUFFIX, EngineFile
+
+from .terminal import console, export_module, human, make_table, parse_globs, print_json
+
+
+def command(
+    path: Annotated[Path, typer.Argument(help="A checkpoint or a .sengine file.")],
+    mask: Annotated[str, typer.Option(help="Mask rule: auto, explicit, zeros, magnitude or none.")] = "auto",
+    mask_layers: Annotated[str | None, typer.Option(help="Globs over layer names, comma-separated.")] = None,
+    pattern: Annotated[str, typer.Option(help="N:M for the magnitude rule.")] = "2:4",
+    family: Annotated[str | None, typer.Option(help="Model family [default: read off the keys].")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads, where the weights cannot tell.")] = None,
+    null_class: Annotated[int | None, typer.Option(help="Label that stands for 'no label'.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw parameters per layer before and after to a PNG.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Of an engine, hash the weights too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show a checkpoint's or an engine's layers: masked, 2:4, parameters and MACs before and after."""
+    if path.suffix == SUFFIX:
+        file = EngineFile(path)
+        if check:
+            file.verify()
+        report = file.manifest.to_dict()
+    else:
+        report = export_module("report").inspect_checkpoint(
+            path,
+            rule=mask,
+            pattern=pattern,
+            layers=parse_globs(mask_layers),
+            family=family,
+            heads=heads,
+            null_class=null_class,
+        )
+    if plot is not None:
+        export_module("report").plot_layers(report["layers"], plot)
+    if as_json:
+        print_json(report)
+        return
+    _print_summary(path, report)
+    console.print(_layer_table(report["layers"]))
+
+
+def _print_summary(path: Path, report: dict[str, Any]) -> None:
+    for note in report["notes"]:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    shape = "x".join(map(str, report["data_shape"]))
+    classes = f"{report['num_classes']} classes" if report["num_classes"] else "unconditional"
+    trained = f"schedule {report['schedule']['name']}, predicts {report['prediction']}"
+    line = f"{path}: {report['family']}, {shape}, {classes}, {trained}"
+    if "backend" in report:
+        backend = report["backend"]
+        line += f"; engine for {backend['name']} {backend.get('version')}, {report['precision']}"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _layer_table(layers: list[dict[str, Any]]) -> Table:
+    built = any("kernel" in layer for layer in layers)
+    totals = {key: sum(layer[key] for layer in layers) for key in ("parameters", "nonzeros", "macs", "macs_nonzero")}
+    masked = sum(layer["masked"] for layer in layers)
+    hardware = sum(layer["masked"] and layer["hardware_24"] for layer in layers)
+    table = make_table(show_footer=True, footer_style="bold")
+    table.add_column("layer", f"{len(layers)} layers", no_wrap=True)
+    table.add_column("shape", no_wrap=True)
+    table.add_column("mask", str(masked), no_wrap=True)
+    table.add_column("2:4", str(hardware), no_wrap=True)
+    table.add_column("parameters", _change(totals["parameters"], totals["nonzeros"]), justify="right", no_wrap=True)
+    table.add_column("MACs", _change(totals["macs"], totals["macs_nonzero"]), justify="right", no_wrap=True)
+    table.add_column("energy", justify="right", no_wrap=True)
+    table.add_column("kernel" if built else "remark")
+    for layer in layers:
+        table.add_row(
+            layer["name"],
+            "x".join(map(str, layer["shape"])),
+            layer["source"] or "-",
+            "yes" if layer["masked"] and layer["hardware_24"] else "-",
+            _change(layer["parameters"], layer["nonzeros"]),
+            _change(layer["macs"], layer["macs_nonzero"]),
+            f"-{layer['energy_removed']:.1%}" if layer["masked"] else "",
+            (layer.get("kernel") or "-") if built else (layer["reason"] or ""),
+        )
+    return table
+
+
+def _change(before: int, after: int) -> str:
+    return human(before) if before == after else f"{human(before)} → {human(after)}"

@@ -1,0 +1,75 @@
+"""The entry point: subcommands, and errors as one or two lines with the right exit code."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from sparse_engine import __version__
+from sparse_engine.errors import SparseEngineError
+
+from . import build, doctor, inspect, sample, samplers, verify
+from .terminal import errors
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+# Typer brings click inside itself, or imports it, by version; the base of a usage error is the same class either way.
+ClickException: Any = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    name="sparse-engine",
+    help="Inference engines for 2:4-sparse diffusion models (SparseDM).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+for module in (build, inspect, sample, verify, samplers, doctor):
+    app.command(module.__name__.rpartition(".")[2])(module.command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sparse-engine {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and log what happens.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    if debug:
+        logging.basicConfig(level=logging.DEBUG, format="%(levelname)s %(name)s: %(message)s")
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line with the given arguments and return the exit code."""
+    try:
+        result = app(arguments, prog_name="sparse-engine", standalone_mode=False)
+        if result == EXIT_INTERRUPTED:  # some versions of Typer swallow the interrupt
+            raise KeyboardInterrupt
+        return result if isinstance(result, int) else 0
+    except SparseEngineError as error:
+        if "--debug" in arguments:
+            raise
+        errors.print(f"error: {error.what}", style="bold red", markup=False, highlight=False)
+        if error.fix:
+            errors.print(f"fix: {error.fix}", markup=False, highlight=False)
+        return error.exit_code
+    except ClickException as error:
+        error.show()
+        return int(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        errors.print("interrupted; nothing half-written was left behind")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+        return 0

@@ -1,0 +1,80 @@
+"""``sparse-engine sample``: pictures out of an engine."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from sparse_engine.engine import SparseEngine
+from sparse_engine.errors import OptionError
+from sparse_engine.files import check_writable
+from sparse_engine.images import write_samples
+
+from .terminal import errors, progress
+
+
+def command(
+    engine: Annotated[Path, typer.Argument(help="A .sengine file.")],
+    n: Annotated[int, typer.Option("-n", "--count", help="How many samples.")] = 16,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="X.png for one picture of all, X.npz, or a folder for PNGs.")
+    ] = Path("samples.png"),
+    steps: Annotated[int, typer.Option(help="Network evaluations per sample.")] = 50,
+    sampler: Annotated[str | None, typer.Option(help="See `sparse-engine samplers` [default: the model's].")] = None,
+    seed: Annotated[int, typer.Option(help="Image i of a seed is always the same.")] = 0,
+    labels: Annotated[
+        str | None, typer.Option(help="Classes such as 3, 0,1,2 or 0-9, repeated to fill the count [default: drawn].")
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance weight w; 1 is without.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples per network call.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads [default: one per core].")] = None,
+    t_end: Annotated[float | None, typer.Option(help="Schedule time to stop at.")] = None,
+    spacing: Annotated[str | None, typer.Option(help="How the sampler's times are spaced.")] = None,
+    eta: Annotated[float | None, typer.Option(help="Noise of ddim: 0 none, 1 ancestral.")] = None,
+    variance: Annotated[str | None, typer.Option(help="Variance of ddpm: small or large.")] = None,
+    order: Annotated[int | None, typer.Option(help="Order of a solver that has several.")] = None,
+) -> None:
+    """Draw samples and write them to a picture, a folder or an array."""
+    if output.suffix in (".png", ".npz"):
+        check_writable(output)
+    as_array = output.suffix == ".npz"
+    with SparseEngine.load(engine, threads=threads) as loaded, progress() as display:
+        size = batch_size or loaded.manifest.batch[1]
+        task = display.add_task("sampling", total=math.ceil(max(n, 1) / max(size, 1)) * steps)
+        batches = loaded.stream(
+            n,
+            steps=steps,
+            sampler=sampler,
+            seed=seed,
+            labels=_labels(labels, n),
+            guidance=guidance,
+            batch_size=batch_size,
+            output="float" if as_array and loaded.manifest.value_range is None else "uint8",
+            t_end=t_end,
+            spacing=spacing,
+            eta=eta,
+            variance=variance,
+            order=order,
+            callback=lambda *_: display.advance(task),
+        )
+        written = write_samples(output, batches)
+    errors.print(f"{written} samples: {output}", highlight=False, markup=False)
+
+
+def _labels(text: str | None, n: int) -> np.ndarray | None:
+    """ "3", "0,1,2" or "0-9" -> one label per sample. Raises OptionError where they do not fill the count evenly."""
+    if text is None:
+        return None
+    values: list[int] = []
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        if not low.isdecimal() or (dash and not high.isdecimal()):
+            raise OptionError(f"--labels {text!r}: {part!r} is no class", "write them as 3, 0,1,2 or 0-9")
+        values += range(int(low), int(high or low) + 1)
+    if not values or max(n, 1) % len(values):
+        raise OptionError(f"--labels {text!r} are {len(values)} classes, which do not fill {n} samples evenly")
+    return np.resize(np.array(values, np.int64), max(n, 1))

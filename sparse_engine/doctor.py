@@ -1,0 +1,128 @@
+"""What this machine can run, and why not: the facts behind ``sparse-engine doctor``."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sparse_engine import __version__
+from sparse_engine.backends import BACKENDS, backend_named
+
+PACKAGES = (
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "torch",
+    "onnxscript",
+    "tensorrt",
+    "tensorrt-rtx",
+    "cuda-python",
+)
+CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact: whether it is good, what was found, and what to do where it is not."""
+
+    name: str
+    ok: bool
+    found: str
+    fix: str | None = None
+
+
+def diagnose() -> list[Finding]:
+    """Look at this machine."""
+    return [
+        Finding("sparse-engine", True, f"{__version__} on Python {platform.python_version()}, {platform.platform()}"),
+        _cpu(),
+        _gpu(),
+        *(_package(name) for name in PACKAGES if _version(name) or name in ("numpy", "onnx")),
+        *_conflicts(),
+        *(_backend(name) for name in BACKENDS),
+        _export(),
+    ]
+
+
+def to_dicts(findings: list[Finding]) -> list[dict[str, Any]]:
+    """As ``--json`` prints them."""
+    return [asdict(finding) for finding in findings]
+
+
+def _cpu() -> Finding:
+    flags: set[str] = set()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith(("flags", "Features")):
+                flags = set(line.partition(":")[2].split())
+                break
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = [flag for flag in CPU_FLAGS if flag in flags]
+    return Finding(
+        "CPU", True, f"{usable} usable cores, {platform.machine()}, {', '.join(found) or 'no vector flags known'}"
+    )
+
+
+def _gpu() -> Finding:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return Finding(
+            "NVIDIA GPU",
+            False,
+            "no driver (libcuda.so.1 is not there)",
+            "engines run on the CPU; for a GPU install NVIDIA's driver",
+        )
+    version, count = ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return Finding("NVIDIA GPU", False, "a driver, but no GPU", "check nvidia-smi")
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    names = []
+    for device in range(count.value):
+        name = ctypes.create_string_buffer(128)
+        driver.cuDeviceGetName(name, len(name), device)
+        names.append(name.value.decode(errors="replace"))
+    return Finding(
+        "NVIDIA GPU", True, f"{', '.join(names)}; driver for CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _package(name: str) -> Finding:
+    version = _version(name)
+    return Finding(name, version is not None, version or "not installed", None if version else f"pip install {name}")
+
+
+def _conflicts() -> list[Finding]:
+    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
+    if len(both) < 2:
+        return []
+    fix = "pip uninstall -y onnxruntime onnxruntime-gpu, then install the one you need"
+    return [Finding("onnxruntime twice", False, "onnxruntime and onnxruntime-gpu overwrite each other's files", fix)]
+
+
+def _backend(name: str) -> Finding:
+    found = backend_named(name).availability()
+    if found.usable:
+        return Finding(f"backend {name}", True, f"usable, {found.version}")
+    return Finding(f"backend {name}", False, found.reason or "not usable", found.fix)
+
+
+def _export() -> Finding:
+    missing = [name for name in ("torch", "onnxscript", "safetensors") if not _version(name)]
+    if missing:
+        return Finding("building engines", False, f"needs {', '.join(missing)}", "pip install 'sparse-engine[export]'")
+    return Finding("building engines", True, "torch, onnxscript and safetensors are there")

@@ -1,0 +1,197 @@
+"""The command line as a user meets it: exit codes, one or two lines of error, nothing left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparse_engine.cli.main import run
+from tests.conftest import TINY, random_state
+
+FAST = ["--steps", "2", "--sampler", "ddim"]
+
+
+def sparse_engine(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", "from sparse_engine.cli.main import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
+
+
+def test_build_inspect_verify_sample(tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
+    engine = tmp_path / "model.sengine"
+    assert run(["build", str(tiny_checkpoint), "--sparse", "--heads", "4", "-o", str(engine)]) == 0
+    said = capsys.readouterr().out
+    assert "note: warning: the mask removes more than" in said
+    assert "12 of 16 layers masked, 12 of them hardware 2:4" in said.replace("\n", " ")
+    assert run(["verify", str(engine), "--against", str(tiny_checkpoint)]) == 0
+    assert "PSNR of a 10-step trajectory" in capsys.readouterr().out
+    assert run(["inspect", str(engine), "--check"]) == 0
+    assert "onnxruntime" in capsys.readouterr().out
+    assert run(["sample", str(engine), "-n", "5", "-o", str(tmp_path / "x.png"), *FAST]) == 0
+    assert Image.open(tmp_path / "x.png").mode == "RGB"
+    assert sorted(os.listdir(tmp_path)) == ["model.sengine", "x.png"]
+
+
+def test_default_output_is_the_checkpoints_name_here(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    done = sparse_engine("build", tiny_checkpoint, "--heads", 4, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert os.listdir(tmp_path) == ["tiny.sengine"]
+    assert done.stderr == ""  # no terminal, no progress bar
+
+
+def test_inspect_json_and_plot(tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
+    chart = tmp_path / "layers.png"
+    assert run(["inspect", str(tiny_checkpoint), "--heads", "4", "--json", "--plot", str(chart)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["config"]["embed_dim"] == 32
+    assert sum(layer["masked"] for layer in report["layers"]) == 12
+    assert Image.open(chart).size[0] > 500
+
+
+def test_sample_to_a_folder_and_an_array(tmp_path: Path, conditional_engine: Path) -> None:
+    assert (
+        run(["sample", str(conditional_engine), "-n", "6", "--labels", "0-2", "-o", str(tmp_path / "out"), *FAST]) == 0
+    )
+    assert sorted(os.listdir(tmp_path / "out")) == [f"{i:06d}.png" for i in range(6)]
+    assert (
+        run(["sample", str(conditional_engine), "-n", "6", "--labels", "0-2", "-o", str(tmp_path / "x.npz"), *FAST])
+        == 0
+    )
+    samples = np.load(tmp_path / "x.npz")["samples"]
+    assert (samples.shape, samples.dtype) == ((6, 8, 8, 3), np.uint8)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "000004.png")), samples[4])
+
+
+def test_latents_go_to_an_array(tmp_path: Path, latent_engine: Path) -> None:
+    assert run(["sample", str(latent_engine), "-n", "2", "-o", str(tmp_path / "z.npz"), *FAST]) == 0
+    assert np.load(tmp_path / "z.npz")["samples"].shape == (2, 4, 8, 8)
+    assert run(["sample", str(latent_engine), "-n", "2", "-o", str(tmp_path / "z.png"), *FAST]) == 2
+
+
+def test_verify_fails_past_the_tolerance(tiny_engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    other = tmp_path / "other.pth"
+    torch.save(random_state(TINY, seed=1), other)
+    assert run(["verify", str(tiny_engine), "--against", str(other)]) == 1
+    assert "expected at most 1e-04 (the engine was built from another checkpoint file)" in capsys.readouterr().err
+
+
+def test_doctor_and_samplers(capsys: pytest.CaptureFixture) -> None:
+    assert run(["doctor", "--json"]) == 0
+    findings = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert findings["backend onnxruntime"]["ok"]
+    assert findings["CPU"]["found"]
+    assert run(["samplers", "--json"]) == 0
+    names = {entry["name"] for entry in json.loads(capsys.readouterr().out)}
+    assert {"ddim", "ddpm", "euler-ode", "dpm-solver++"} <= names
+    assert run(["doctor"]) == run(["samplers"]) == run(["--version"]) == run(["--help"]) == 0
+
+
+def test_doctor_sees_both_onnxruntimes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_engine import doctor
+
+    monkeypatch.setattr(doctor, "_version", lambda name: "1.0")
+    finding = next(entry for entry in doctor.diagnose() if entry.name == "onnxruntime twice")
+    assert not finding.ok
+    assert "pip uninstall" in (finding.fix or "")
+
+
+BAD_INPUT = {
+    "not a checkpoint": (["build", "{junk}"], "junk.pth is"),
+    "missing checkpoint": (["build", "nowhere.pth"], "nowhere.pth does not exist"),
+    "wrong heads": (["build", "{tiny}", "--heads", "5"], "heads = 5 does not divide embed_dim = 32"),
+    "no heads": (["build", "{tiny}"], "attention heads cannot be read off"),
+    "bad pattern": (["build", "{tiny}", "--heads", "4", "--sparse", "--pattern", "4:2"], "expected 0 < N < M"),
+    "nothing 2:4": (
+        ["build", "{tiny}", "--heads", "4", "--sparse", "--pattern", "7:8"],
+        "none of the 16 layers can be 2:4",
+    ),
+    "glob": (["build", "{tiny}", "--heads", "4", "--sparse", "--mask-layers", "x.*"], "'x.*' matches none"),
+    "bad batch": (
+        ["build", "{tiny}", "--heads", "4", "--batch", "4,2,1"],
+        "expected 1 <= smallest <= usual <= largest",
+    ),
+    "batch no numbers": (["build", "{tiny}", "--heads", "4", "--batch", "many"], "expected three whole numbers"),
+    "precision": (["build", "{tiny}", "--heads", "4", "--precision", "fp4"], "precision 'fp4' is not supported"),
+    "backend": (["build", "{tiny}", "--backend", "abacus"], "backend 'abacus' is not known"),
+    "no folder": (["build", "{tiny}", "-o", "no/where.sengine"], "the folder no does not exist"),
+    "output a folder": (["build", "{tiny}", "-o", "."], "is a folder; expected a file name"),
+    "no engine": (["sample", "{junk}"], "is no engine file"),
+    "n of 0": (["sample", "{engine}", "-n", "0"], "n = 0; expected a whole number of 1 or more"),
+    "negative n": (["sample", "{engine}", "-n", "-3"], "n = -3; expected"),
+    "labels for unconditional": (["sample", "{engine}", "--labels", "1"], "the model is unconditional"),
+    "labels no class": (["sample", "{engine}", "--labels", "cat"], "'cat' is no class"),
+    "labels uneven": (["sample", "{engine}", "-n", "5", "--labels", "0-1"], "do not fill 5 samples evenly"),
+    "unwritable output": (["sample", "{engine}", "-o", "no/where.png"], "the folder no does not exist"),
+    "inspect junk engine": (["inspect", "{junk_engine}"], "is no engine file"),
+    "unknown option": (["build", "--fast"], "No such option"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_two_lines_and_exit_2_and_leaves_nothing(
+    case: str,
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    tiny_engine: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    arguments, message = BAD_INPUT[case]
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    (inputs / "junk.pth").write_text("not a checkpoint " * 50)
+    (inputs / "junk.sengine").write_text("not an engine " * 50)
+    names = {
+        "junk": inputs / "junk.pth",
+        "junk_engine": inputs / "junk.sengine",
+        "tiny": tiny_checkpoint,
+        "engine": tiny_engine,
+    }
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    assert run([argument.format(**names) for argument in arguments]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert "Traceback" not in shown.err
+    if case != "unknown option":
+        assert shown.err.startswith("error: ")
+        assert len(shown.err.strip().splitlines()) <= 2
+    assert os.listdir(work) == []
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = sparse_engine("--debug", "build", tmp_path / "nowhere.pth")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["build", "sample"])
+@pytest.mark.parametrize("after", [0.6, 2.5])
+def test_ctrl_c_leaves_nothing_behind(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_engine: Path, command: str, after: float
+) -> None:
+    arguments = {
+        "build": ["build", tiny_checkpoint, "--heads", 4, "-o", tmp_path / "x.sengine"],
+        "sample": ["sample", tiny_engine, "-n", 100000, "-o", tmp_path / "out"],
+    }[command]
+    launch = "from sparse_engine.cli.main import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", launch, *map(str, arguments)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    if process.returncode == 130:
+        assert "interrupted; nothing half-written was left behind" in said
+        assert os.listdir(tmp_path) == []
+    else:  # interrupted before the program had begun, or after it had ended
+        assert after < 1 or process.returncode == 0, said
+        assert os.listdir(tmp_path) in ([], ["x.sengine"])

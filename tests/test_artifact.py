@@ -1,0 +1,238 @@
+"""The engine file: written whole or not at all; every kind of damage named."""
+
+import errno
+import json
+import os
+import subprocess
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparse_engine.artifact import PAGE, EngineFile, write_engine
+from sparse_engine.backends.base import PayloadFile, bytes_payload, weights_payload
+from sparse_engine.errors import EngineFileError, OutputError
+from sparse_engine.manifest import FORMAT_VERSION, Manifest
+
+WEIGHTS = {
+    "a": np.arange(5000, dtype=np.float32),
+    "b": np.arange(7, dtype=np.float32),
+    "c": np.ones((40, 40), np.float32),
+}
+GOLDEN = Path(__file__).parent / "golden" / "format-1.sengine"
+
+
+def manifest() -> Manifest:
+    return Manifest(
+        tool_version="0.1.0",
+        family="uvit",
+        config={"heads": 4},
+        data_shape=(3, 8, 8),
+        value_range=(-1.0, 1.0),
+        schedule={"name": "vp-linear"},
+        prediction="eps",
+        num_classes=0,
+        null_class=None,
+        sampler="ddim",
+        precision="fp32",
+        sparse=True,
+        mask={"rule": "auto", "pattern": "2:4", "layers": []},
+        layers=[],
+        backend={"name": "onnxruntime"},
+        batch=(1, 2, 4),
+        checkpoint_sha256="0" * 64,
+        graph_sha256="1" * 64,
+        notes=["é"],
+    )
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    target = tmp_path / "x.sengine"
+    write_engine(target, manifest(), [bytes_payload("step.onnx", b"graph"), weights_payload(WEIGHTS)])
+    return target
+
+
+def test_what_is_written_is_read_back(path: Path) -> None:
+    file = EngineFile(path)
+    file.verify()
+    assert file.read("step.onnx") == b"graph"
+    read = file.manifest.to_dict()
+    assert read.pop("files").keys() == {"step.onnx", "weights.bin"}
+    assert read == {key: value for key, value in manifest().to_dict().items() if key != "files"}
+    offset, size = file.span("weights.bin")
+    assert offset % PAGE == 0
+    mapped = np.memmap(path, np.uint8, "r", offset, (size,))
+    assert np.array_equal(mapped[:20000].view(np.float32), WEIGHTS["a"])
+
+
+def test_any_unzip_reads_it(path: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        archive.extractall(tmp_path / "out")
+    assert (tmp_path / "out" / "step.onnx").read_bytes() == b"graph"
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["family"] == "uvit"
+
+
+def test_the_same_input_gives_the_same_bytes(path: Path, tmp_path: Path) -> None:
+    write_engine(tmp_path / "y.sengine", manifest(), [bytes_payload("step.onnx", b"graph"), weights_payload(WEIGHTS)])
+    assert path.read_bytes() == (tmp_path / "y.sengine").read_bytes()
+
+
+def test_a_file_of_format_1_stays_readable() -> None:
+    """Golden bytes: written once, never again."""
+    file = EngineFile(GOLDEN)
+    file.verify()
+    assert file.manifest.format_version == 1
+    assert file.read("step.onnx") == b"graph"
+    offset, size = file.span("weights.bin")
+    assert (offset, size) == (4096, file.manifest.files["weights.bin"]["size"])
+    data = GOLDEN.read_bytes()[offset : offset + 20000]
+    assert np.array_equal(np.frombuffer(data, np.float32), WEIGHTS["a"])
+
+
+def test_cut_short_anywhere(path: Path, tmp_path: Path) -> None:
+    data = path.read_bytes()
+    cut = tmp_path / "cut.sengine"
+    for length in [*range(0, len(data) - 1, 997), len(data) - 1]:
+        cut.write_bytes(data[:length])
+        with pytest.raises(EngineFileError, match=r"cut short or altered|no engine file"):
+            EngineFile(cut)
+
+
+def test_one_byte_flipped_anywhere_is_found_or_changes_nothing(path: Path, tmp_path: Path) -> None:
+    """Padding aside, no flip goes unseen by ``verify``; outside the weights, none goes unseen by opening."""
+    data = path.read_bytes()
+    start, size = EngineFile(path).span("weights.bin")
+    flipped = tmp_path / "flipped.sengine"
+    seen_on_opening = 0
+    for position in [*range(0, start, 61), *range(start, start + size, 1999), *range(start + size, len(data), 7)]:
+        altered = bytearray(data)
+        altered[position] ^= 0x10
+        flipped.write_bytes(altered)
+        try:
+            file = EngineFile(flipped)
+        except EngineFileError:
+            seen_on_opening += 1
+            continue
+        if start <= position < start + size:
+            with pytest.raises(EngineFileError, match="weights.bin was altered: its sha256 is"):
+                file.verify()
+        else:
+            file.verify()
+            assert file.read("step.onnx") == b"graph"
+            assert file.manifest == EngineFile(path).manifest
+    assert seen_on_opening > 100
+
+
+def rewritten(path: Path, **changes: object) -> Path:
+    """The same engine with entries of its manifest changed."""
+    with zipfile.ZipFile(path) as archive:
+        files = {info.filename: archive.read(info) for info in archive.infolist()}
+    values = {**json.loads(files["manifest.json"]), **changes}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, json.dumps(values) if name == "manifest.json" else data)
+    return path
+
+
+def test_newer_format(path: Path) -> None:
+    rewritten(path, format_version=FORMAT_VERSION + 1, tool_version="9.9")
+    with pytest.raises(EngineFileError, match=r"format version 2, written by sparse-engine 9\.9.*\n.*upgrade"):
+        EngineFile(path)
+
+
+def test_manifest_without_an_entry(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("manifest.json", '{"format_version": 1, "files": {}}')
+    with pytest.raises(EngineFileError, match="its manifest lacks tool_version"):
+        EngineFile(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello" * 100, b"\x89PNG\r\n" + bytes(500)], ids=["empty", "text", "picture"]
+)
+def test_renamed_from_something_else(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.sengine").write_bytes(content)
+    with pytest.raises(EngineFileError, match=r"is no engine file.*\n.*expected a \.sengine file"):
+        EngineFile(tmp_path / "x.sengine")
+
+
+def test_another_zip(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.sengine", "w") as archive:
+        archive.writestr("hello.txt", "hello")
+    with pytest.raises(EngineFileError, match="a zip without manifest.json: no engine file"):
+        EngineFile(tmp_path / "x.sengine")
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(EngineFileError, match="does not exist"):
+        EngineFile(tmp_path / "x.sengine")
+
+
+def failing(error: BaseException) -> PayloadFile:
+    def chunks() -> Iterator[bytes]:
+        yield b"x" * 100
+        raise error
+
+    return PayloadFile("weights.bin", 200, chunks, aligned=True)
+
+
+@pytest.mark.parametrize(
+    "error,raised",
+    [(OSError(errno.ENOSPC, "No space left"), OutputError), (KeyboardInterrupt(), KeyboardInterrupt)],
+    ids=["full disk", "interrupt"],
+)
+def test_nothing_is_left_behind_and_what_was_there_stays(tmp_path: Path, error: BaseException, raised: type) -> None:
+    target = tmp_path / "x.sengine"
+    target.write_bytes(b"the old one")
+    with pytest.raises(raised):
+        write_engine(target, manifest(), [failing(error)])
+    assert target.read_bytes() == b"the old one"
+    assert os.listdir(tmp_path) == ["x.sengine"]
+
+
+def test_full_disk_for_real(tmp_path: Path) -> None:
+    """A file system of one megabyte, where the machine lets a test mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting a file system is not allowed here")
+    try:
+        with pytest.raises(OutputError, match="the disk is full; nothing was left behind"):
+            write_engine(disk / "x.sengine", manifest(), [weights_payload({"w": np.zeros(2_000_000, np.float32)})])
+        assert os.listdir(disk) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="the folder .* does not exist"):
+        write_engine(tmp_path / "nowhere" / "x.sengine", manifest(), [])
+
+
+@pytest.mark.slow
+def test_larger_than_four_gigabytes_is_zip64(tmp_path: Path) -> None:
+    """The paper's largest cells pass 4 GiB; zeros, so that the file system need not store them twice."""
+    free = os.statvfs(tmp_path)
+    if free.f_bavail * free.f_frsize < 12 << 30:
+        pytest.skip("needs 12 GiB of disk")
+    size, chunk = (4 << 30) + 4096, bytes(1 << 24)
+
+    def chunks() -> Iterator[bytes]:
+        remaining = size
+        while remaining:
+            yield chunk[: min(remaining, len(chunk))]
+            remaining -= min(remaining, len(chunk))
+
+    target = tmp_path / "large.sengine"
+    write_engine(
+        target, manifest(), [PayloadFile("weights.bin", size, chunks, True), bytes_payload("step.onnx", b"graph")]
+    )
+    file = EngineFile(target)
+    assert file.span("weights.bin")[1] == size
+    assert file.span("weights.bin")[0] % PAGE == 0
+    assert file.read("step.onnx") == b"graph"

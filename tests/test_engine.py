@@ -1,0 +1,251 @@
+"""``SparseEngine`` as a service uses it."""
+
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparse_engine import SparseEngine
+from sparse_engine.errors import EngineClosedError, EngineFileError, OptionError, SamplingCancelled, UnsupportedError
+
+FAST = {"steps": 4, "sampler": "dpm-solver++"}
+
+
+def close_to(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and float(np.abs(a - b).max()) <= 2e-5 * float(np.abs(b).max())
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler-ode", "dpm-solver++"])
+def test_image_i_of_a_seed_is_the_same_in_any_batch(engine: SparseEngine, sampler: str) -> None:
+    whole = engine.sample(16, steps=5, sampler=sampler, seed=7, batch_size=16, output="float")
+    for batch_size in (1, 3):
+        again = engine.sample(16, steps=5, sampler=sampler, seed=7, batch_size=batch_size, output="float")
+        assert close_to(again, whole)
+    assert close_to(engine.sample(3, steps=5, sampler=sampler, seed=7, output="float"), whole[:3])
+    assert not close_to(engine.sample(16, steps=5, sampler=sampler, seed=8, output="float"), whole)
+
+
+def test_four_threads_of_callers_get_what_one_gets(conditional_engine: Path) -> None:
+    with SparseEngine.load(conditional_engine, threads=2) as engine:
+        alone = [engine.sample(4, seed=seed, output="float", **FAST) for seed in range(8)]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(lambda seed: engine.sample(4, seed=seed, output="float", **FAST), range(8)))
+    assert all(close_to(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_shapes_and_types(engine: SparseEngine, latent_engine: Path) -> None:
+    pixels = engine.sample(5, **FAST)
+    assert (pixels.shape, pixels.dtype) == ((5, 8, 8, 3), np.uint8)
+    floats = engine.sample(5, output="float", **FAST)
+    assert (floats.shape, floats.dtype) == ((5, 3, 8, 8), np.float32)
+    assert np.array_equal(np.rint((floats.clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1), pixels)
+
+
+def test_latents_have_no_pixels(latent_engine: Path) -> None:
+    with SparseEngine.load(latent_engine) as engine:
+        with pytest.raises(OptionError, match=r'latent model: its samples have no pixels\n.*output="float".*decoder='):
+            engine.sample(2, **FAST)
+        assert engine.sample(2, output="float", **FAST).shape == (2, 4, 8, 8)
+        decoded = engine.sample(2, decoder=lambda z: np.tanh(z[:, :3].repeat(2, 2).repeat(2, 3)), **FAST)
+        assert (decoded.shape, decoded.dtype) == ((2, 16, 16, 3), np.uint8)
+
+
+def test_stream_yields_batches_as_they_finish(engine: SparseEngine) -> None:
+    stream = engine.stream(7, batch_size=3, output="float", **FAST)
+    batches = list(stream)
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    assert close_to(np.concatenate(batches), engine.sample(7, output="float", **FAST))
+
+
+def test_stream_checks_its_arguments_at_once(engine: SparseEngine) -> None:
+    with pytest.raises(OptionError, match="n = 0"):
+        engine.stream(0)
+
+
+def test_labels_and_guidance_reach_the_network(engine: SparseEngine) -> None:
+    x, t = np.ones((2, 3, 8, 8), np.float32), 0.5
+    by_label = [engine.denoise(x, t, labels=label) for label in range(5)]
+    assert not close_to(by_label[0], by_label[1])
+    assert close_to(engine.denoise(x, t), by_label[4])  # without labels: the null class
+    for w in (2.0, 0.0, -0.5):
+        mixed = w * by_label[1] + (1 - w) * by_label[4]
+        assert close_to(engine.denoise(x, t, labels=1, guidance=w), mixed)
+    each = engine.denoise(x, np.array([0.5, 0.25]), labels=[0, 3])
+    assert close_to(each[:1], by_label[0][:1])
+
+
+def test_missing_labels_are_drawn_from_the_seed_and_never_null(engine: SparseEngine) -> None:
+    drawn, weights = engine._conditioning(200, 3, None, None)
+    assert drawn is not None
+    assert set(drawn[0]) == {0, 1, 2, 3}
+    assert np.array_equal(drawn[0, :50], engine._conditioning(50, 3, None, None)[0][0])  # type: ignore[index]
+    assert weights.tolist() == [1.0]
+
+
+def test_noise_init_and_t_start(engine: SparseEngine, rng: np.random.Generator) -> None:
+    noise = rng.standard_normal((3, 3, 8, 8), np.float32)
+    first = engine.sample(3, noise=noise, labels=0, output="float", **FAST)
+    assert close_to(engine.sample(3, noise=noise, labels=0, seed=9, output="float", **FAST), first)
+    init = np.tile(np.linspace(-1, 1, 8, dtype=np.float32), (3, 3, 8, 1))
+    near = engine.sample(3, init=init, t_start=0.01, labels=0, output="float", **FAST)
+    far = engine.sample(3, init=init, t_start=0.9, labels=0, output="float", **FAST)
+    assert np.abs(near - init).mean() < 0.2 < np.abs(far - init).mean()
+
+
+def test_callback_sees_every_step_and_can_stop(engine: SparseEngine) -> None:
+    seen = []
+    engine.sample(5, batch_size=3, callback=lambda step, t, x: seen.append((step, x.shape[0])), **FAST)
+    assert seen == [(step, batch) for batch in (3, 2) for step in range(4)]
+    with pytest.raises(SamplingCancelled):
+        engine.sample(5, callback=lambda step, t, x: step < 1, **FAST)
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.5, True, "4"])
+def test_bad_n(engine: SparseEngine, n: object) -> None:
+    with pytest.raises(OptionError, match=r"n = .*; expected a whole number of 1 or more"):
+        engine.sample(n)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"labels": 5}, "label 5 is out of range; the model has classes 0 to 4"),
+        ({"labels": [0, -1]}, "label -1 is out of range"),
+        ({"labels": [0, 1, 2]}, r"labels have shape \[3\]; expected one label or 2 of them"),
+        ({"labels": [0.5, 1.0]}, "labels are float64; expected integers"),
+        ({"guidance": float("nan")}, "guidance = nan; expected a finite weight"),
+        ({"batch_size": 0}, "batch_size = 0; expected a whole number"),
+        ({"seed": -1}, "seed = -1; expected a whole number from 0"),
+        ({"output": "png"}, "output = 'png'; expected one of uint8, float"),
+        ({"steps": 0}, "steps"),
+        ({"sampler": "dpm"}, "sampler"),
+        ({"noise": np.zeros((2, 3, 4, 4))}, r"noise has shape \[2, 3, 4, 4\]; expected \[2, 3, 8, 8\]"),
+        ({"init": np.zeros((2, 3, 8, 8))}, "init is given without t_start"),
+        ({"noise": np.full((2, 3, 8, 8), np.nan)}, "noise holds NaN or infinite values"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(engine: SparseEngine, options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        engine.sample(2, **options)
+
+
+def test_labels_for_an_unconditional_model(tiny_engine: Path) -> None:
+    with SparseEngine.load(tiny_engine) as engine:
+        with pytest.raises(OptionError, match="labels are given, but the model is unconditional"):
+            engine.sample(2, labels=1)
+        with pytest.raises(OptionError, match=r"guidance = 2.0, but the model has no labels"):
+            engine.sample(2, guidance=2.0)
+        assert engine.sample(2, guidance=1.0, **FAST).shape == (2, 8, 8, 3)
+
+
+def test_guidance_without_a_null_class(conditional_checkpoint: Path, build) -> None:
+    with SparseEngine.load(build(conditional_checkpoint)) as engine:
+        with pytest.raises(OptionError, match=r"has no null class\n.*--null-class"):
+            engine.sample(2, guidance=2.0)
+
+
+def test_bad_threads_and_device(tiny_engine: Path) -> None:
+    with pytest.raises(OptionError, match="threads = 0"):
+        SparseEngine.load(tiny_engine, threads=0)
+    with pytest.raises(UnsupportedError, match="device 'cuda'"):
+        SparseEngine.load(tiny_engine, device="cuda")
+
+
+def test_use_after_close(conditional_engine: Path) -> None:
+    engine = SparseEngine.load(conditional_engine)
+    stream = engine.stream(4, batch_size=2, **FAST)
+    next(stream)
+    engine.close()
+    engine.close()
+    for use in (lambda: engine.sample(1), lambda: engine.info, lambda: next(stream)):
+        with pytest.raises(EngineClosedError, match="the engine is closed"):
+            use()
+
+
+def test_closing_while_another_thread_samples_is_an_error_not_a_crash(conditional_engine: Path) -> None:
+    engine = SparseEngine.load(conditional_engine, threads=1)
+    outcome: list[object] = []
+
+    def work() -> None:
+        try:
+            engine.sample(64, steps=200, batch_size=1)
+        except EngineClosedError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    engine.close()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert len(outcome) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_use_after_fork_is_an_error_not_a_hang(conditional_engine: Path) -> None:
+    script = """
+import os, sys
+from sparse_engine import SparseEngine
+from sparse_engine.errors import EngineClosedError
+engine = SparseEngine.load(sys.argv[1])
+engine.sample(1, steps=2)
+child = os.fork()
+if child == 0:
+    try:
+        engine.sample(1, steps=2)
+    except EngineClosedError as error:
+        os._exit(42 if "fork" in str(error) else 1)
+    os._exit(2)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(conditional_engine)], timeout=60)
+    assert done.returncode == 42
+
+
+def test_info_and_warmup(engine: SparseEngine) -> None:
+    engine.warmup(2)
+    info = engine.info
+    assert info["family"] == "uvit"
+    assert info["runtime"]["threads"] == 1
+    assert {"name", "masked", "hardware_24", "eligible", "chosen", "kernel"} <= info["layers"][0].keys()
+
+
+def test_weights_altered_on_disk_are_found_by_check(conditional_engine: Path, tmp_path: Path) -> None:
+    from sparse_engine.artifact import EngineFile
+
+    data = bytearray(conditional_engine.read_bytes())
+    data[EngineFile(conditional_engine).span("weights.bin")[0] + 5000] ^= 1
+    (tmp_path / "x.sengine").write_bytes(data)
+    SparseEngine.load(tmp_path / "x.sengine").close()
+    with pytest.raises(EngineFileError, match="weights.bin was altered"):
+        SparseEngine.load(tmp_path / "x.sengine", check=True)
+
+
+def test_engine_of_a_backend_that_is_not_here(conditional_engine: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "x.sengine"
+    copy.write_bytes(conditional_engine.read_bytes())
+    with pytest.raises(OptionError, match="backend 'other' is not known"):
+        SparseEngine.load(rewritten_backend(copy))
+
+
+def rewritten_backend(path: Path) -> Path:
+    import zipfile
+
+    from sparse_engine.artifact import EngineFile, write_engine
+    from sparse_engine.backends.base import PayloadFile
+
+    file = EngineFile(path)
+    with zipfile.ZipFile(path) as archive:
+        data = {name: archive.read(name) for name in file.manifest.files}
+    file.manifest.backend = {"name": "other"}
+
+    def payload(name: str) -> PayloadFile:
+        return PayloadFile(name, len(data[name]), lambda: (data[name],), aligned=name.endswith(".bin"))
+
+    write_engine(path, file.manifest, [payload(name) for name in data])
+    return path
