@@ -1,0 +1,146 @@
+"""Train a class-conditional U-ViT on scikit-learn's digits, then make it 2:4 sparse the SparseDM way.
+
+    python examples/digits/train.py
+
+Two stages, about 25 minutes together on two CPU cores. The first trains a dense model. The second follows
+SparseDM (arXiv 2404.10445): it starts from the dense weights, masks them in every forward pass (straight-through
+gradients, plus SR-STE's decay on the pruned weights, arXiv 2102.04010), and learns from the dense model as its
+teacher. What is stored is what SparseDM stores: the exponential average of the *dense* weights, without masks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import data
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from sparse_engine.export.families.uvit import SPARSE_LAYERS, UViT, UViTConfig
+
+HERE = Path(__file__).parent
+BATCH = 128
+EMA_RATE = 0.999
+LABEL_DROPOUT = 0.1
+MASK_DECAY = 2e-4  # SR-STE's lambda, SparseDM's default
+
+
+class MagnitudeMask24(torch.autograd.Function):
+    """Keep the 2 largest |w| of each 4; gradients pass straight through, and pruned weights decay."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        """Weight [out, in] -> the same with two zeros in each group of four."""
+        groups = weight.detach().abs().reshape(-1, 4)
+        pruned = groups.argsort(dim=1, stable=True)[:, :2]
+        mask = torch.ones_like(groups).scatter_(1, pruned, 0.0).reshape(weight.shape)
+        ctx.save_for_backward(weight, mask)
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Straight-through, with the decay term of SR-STE."""
+        weight, mask = ctx.saved_tensors
+        return grad + MASK_DECAY * (1.0 - mask) * weight
+
+
+class Masked(nn.Module):
+    """The mask as a parametrization: the dense weight is what is stored and trained."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the masked weight."""
+        return MagnitudeMask24.apply(weight)
+
+
+def diffuse(x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x_t of the VP-SDE with beta 0.1..20 (Song et al., arXiv 2011.13456, eq. 32). x0: [B, C, H, W], t: [B]."""
+    log_alpha = (-0.25 * t**2 * 19.9 - 0.05 * t)[:, None, None, None]
+    return log_alpha.exp() * x0 + (-torch.expm1(2 * log_alpha)).sqrt() * noise
+
+
+def train(net: nn.Module, target: Callable[..., Tensor], steps: int, lr: float, title: str) -> nn.Module:
+    """Minimise |net(x_t, t, y) - target|^2 for some steps; return the exponential average of the weights."""
+    pixels, digits = (torch.from_numpy(array) for array in data.load())
+    average = copy.deepcopy(net).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_then_cosine(step, steps))
+    started = time.perf_counter()
+    for step in range(steps):
+        rows = torch.randint(len(pixels), (BATCH,))
+        x0, t, noise = pixels[rows], torch.rand(BATCH), torch.randn(BATCH, *pixels.shape[1:])
+        y = torch.where(torch.rand(BATCH) < LABEL_DROPOUT, data.NULL_CLASS, digits[rows])
+        x_t = diffuse(x0, t, noise)
+        loss = (net(x_t, t * 999, y) - target(x_t, t * 999, y, noise)).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        _update_average(average, net, min(EMA_RATE, (1 + step) / (10 + step)))
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            seconds = time.perf_counter() - started
+            print(f"{title}: step {step + 1}/{steps}, loss {loss.item():.4f}, {seconds:.0f} s", flush=True)
+    return average
+
+
+@torch.no_grad()
+def _update_average(average: nn.Module, net: nn.Module, rate: float) -> None:
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - rate)
+
+
+def _warmup_then_cosine(step: int, steps: int, warmup: int = 200) -> float:
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def mask_layers(net: nn.Module) -> None:
+    """Put the mask on the layers that SparseDM masks."""
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Linear) and any(fnmatch(name, pattern) for pattern in SPARSE_LAYERS):
+            parametrize.register_parametrization(module, "weight", Masked())
+
+
+def plain_state(net: nn.Module) -> dict[str, Tensor]:
+    """The dense weights under their own names, as ``nnet_ema.pth`` holds them."""
+    state = {}
+    for name, tensor in net.state_dict().items():
+        name = name.replace("parametrizations.weight.original", "weight")
+        state[name] = tensor.clone()
+    return state
+
+
+def main() -> None:
+    """Train both models and write ``dense.pth`` and ``sparsedm.pth``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dense-steps", type=int, default=6000)
+    parser.add_argument("--sparse-steps", type=int, default=3000)
+    parser.add_argument("--out", type=Path, default=HERE)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+
+    config = UViTConfig.from_dict(json.loads((HERE / "config.json").read_text()))
+    teacher = train(UViT(config), lambda x, t, y, noise: noise, options.dense_steps, 1e-3, "dense")
+    torch.save(plain_state(teacher), options.out / "dense.pth")
+
+    student = copy.deepcopy(teacher).train().requires_grad_(True)
+    mask_layers(student)
+
+    @torch.no_grad()
+    def teach(x: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> Tensor:
+        return teacher(x, t, y)
+
+    student = train(student, teach, options.sparse_steps, 5e-4, "SparseDM")
+    torch.save(plain_state(student), options.out / "sparsedm.pth")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The shipped model: trained for real, masked the way it was trained, and still drawing digits."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_engine import SparseEngine
+from sparse_engine.bench.quality import frechet_distance
+from sparse_engine.export.bake import bake
+from sparse_engine.export.build import ENERGY_WARNING, build_engine
+from sparse_engine.export.masks import magnitude_mask
+from sparse_engine.export.model import load_model
+
+DIGITS = Path(__file__).parents[2] / "examples" / "digits"
+
+
+def script(name: str) -> ModuleType:
+    """A file of the example as a module; they import one another by name, as scripts do."""
+    if str(DIGITS) not in sys.path:
+        sys.path.insert(0, str(DIGITS))
+    spec = importlib.util.spec_from_file_location(name, DIGITS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_training_masks_what_the_engine_masks() -> None:
+    weight = load_model(DIGITS / "sparsedm.pth").checkpoint.state["mid_block.mlp.fc1.weight"]
+    trained = script("train").MagnitudeMask24.apply(torch.from_numpy(weight)).numpy()
+    assert np.array_equal(trained, weight * magnitude_mask(weight)[0])
+
+
+def test_checkpoint_holds_dense_weights_that_the_mask_hardly_hurts() -> None:
+    model = load_model(DIGITS / "sparsedm.pth")
+    layers = [layer for layer in bake(model).layers if layer.masked]
+    assert len(layers) == 20
+    assert all(np.count_nonzero(model.checkpoint.state[f"{layer.name}.weight"]) == layer.parameters for layer in layers)
+    assert max(layer.energy_removed for layer in layers) < ENERGY_WARNING / 2
+    one_shot = [layer for layer in bake(load_model(DIGITS / "dense.pth")).layers if layer.masked]
+    assert min(layer.energy_removed for layer in one_shot) > ENERGY_WARNING
+
+
+def test_a_short_training_run_learns_and_stores_what_sparsedm_stores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--dense-steps", "8", "--sparse-steps", "2", "--out", str(tmp_path)])
+    script("train").main()
+    dense, sparse = (torch.load(tmp_path / name, weights_only=True) for name in ("dense.pth", "sparsedm.pth"))
+    assert dense.keys() == sparse.keys() == torch.load(DIGITS / "dense.pth", weights_only=True).keys()
+    assert not torch.equal(dense["mid_block.mlp.fc1.weight"], sparse["mid_block.mlp.fc1.weight"])
+    assert "dense: step 8/8" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("digits")
+    return {
+        name: build_engine(DIGITS / checkpoint, folder / f"{name}.sengine", sparse=sparse)[0]
+        for name, checkpoint, sparse in (("sparsedm", "sparsedm.pth", True), ("one-shot", "dense.pth", True))
+    }
+
+
+def test_it_draws_digits_that_a_classifier_reads(engines: dict[str, Path]) -> None:
+    """As results.json says, within what 200 samples allow; and clearly better than pruning in one shot."""
+    evaluate, data = script("evaluate"), script("data")
+    machine, unseen = evaluate.classifier()
+    assert unseen > 0.95
+    labels = np.resize(np.arange(10), 200)
+    real = data.load()[0].reshape(-1, 64)
+    accuracy, distance = {}, {}
+    for name, path in engines.items():
+        with SparseEngine.load(path) as engine:
+            drawn = engine.sample(200, steps=15, sampler="dpm-solver++", labels=labels, output="float", batch_size=100)
+        pixels = drawn.clip(-1, 1).reshape(200, 64)
+        accuracy[name] = (machine.predict(pixels) == labels).mean()
+        distance[name] = frechet_distance(pixels, real)
+    assert accuracy["sparsedm"] > 0.9
+    assert distance["sparsedm"] < 2.0 < distance["one-shot"]
+
+
+def test_readme_table_is_the_results_file() -> None:
+    evaluate = script("evaluate")
+    results = json.loads((DIGITS / "results.json").read_text())
+    text = (DIGITS / "README.md").read_text()
+    assert f"{evaluate.BEGIN}\n{evaluate.table(results)}\n{evaluate.END}" in text
+    rows = {row["model"]: row for row in results["models"]}
+    assert rows["SparseDM, 2:4"]["frechet_w1"] < rows["dense pruned in one shot, 2:4"]["frechet_w1"]
