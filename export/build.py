@@ -18,7 +18,7 @@ from sparse_engine.manifest import Manifest
 from sparse_engine.sampling import schedule_from_dict
 
 from .bake import Baked, bake
-from .masks import TWO_FOUR, Pattern
+from .masks import TWO_FOUR, Pattern, is_n_of_m
 from .model import Model, load_model
 from .step_graph import check_graph, export_step_graph
 
@@ -85,7 +85,7 @@ def build_engine(
     check_graph(graph, baked.state)
     progress(f"building for {chosen.name}")
     options = BuildOptions(sparse, precision, _checked_batch(batch))
-    payload = chosen.build(graph, options)
+    payload = chosen.build(graph, options, _proven_sparse(baked, graph) if sparse else [])
     manifest = _manifest(model, baked, graph, payload, options)
     manifest.backend["version"] = chosen.availability().version
     progress(f"writing {path}")
@@ -102,6 +102,12 @@ def _check_sparse(baked: Baked) -> None:
         f"--sparse: none of the {len(baked.layers)} layers can be 2:4 ({why})",
         "build without --sparse, or choose layers with --mask-layers and the pattern 2:4",
     )
+
+
+def _proven_sparse(baked: Baked, graph: StepGraph) -> list[str]:
+    """The layers whose initializers, as the backend will get them, are 2:4 along the reduction axis."""
+    names = [layer.name for layer in baked.sparse_layers]
+    return [name for name in names if is_n_of_m(graph.weights[graph.layers[name][0]], axis=graph.layers[name][1])]
 
 
 def _checked_batch(batch: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -42,7 +42,13 @@ class SparseEngine:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, threads: int | None = None, device: str | None = None, check: bool = False
+        cls,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        device: str | None = None,
+        check: bool = False,
+        autotune: bool = True,
     ) -> SparseEngine:
         """Load an engine file.
 
@@ -51,6 +57,8 @@ class SparseEngine:
             threads: for the backend's own pool; None is one per core.
             device: where the backend runs, for one that has a choice ("cuda:0").
             check: hash the weights too, which reads the whole file.
+            autotune: time the kernels of each 2:4 layer on this machine, once (the choices are remembered in the
+                user's cache folder); False takes the sparse kernel wherever one runs.
 
         Raises:
             EngineFileError: missing, damaged, of a newer format, or altered.
@@ -64,7 +72,7 @@ class SparseEngine:
         found = backend.availability()
         if not found.usable:
             raise UnsupportedError(f"{path} needs the {backend.name} backend: {found.reason}", found.fix)
-        return cls(file.manifest, backend.load(file, threads=threads, device=device))
+        return cls(file.manifest, backend.load(file, threads=threads, device=device, autotune=autotune))
 
     def sample(
         self,
@@ -101,7 +109,9 @@ class SparseEngine:
             t_start: the schedule time to start from; None is the schedule's end.
             callback: called with (step, t, x) after each step of each batch; returning False stops.
             decoder: float32 latents [B, C, H, W] -> pixels [B, C', H', W'] in [-1, 1], for latent models.
-            **options: the sampler's own: ``t_end``, ``spacing``, ``eta``, ``variance``, ``order``.
+            **options: the sampler's own: ``t_end``, ``spacing``, ``eta``, ``variance``, ``order``,
+                ``denoise_to_zero``; and ``clip``, whether the predicted x0 is kept in the pixels' range (``ddpm`` and
+                ``ddim`` do by default).
 
         Raises:
             OptionError: an argument that cannot be used; says which and what was expected.
@@ -218,14 +228,23 @@ class SparseEngine:
             batch_size or self.manifest.batch[1], steps=1, batch_size=batch_size, output="float", sampler="ddim"
         )
 
-    def trajectory(self, steps: int, sampler: str | None = None, **options: Any) -> sampling.Trajectory:
-        """The table of coefficients that ``sample`` would walk. Raises OptionError."""
+    def trajectory(
+        self, steps: int, sampler: str | None = None, *, clip: bool | None = None, **options: Any
+    ) -> sampling.Trajectory:
+        """The table of coefficients that ``sample`` would walk; arguments and errors as there."""
+        name = sampler or self.manifest.sampler
+        info = sampling.SAMPLERS.get(name)
+        pixels = self.manifest.value_range
+        if clip and (pixels is None or (info is not None and not info.clips)):
+            why = "latents have no range" if pixels is None else f"sampler {name} never forms x0"
+            raise OptionError(f"clip = True, but {why}", "leave clip out")
+        clips = info is not None and info.clips_by_default if clip is None else clip
         return sampling.make_trajectory(
-            sampler or self.manifest.sampler,
+            name,
             self._schedule,
             steps,
             prediction=self.manifest.prediction,
-            value_range=self.manifest.value_range,
+            value_range=pixels if clips else None,
             **options,
         )
 
@@ -236,8 +255,11 @@ class SparseEngine:
 
     @property
     def info(self) -> dict[str, Any]:
-        """The manifest, and under "runtime" what runs it here."""
-        return {**self.manifest.to_dict(), "runtime": self._live().describe()}
+        """The manifest, what each layer runs here, and under "runtime" what runs it."""
+        runtime = self._live().describe()
+        chosen = runtime.pop("layers", {})
+        layers = [{**layer, **chosen.get(layer["name"], {})} for layer in self.manifest.layers]
+        return {**self.manifest.to_dict(), "layers": layers, "runtime": runtime}
 
     def close(self) -> None:
         """Give memory and devices back. A second call does nothing."""

@@ -38,6 +38,13 @@ def test_four_threads_of_callers_get_what_one_gets(conditional_engine: Path) -> 
     assert all(close_to(a, b) for a, b in zip(alone, together, strict=True))
 
 
+def test_clipping_is_what_each_samplers_authors_do(engine: SparseEngine) -> None:
+    for sampler, clips in (("ddpm", True), ("ddim", True), ("dpm-solver++", False), ("euler-sde", False)):
+        assert np.isfinite(engine.trajectory(10, sampler).clip).all() == clips
+    assert engine.trajectory(10, "dpm-solver++", clip=True).clip == (-1.0, 1.0)
+    assert np.isinf(engine.trajectory(10, "ddim", clip=False).clip).all()
+
+
 def test_shapes_and_types(engine: SparseEngine, latent_engine: Path) -> None:
     pixels = engine.sample(5, **FAST)
     assert (pixels.shape, pixels.dtype) == ((5, 8, 8, 3), np.uint8)
@@ -125,6 +132,7 @@ def test_bad_n(engine: SparseEngine, n: object) -> None:
         ({"steps": 0}, "steps"),
         ({"sampler": "dpm"}, "sampler"),
         ({"noise": np.zeros((2, 3, 4, 4))}, r"noise has shape \[2, 3, 4, 4\]; expected \[2, 3, 8, 8\]"),
+        ({"clip": True, "sampler": "euler-ode"}, "clip = True, but sampler euler-ode never forms x0"),
         ({"init": np.zeros((2, 3, 8, 8))}, "init is given without t_start"),
         ({"noise": np.full((2, 3, 8, 8), np.nan)}, "noise holds NaN or infinite values"),
     ],

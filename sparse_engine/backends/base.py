@@ -133,12 +133,19 @@ class Backend(Protocol):
         """Whether this machine can run it."""
         ...
 
-    def build(self, graph: StepGraph, options: BuildOptions) -> Payload:
-        """Turn a step graph into an engine's files. Raises BackendError, UnsupportedError."""
+    def build(self, graph: StepGraph, options: BuildOptions, sparse_layers: list[str]) -> Payload:
+        """Turn a step graph into an engine's files.
+
+        ``sparse_layers`` are those whose weights were found 2:4 in the graph itself; none for a dense build.
+        Raises BackendError, UnsupportedError.
+        """
         ...
 
-    def load(self, engine: EngineFile, *, threads: int | None, device: str | None) -> StepRunner:
-        """Load an engine's payload. Raises EngineFileError, BackendError, UnsupportedError."""
+    def load(self, engine: EngineFile, *, threads: int | None, device: str | None, autotune: bool) -> StepRunner:
+        """Load an engine's payload, choosing kernels by timing them or by a stated rule.
+
+        Raises EngineFileError, BackendError, UnsupportedError.
+        """
         ...
 
 

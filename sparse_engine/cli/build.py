@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import OptionError
 
 from .terminal import console, export_module, parse_globs, print_json, progress
@@ -30,6 +31,9 @@ def command(
     null_class: Annotated[int | None, typer.Option(help="Label that stands for 'no label'.")] = None,
     schedule: Annotated[str | None, typer.Option(help="Noise schedule the model was trained on.")] = None,
     prediction: Annotated[str | None, typer.Option(help="What the network predicts: eps, x0 or v.")] = None,
+    autotune: Annotated[
+        bool, typer.Option("--autotune/--no-autotune", help="Time the kernels on this machine.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest.")] = False,
 ) -> None:
     """Build an engine from a checkpoint."""
@@ -54,18 +58,21 @@ def command(
             prediction=prediction,
             progress=lambda stage: display.update(task, description=stage),
         )
+        display.update(task, description="choosing kernels")
+        with SparseEngine.load(path, autotune=autotune) as engine:
+            info = engine.info
     if as_json:
-        print_json({"path": str(path), "bytes": path.stat().st_size, **manifest.to_dict()})
+        print_json({"path": str(path), "bytes": path.stat().st_size, **info})
         return
     for note in manifest.notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    masked = [layer for layer in manifest.layers if layer["masked"]]
+    masked = [layer for layer in info["layers"] if layer["masked"]]
     eligible = sum(layer["eligible"] for layer in masked)
-    chosen = sum(layer["chosen"] for layer in manifest.layers)
+    chosen = sum(bool(layer["chosen"]) for layer in masked)
     backend_line = f"{manifest.backend['name']} {manifest.backend['version']}, {manifest.precision}"
     console.print(
         f"{path}: {path.stat().st_size / 1e6:.1f} MB, {backend_line}; {len(masked)} of {len(manifest.layers)} layers "
-        f"masked, {eligible} of them hardware 2:4, {chosen} run by a sparse kernel",
+        f"masked, {eligible} of them hardware 2:4, {chosen} run by a sparse kernel on this machine",
         markup=False,
         highlight=False,
         soft_wrap=True,

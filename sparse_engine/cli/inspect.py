@@ -9,6 +9,8 @@ import typer
 from rich.table import Table
 
 from sparse_engine.artifact import SUFFIX, EngineFile
+from sparse_engine.engine import SparseEngine
+from sparse_engine.errors import UnsupportedError
 
 from .terminal import console, export_module, human, make_table, parse_globs, print_json
 
@@ -27,10 +29,7 @@ def command(
 ) -> None:
     """Show a checkpoint's or an engine's layers: masked, 2:4, parameters and MACs before and after."""
     if path.suffix == SUFFIX:
-        file = EngineFile(path)
-        if check:
-            file.verify()
-        report = file.manifest.to_dict()
+        report = _engine_report(path, check)
     else:
         report = export_module("report").inspect_checkpoint(
             path,
@@ -48,6 +47,29 @@ def command(
         return
     _print_summary(path, report)
     console.print(_layer_table(report["layers"]))
+
+
+def _engine_report(path: Path, check: bool) -> dict[str, Any]:
+    """What an engine file says of itself and, where its backend runs here, which kernel each layer gets here."""
+    file = EngineFile(path)
+    if check:
+        file.verify()
+    try:
+        with SparseEngine.load(path) as engine:
+            return engine.info
+    except UnsupportedError as error:
+        return {**file.manifest.to_dict(), "notes": [*file.manifest.notes, f"cannot run here: {error.what}"]}
+
+
+def _kernel(layer: dict[str, Any]) -> str:
+    """The kernel, and how many times faster than dense it was at the usual batch."""
+    timed = list(layer.get("timed_by_tokens", {}).values())
+    kernel = layer.get("kernel") or "-"
+    if not timed or kernel == "dense":
+        return kernel
+    milliseconds = timed[-1]["milliseconds"]
+    sparse = min(value for name, value in milliseconds.items() if name != "dense")
+    return f"{kernel} {milliseconds['dense'] / sparse:.2f}x"
 
 
 def _print_summary(path: Path, report: dict[str, Any]) -> None:
@@ -86,7 +108,7 @@ def _layer_table(layers: list[dict[str, Any]]) -> Table:
             _change(layer["parameters"], layer["nonzeros"]),
             _change(layer["macs"], layer["macs_nonzero"]),
             f"-{layer['energy_removed']:.1%}" if layer["masked"] else "",
-            (layer.get("kernel") or "-") if built else (layer["reason"] or ""),
+            _kernel(layer) if built else (layer["reason"] or ""),
         )
     return table
 

@@ -32,17 +32,23 @@ def command(
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance weight w; 1 is without.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per network call.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads [default: one per core].")] = None,
+    autotune: Annotated[
+        bool, typer.Option("--autotune/--no-autotune", help="Time the kernels on this machine.")
+    ] = True,
     t_end: Annotated[float | None, typer.Option(help="Schedule time to stop at.")] = None,
     spacing: Annotated[str | None, typer.Option(help="How the sampler's times are spaced.")] = None,
     eta: Annotated[float | None, typer.Option(help="Noise of ddim: 0 none, 1 ancestral.")] = None,
     variance: Annotated[str | None, typer.Option(help="Variance of ddpm: small or large.")] = None,
     order: Annotated[int | None, typer.Option(help="Order of a solver that has several.")] = None,
+    clip: Annotated[
+        bool | None, typer.Option("--clip/--no-clip", help="Keep predicted x0 in range [default: ddpm and ddim].")
+    ] = None,
 ) -> None:
     """Draw samples and write them to a picture, a folder or an array."""
     if output.suffix in (".png", ".npz"):
         check_writable(output)
     as_array = output.suffix == ".npz"
-    with SparseEngine.load(engine, threads=threads) as loaded, progress() as display:
+    with SparseEngine.load(engine, threads=threads, autotune=autotune) as loaded, progress() as display:
         size = batch_size or loaded.manifest.batch[1]
         task = display.add_task("sampling", total=math.ceil(max(n, 1) / max(size, 1)) * steps)
         batches = loaded.stream(
@@ -59,6 +65,7 @@ def command(
             eta=eta,
             variance=variance,
             order=order,
+            clip=clip,
             callback=lambda *_: display.advance(task),
         )
         written = write_samples(output, batches)

@@ -1,0 +1,138 @@
+"""Which kernel each 2:4 layer gets: dense, or sparse in one of two layouts, by timing them on this machine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from sparse_engine import __version__, kernels
+from sparse_engine.manifest import Manifest
+from sparse_engine.tactics import Choice, TacticCache
+
+from .layers import DOMAIN, SparseLayer
+
+log = logging.getLogger(__name__)
+
+N_LANES_UP_TO = 64  # tokens: beyond, rows in lanes never won
+ENOUGH_TOKENS = 2048  # more of them take longer and change nothing
+DEFAULT_RULE = "auto"  # without timing: sparse, its layout by the number of tokens of each call
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What a layer runs.
+
+    Attributes:
+        kernel: "dense", "t-lanes", "n-lanes", or "auto" (sparse, its layout by the number of tokens of each call).
+        why: how that was decided.
+        measured: tokens -> what was timed.
+    """
+
+    kernel: str
+    why: str
+    measured: dict[int, Choice]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``engine.info`` and ``inspect``."""
+        timed = {
+            str(tokens): {"milliseconds": choice.milliseconds, "fastest": choice.kernel, "margin": choice.margin}
+            for tokens, choice in self.measured.items()
+        }
+        return {"chosen": self.kernel != "dense", "kernel": self.kernel, "why": self.why, "timed_by_tokens": timed}
+
+
+class Chooser:
+    """Chooses for the layers of one engine."""
+
+    def __init__(self, manifest: Manifest, threads: int | None, autotune: bool) -> None:
+        import onnxruntime
+
+        self._threads, self._autotune = threads, autotune
+        self._compute = manifest.precision
+        self._batches = sorted({manifest.batch[0], manifest.batch[1]})
+        self._positions = {layer["name"]: layer["macs"] // layer["parameters"] for layer in manifest.layers}
+        self._obstacle = self._find_obstacle()
+        if self._obstacle:
+            log.warning("sparse layers run dense: %s", self._obstacle)
+        self._cache = TacticCache(
+            sparse_engine=__version__,
+            onnxruntime=onnxruntime.__version__,
+            threads=threads,
+            tier=None if self._obstacle else kernels.best_tier(self._compute),  # type: ignore[arg-type]
+        )
+
+    def _find_obstacle(self) -> str | None:
+        """Why no sparse kernel can run here."""
+        if not kernels.is_available():
+            return "the compiled kernels are not installed"
+        if kernels.best_tier(self._compute) == "scalar":  # type: ignore[arg-type]
+            return "this processor has no vector unit that the kernels know"
+        return None
+
+    def choose(self, layer: SparseLayer) -> LayerChoice:
+        """The kernel for a layer: the fastest at the usual batch."""
+        if self._obstacle:
+            return LayerChoice("dense", f"no sparse kernel: {self._obstacle}", {})
+        if not self._autotune:
+            return LayerChoice(DEFAULT_RULE, "not timed: sparse by default", {})
+        measured = {}
+        for batch in self._batches:
+            tokens = min(batch * self._positions[layer.name], ENOUGH_TOKENS)
+            measured[tokens] = self._cache.choose(self._key(layer, tokens), self._candidates(layer, tokens))
+        winners = [choice.kernel for choice in measured.values()]
+        if winners[-1] == "dense":
+            return LayerChoice("dense", "faster at the usual batch", measured)
+        lanes = {winner for winner in winners if winner != "dense"}
+        return LayerChoice(lanes.pop() if len(lanes) == 1 else "auto", "faster at the usual batch", measured)
+
+    def _key(self, layer: SparseLayer, tokens: int) -> str:
+        residual = "residual" if layer.residual else "no residual"
+        return f"{self._compute} {layer.rows}x{layer.depth} {layer.activation} {residual} tokens {tokens}"
+
+    def _candidates(self, layer: SparseLayer, tokens: int) -> Callable[[], Mapping[str, Callable[[], object]]]:
+        names = ["dense", "t-lanes", *(["n-lanes"] if tokens <= N_LANES_UP_TO else [])]
+        return lambda: {name: _product(layer, tokens, name, self._compute, self._threads) for name in names}
+
+
+def _product(layer: SparseLayer, tokens: int, kernel: str, compute: str, threads: int | None) -> Callable[[], object]:
+    """One layer alone in a session, on random 2:4 weights, with the kernel asked for."""
+    import onnxruntime
+
+    from .session import pool_size
+
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((layer.rows, layer.depth // 2), np.float32)
+    positions = rng.choice(np.array([4, 8, 12, 9, 13, 14], np.uint8), (layer.rows, layer.depth // 4))
+    constants = {layer.bias: rng.standard_normal(layer.rows, np.float32)} if layer.bias else {}
+    if kernel == "dense":
+        weight = f"{layer.name}.weight"
+        nodes = layer.dense_nodes(weight)
+        constants[weight] = np.ascontiguousarray(kernels.unpack(values, positions).T)
+    else:
+        nodes = [layer.node(tactic=kernel, threads=pool_size(threads), compute=compute)]
+        constants |= {layer.values: values, layer.positions: positions}
+    feed = {layer.x: rng.standard_normal((tokens, layer.depth), np.float32)}
+    if layer.residual:
+        feed[layer.residual] = rng.standard_normal((tokens, layer.rows), np.float32)
+    graph = helper.make_graph(
+        nodes,
+        "product",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape) for name, array in feed.items()],
+        [helper.make_tensor_value_info(layer.output, TensorProto.FLOAT, (tokens, layer.rows))],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
+    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3
+    if kernel != "dense":
+        options.register_custom_ops_library(str(kernels.LIBRARY_PATH))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, feed)

@@ -1,0 +1,87 @@
+"""A session over an engine file's graph, and the glue between it and the sampling loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sparse_engine.artifact import EngineFile
+from sparse_engine.backends.base import NoiseSource, StepCallback
+from sparse_engine.errors import BackendError, EngineClosedError
+from sparse_engine.sampling import StepFunction, Trajectory, walk
+
+from .session import Prepared, create_session
+
+IDENTITY_ROW = np.array([0, 1, 1, 0, 0, 0, 0, 0], np.float32)  # m = the network's output
+NO_CLIP = np.array([-np.inf, np.inf], np.float32)
+
+
+class OnnxRuntimeRunner:
+    """A ``StepRunner``. ``InferenceSession.run`` is thread-safe, and so is this."""
+
+    def __init__(self, engine: EngineFile, prepared: Prepared, threads: int | None) -> None:
+        import onnxruntime
+
+        try:
+            self._session: Any = create_session(prepared, engine.path, threads)
+        except Exception as error:  # ONNX Runtime's own exceptions have no common public base
+            raise BackendError(f"{engine.path}: ONNX Runtime {onnxruntime.__version__} refuses it: {error}") from error
+        self._conditional = any(entry.name == "y" for entry in self._session.get_inputs())
+        self._description = {
+            "library": f"onnxruntime {onnxruntime.__version__}",
+            "device": "cpu",
+            "threads": threads or "one per core",
+            "fused_attentions": prepared.fused_attentions,
+            "layers": prepared.report,
+        }
+        self._kept = prepared.overrides  # the session reads these arrays in place
+
+    def run(
+        self,
+        trajectory: Trajectory,
+        x: np.ndarray,
+        *,
+        labels: np.ndarray | None,
+        guidance: np.ndarray,
+        noise: NoiseSource,
+        callback: StepCallback | None = None,
+    ) -> np.ndarray:
+        """See ``StepRunner.run``."""
+        return walk(trajectory, self._step(labels, guidance), x, noise=noise, callback=callback)
+
+    def network(self, x: np.ndarray, t: np.ndarray, *, labels: np.ndarray | None, guidance: np.ndarray) -> np.ndarray:
+        """See ``StepRunner.network``."""
+        zeros = np.zeros_like(x)
+        return self._step(labels, guidance)(x, t, IDENTITY_ROW, NO_CLIP, zeros, zeros, zeros, zeros)[1]
+
+    def describe(self) -> dict[str, Any]:
+        """See ``StepRunner.describe``."""
+        return dict(self._description)
+
+    def close(self) -> None:
+        """Drop the session; calls under way finish on their own reference."""
+        self._session = None
+
+    def _step(self, labels: np.ndarray | None, guidance: np.ndarray) -> StepFunction:
+        """The step function that the loop calls, with what stays the same over a trajectory bound to it."""
+        session = self._session
+        if session is None:
+            raise EngineClosedError("the engine was closed by another thread", "load it again with SparseEngine.load")
+        fixed: dict[str, Any] = {"y": labels, "guidance": guidance} if self._conditional else {}
+
+        def step(
+            x: np.ndarray,
+            t: np.ndarray,
+            coef: np.ndarray,
+            clip: np.ndarray,
+            base: np.ndarray,
+            h1: np.ndarray,
+            h2: np.ndarray,
+            z: np.ndarray,
+        ) -> tuple[np.ndarray, np.ndarray]:
+            moving = {"x": x, "t": t, "coef": coef, "clip": clip, "base": base, "h1": h1, "h2": h2, "z": z}
+            x_next, m = session.run(("x_next", "m"), {**moving, **fixed})
+            return x_next, m
+
+        return step

@@ -1,0 +1,198 @@
+"""The onnxruntime backend: sparse layers packed, fused, chosen by timing, and equal to the dense ones."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from sparse_engine import SparseEngine, kernels
+from sparse_engine.artifact import EngineFile
+from sparse_engine.backends.onnxruntime import choose
+from sparse_engine.backends.onnxruntime.attention import fuse_attention
+from sparse_engine.backends.onnxruntime.layers import OP, SparseLayer, _to_nibbles, from_nibbles
+from sparse_engine.errors import UnsupportedError
+from sparse_engine.export.families.uvit import UViTConfig
+from sparse_engine.kernels.packing import pack, unpack
+from sparse_engine.tactics import Choice
+from tests.conftest import save_checkpoint
+
+needs_kernels = pytest.mark.skipif(not kernels.is_available(), reason="the kernels are not built")
+WIDE = UViTConfig(image_size=8, patch_size=2, channels=3, embed_dim=64, depth=2, heads=4, qkv_bias=True, num_classes=5)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("wide") / "wide.pth", WIDE)
+
+
+@pytest.fixture(scope="module")
+def sparse_file(checkpoint: Path, build: Callable[..., Path]) -> Path:
+    return build(checkpoint, sparse=True)
+
+
+@pytest.fixture(scope="module")
+def dense_file(checkpoint: Path, build: Callable[..., Path]) -> Path:
+    """The same masked weights, run by dense kernels."""
+    return build(checkpoint, mask="auto")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SPARSE_ENGINE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def graph_of(path: Path) -> onnx.ModelProto:
+    return onnx.load_model_from_string(EngineFile(path).read("step.onnx"))
+
+
+def force(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    monkeypatch.setattr(choose, "fastest", None, raising=False)
+    monkeypatch.setattr(
+        "sparse_engine.tactics.fastest",
+        lambda candidates: Choice(kernel if kernel in candidates else "t-lanes", dict.fromkeys(candidates, 1.0)),
+    )
+
+
+def test_engine_stores_packed_weights_and_one_node_a_layer(sparse_file: Path, dense_file: Path) -> None:
+    proto = graph_of(sparse_file)
+    layers = {node.name: SparseLayer.of(node) for node in proto.graph.node if node.op_type == OP}
+    assert len(layers) == 12
+    assert layers["mid_block.mlp.fc1"].activation == "gelu"
+    assert layers["mid_block.mlp.fc1"].bias
+    assert layers["mid_block.mlp.fc2"].residual
+    assert layers["mid_block.attn.proj"].residual
+    assert layers["mid_block.attn.qkv"].bias
+    assert not layers["mid_block.attn.qkv"].residual
+    assert not {node.op_type for node in proto.graph.node} & {"Gelu"}
+    sizes = [EngineFile(path).span("weights.bin")[1] for path in (sparse_file, dense_file)]
+    assert sizes[0] < 0.7 * sizes[1]
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", ["t-lanes", "n-lanes", "dense"])
+def test_every_kernel_gives_the_dense_result(
+    sparse_file: Path, dense_file: Path, kernel: str, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    force(monkeypatch, kernel)
+    with SparseEngine.load(sparse_file) as sparse, SparseEngine.load(dense_file) as dense:
+        used = {layer["kernel"] for layer in sparse.info["layers"] if layer["masked"]}
+        assert used <= {kernel, "t-lanes", "auto"}
+        for batch in (1, 3, 16):
+            x = rng.standard_normal((batch, 3, 8, 8), np.float32)
+            expected = dense.denoise(x, 0.4, labels=1)
+            assert np.abs(sparse.denoise(x, 0.4, labels=1) - expected).max() <= 1e-5 * np.abs(expected).max()
+        assert np.abs(sparse.sample(4, steps=5).astype(int) - dense.sample(4, steps=5)).max() <= 1
+
+
+@needs_kernels
+def test_choices_are_measured_once_reported_and_remembered(
+    sparse_file: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with SparseEngine.load(sparse_file, threads=1) as engine:
+        layers = [layer for layer in engine.info["layers"] if layer["masked"]]
+    for layer in layers:
+        for timed in layer["timed_by_tokens"].values():
+            assert timed["milliseconds"][timed["fastest"]] == min(timed["milliseconds"].values())
+            assert timed["margin"] >= 1
+        assert layer["kernel"] in {"dense", "t-lanes", "n-lanes", "auto"}
+        assert layer["chosen"] == (layer["kernel"] != "dense")
+    assert len(list(own_cache.glob("tactics-*.json"))) == 1
+    monkeypatch.setattr(choose, "_product", lambda *_: pytest.fail("measured again"))
+    with SparseEngine.load(sparse_file, threads=1) as engine:
+        again = [layer for layer in engine.info["layers"] if layer["masked"]]
+    assert again == layers
+
+
+@needs_kernels
+def test_a_damaged_cache_is_measured_anew(sparse_file: Path, own_cache: Path) -> None:
+    SparseEngine.load(sparse_file, threads=1).close()
+    (file,) = own_cache.glob("tactics-*.json")
+    file.write_text("{ not json")
+    SparseEngine.load(sparse_file, threads=1).close()
+    assert file.read_text().startswith("{\n")
+
+
+@needs_kernels
+def test_an_unwritable_cache_costs_time_only(
+    sparse_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SPARSE_ENGINE_CACHE", str(tmp_path / "file"))
+    with SparseEngine.load(sparse_file) as engine:
+        assert engine.sample(1, steps=2).shape == (1, 8, 8, 3)
+
+
+@needs_kernels
+def test_without_autotune_the_stated_rule(sparse_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "_product", lambda *_: pytest.fail("timed"))
+    with SparseEngine.load(sparse_file, autotune=False) as engine:
+        layers = [layer for layer in engine.info["layers"] if layer["masked"]]
+    assert {layer["kernel"] for layer in layers} == {"auto"}
+    assert {layer["why"] for layer in layers} == {"not timed: sparse by default"}
+
+
+def test_without_compiled_kernels_layers_run_dense_with_one_warning(
+    sparse_file: Path, dense_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels, "is_available", lambda: False)
+    x = np.ones((2, 3, 8, 8), np.float32)
+    with caplog.at_level(logging.WARNING), SparseEngine.load(sparse_file) as sparse:
+        layers = [layer for layer in sparse.info["layers"] if layer["masked"]]
+        found = sparse.denoise(x, 0.4)
+    assert [record.getMessage() for record in caplog.records] == [
+        "sparse layers run dense: the compiled kernels are not installed"
+    ]
+    assert {layer["kernel"] for layer in layers} == {"dense"}
+    with SparseEngine.load(dense_file) as dense:
+        assert np.abs(found - dense.denoise(x, 0.4)).max() <= 1e-5 * np.abs(found).max()
+
+
+@needs_kernels
+def test_bf16_is_close_and_only_for_sparse_builds(
+    checkpoint: Path, dense_file: Path, build: Callable[..., Path]
+) -> None:
+    with pytest.raises(UnsupportedError, match="precision bf16 on the CPU is that of the sparse kernels"):
+        build(checkpoint, precision="bf16")
+    path = build(checkpoint, sparse=True, precision="bf16")
+    if "avx512-bf16" not in kernels.available_tiers():
+        with pytest.raises(UnsupportedError, match="bf16"):
+            SparseEngine.load(path)
+        return
+    x = np.random.default_rng(0).standard_normal((4, 3, 8, 8), np.float32)
+    with SparseEngine.load(path, autotune=False) as engine, SparseEngine.load(dense_file) as dense:
+        found, expected = engine.denoise(x, 0.4), dense.denoise(x, 0.4)
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    assert 1e-5 < error < 3e-2
+
+
+def test_attention_is_fused_and_lookalikes_are_left_alone(dense_file: Path) -> None:
+    proto = graph_of(dense_file)
+    other = onnx.ModelProto()
+    other.CopyFrom(proto)
+    assert fuse_attention(proto) == 3
+    assert [node.op_type for node in proto.graph.node].count("MultiHeadAttention") == 3
+    assert "Softmax" not in {node.op_type for node in proto.graph.node}
+    onnx.checker.check_model(_bare(proto))
+    merge = next(node for node in other.graph.node if node.op_type == "Softmax")
+    merge.op_type = "LogSoftmax"
+    assert fuse_attention(other) == 2
+
+
+def _bare(proto: onnx.ModelProto) -> onnx.ModelProto:
+    from sparse_engine.export.step_graph import _without_weights
+
+    return _without_weights(proto)
+
+
+@pytest.mark.parametrize("depth", [4, 8, 12, 64])
+def test_packing_survives_the_file(depth: int, rng: np.random.Generator) -> None:
+    weight = rng.standard_normal((5, depth)).astype(np.float32)
+    weight.reshape(-1, 4)[:, rng.permutation(4)[:2]] = 0
+    values, positions = pack(weight)
+    stored = _to_nibbles(positions)
+    assert stored.shape == (5, -(-depth // 8))
+    assert np.array_equal(unpack(values, from_nibbles(stored, depth)), weight)
