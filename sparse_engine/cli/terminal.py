@@ -35,6 +35,16 @@ def export_module(name: str) -> ModuleType:
         ) from error
 
 
+def bench_module(name: str) -> ModuleType:
+    """A module of ``sparse_engine.bench``. Raises MissingDependencyError where something it needs is not there."""
+    try:
+        return import_module(f"sparse_engine.bench.{name}")
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"the bench needs {error.name}; it is not installed", "pip install 'sparse-engine[bench,export,cpu]'"
+        ) from error
+
+
 def print_json(value: Any) -> None:
     """For a program to read: plain, no colours, infinities as null."""
     typer.echo(json.dumps(_finite(value), indent=2))

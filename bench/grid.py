@@ -1,0 +1,92 @@
+"""The paper's grid: patch size x mlp_ratio on 32x32 images, random weights, dense against sparse."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_engine.errors import OptionError
+from sparse_engine.export.checkpoint import Checkpoint
+from sparse_engine.export.families.uvit import FAMILY, UViT, UViTConfig
+from sparse_engine.export.model import Model
+
+from .compare import Progress, compare_model
+
+PATCHES, MLP_RATIOS = (1, 2, 4), (1, 2, 4, 8)
+# The authors' speed-ups on four A40 through CUTLASS (arXiv 2404.10445): (patch, mlp_ratio) -> ratio.
+PAPER = {
+    (1, 1): 1.02, (2, 1): 1.01, (4, 1): 1.01,
+    (1, 2): 1.04, (2, 2): 0.97, (4, 2): 1.01,
+    (1, 4): 1.23, (2, 4): 1.10, (4, 4): 0.98,
+    (1, 8): 1.22, (2, 8): 1.17, (4, 8): 1.08,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Size of the network and of the batch."""
+
+    embed_dim: int
+    depth: int
+    heads: int
+    batch: int
+
+
+PRESETS = {
+    "quick": Preset(embed_dim=512, depth=2, heads=8, batch=4),
+    "uvit-s": Preset(embed_dim=512, depth=12, heads=8, batch=4),
+    "paper": Preset(embed_dim=8192, depth=1, heads=8, batch=64),
+}
+
+
+def run_cell(
+    preset: Preset,
+    patch: int,
+    mlp_ratio: int,
+    *,
+    precision: str,
+    threads: int | None,
+    repeats: int,
+    seconds: float,
+    peers: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Time one cell. Returns a row of ``compare_model`` with the cell's place and the paper's number."""
+    config = UViTConfig(32, patch, 3, preset.embed_dim, preset.depth, preset.heads, mlp_ratio=float(mlp_ratio))
+    result = compare_model(random_model(config), [preset.batch], precision, threads, repeats, seconds, peers, progress)
+    place = {"patch": patch, "mlp_ratio": mlp_ratio, "paper": PAPER[patch, mlp_ratio]}
+    return {**place, "model": result["model"], **result["rows"][0]}
+
+
+def random_model(config: UViTConfig) -> Model:
+    """A U-ViT as its authors initialise it, as if it had been read from a checkpoint."""
+    torch.manual_seed(0)
+    state = {name: tensor.numpy() for name, tensor in UViT(config).state_dict().items()}
+    checkpoint = Checkpoint(Path("random"), state, {}, {}, sha256="0" * 64)
+    return Model(checkpoint, FAMILY, config, FAMILY.recipe(config), [])
+
+
+def parse_cells(text: str | None) -> list[tuple[int, int]]:
+    """ "patch=1,mlp=4" -> the cells that fit; None is the whole grid. Raises OptionError on what is no cell."""
+    wanted: dict[str, int] = {}
+    for part in text.split(",") if text else []:
+        name, _, value = part.partition("=")
+        if name not in ("patch", "mlp") or not value.isdecimal():
+            raise OptionError(
+                f"--cells {text!r}: {part!r} is no choice of cells", "write patch=1,mlp=4, or one of them"
+            )
+        wanted[name] = int(value)
+    cells = [(p, m) for m, p in itertools.product(MLP_RATIOS, PATCHES)]
+    chosen = [(p, m) for p, m in cells if wanted.get("patch", p) == p and wanted.get("mlp", m) == m]
+    if not chosen:
+        raise OptionError(f"--cells {text!r} is outside the grid: patch {_listed(PATCHES)}, mlp {_listed(MLP_RATIOS)}")
+    return chosen
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))

@@ -1,0 +1,62 @@
+"""Results as files: what was measured, on what, by which command."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sparse_engine import __version__
+from sparse_engine.errors import InputError
+from sparse_engine.files import replacing
+from sparse_engine.tactics import processor_name
+
+SCHEMA = "sparse-engine-bench/1"
+PACKAGES = ("numpy", "onnxruntime", "openvino", "torch")
+
+
+def describe_run(command: str, threads: int | None) -> dict[str, Any]:
+    """Machine, versions, command and commit."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "schema": SCHEMA,
+        "command": command,
+        "tool_version": __version__,
+        "commit": _commit(),
+        "machine": {"processor": processor_name(), "system": platform.system(), "python": platform.python_version()},
+        "threads": threads,
+        "versions": versions,
+    }
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write a results file whole or not at all. Raises OutputError."""
+    with replacing(path) as stream:
+        stream.write((json.dumps(results, indent=1) + "\n").encode())
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read a results file. Raises InputError where it is none, or of another schema."""
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no results file: {error}") from error
+    found = results.get("schema") if isinstance(results, dict) else None
+    if found != SCHEMA:
+        raise InputError(f"{path} has schema {found!r}; expected {SCHEMA!r}", "run the bench again")
+    return dict(results)
+
+
+def _commit() -> str | None:
+    done = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    return done.stdout.strip() or None

@@ -1,0 +1,89 @@
+"""``sparse-engine bench``: sparse against dense, and against other runtimes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparse_engine.errors import OptionError
+from sparse_engine.files import check_writable
+
+from .terminal import bench_module, console, print_json, progress
+
+
+def command(
+    compare_dense: Annotated[
+        bool, typer.Option("--compare-dense", help="The paper's grid: patch x mlp_ratio.")
+    ] = False,
+    kernels: Annotated[bool, typer.Option("--kernels", help="The CPU kernels alone, product by product.")] = False,
+    checkpoint: Annotated[Path | None, typer.Option(help="Your own model instead of the grid.")] = None,
+    preset: Annotated[str, typer.Option(help="Size of the grid's networks: quick, uvit-s or paper.")] = "quick",
+    cells: Annotated[str | None, typer.Option(help="Part of the grid, such as patch=1,mlp=4.")] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes for --checkpoint.")] = "1,4,16",
+    heads: Annotated[int | None, typer.Option(help="Attention heads, where the weights cannot tell.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    threads: Annotated[int | None, typer.Option(help="CPU threads [default: one per core].")] = None,
+    repeat: Annotated[int, typer.Option(help="Repeats, each of several seconds.")] = 3,
+    seconds: Annotated[float, typer.Option(help="Timing per repeat.")] = 1.5,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time the other runtimes too.")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the results to a JSON file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Measure 2:4 sparse against dense: interleaved, with intervals."""
+    if sum((compare_dense, kernels, checkpoint is not None)) != 1:
+        raise OptionError("bench: expected one of --compare-dense, --checkpoint FILE, --kernels")
+    if repeat < 1 or not seconds > 0:
+        raise OptionError(f"--repeat {repeat} --seconds {seconds}: expected 1 or more, and more than 0")
+    if output is not None:
+        check_writable(output)
+    files = bench_module("results_file")
+    results = files.describe_run("sparse-engine " + " ".join(sys.argv[1:]), threads)
+    if kernels:
+        results |= bench_module("kernels").measure(threads=threads, repeats=repeat)
+        table = bench_module("kernels").table(results)
+    else:
+        timing = {"precision": precision, "threads": threads, "repeats": repeat, "seconds": seconds, "peers": peers}
+        results |= _grid(preset, cells, timing) if checkpoint is None else _checkpoint(checkpoint, batch, heads, timing)
+        table = bench_module("report").rich_table(results)
+    if output is not None:
+        files.write_results(output, results)
+    if as_json:
+        print_json(results)
+        return
+    console.print(table)
+
+
+def _grid(preset: str, cells: str | None, timing: dict[str, Any]) -> dict[str, Any]:
+    grid = bench_module("grid")
+    if preset not in grid.PRESETS:
+        raise OptionError(f"--preset {preset!r} is not known; expected one of {', '.join(grid.PRESETS)}")
+    wanted, done = grid.parse_cells(cells), []
+    with progress() as display:
+        task = display.add_task("", total=None)
+        for index, (patch, mlp_ratio) in enumerate(wanted):
+            place = f"cell {index + 1} of {len(wanted)}, patch {patch}, mlp_ratio {mlp_ratio}"
+
+            def show(stage: str, place: str = place) -> None:
+                display.update(task, description=f"{place}: {stage}")
+
+            done.append(grid.run_cell(grid.PRESETS[preset], patch, mlp_ratio, progress=show, **timing))
+    return {"kind": "grid", "preset": preset, "precision": timing["precision"], "cells": done}
+
+
+def _checkpoint(path: Path, batch: str, heads: int | None, timing: dict[str, Any]) -> dict[str, Any]:
+    sizes = batch.split(",")
+    if not all(size.strip().isdecimal() and int(size) for size in sizes):
+        raise OptionError(f"--batch {batch!r}: expected whole numbers of 1 or more", "for example --batch 1,4,16")
+    with progress() as display:
+        task = display.add_task("", total=None)
+        found = bench_module("compare").compare_checkpoint(
+            path,
+            [int(size) for size in sizes],
+            heads=heads,
+            progress=lambda stage: display.update(task, description=stage),
+            **timing,
+        )
+    return {"kind": "checkpoint", **found}
