@@ -93,3 +93,13 @@ def test_readme_table_is_the_results_file() -> None:
     assert f"{evaluate.BEGIN}\n{evaluate.table(results)}\n{evaluate.END}" in text
     rows = {row["model"]: row for row in results["models"]}
     assert rows["SparseDM, 2:4"]["frechet_w1"] < rows["dense pruned in one shot, 2:4"]["frechet_w1"]
+
+
+def test_sampler_table_is_its_results_file() -> None:
+    samplers = script("samplers")
+    results = json.loads((samplers.DOCS / "samplers.json").read_text())
+    text = (samplers.DOCS / "samplers.md").read_text()
+    assert f"{samplers.BEGIN}\n{samplers.table(results)}\n{samplers.END}" in text
+    from sparse_engine.sampling import SAMPLERS
+
+    assert list(results["samplers"]) == list(SAMPLERS)
