@@ -11,7 +11,7 @@ from typing import Any
 
 from sparse_engine import __version__
 from sparse_engine.artifact import SUFFIX, write_engine
-from sparse_engine.backends import BuildOptions, Payload, StepGraph, usable_backend
+from sparse_engine.backends import Backend, BuildOptions, Payload, StepGraph, usable_backend
 from sparse_engine.errors import CheckpointError, OptionError
 from sparse_engine.files import check_writable
 from sparse_engine.manifest import Manifest
@@ -81,16 +81,29 @@ def build_engine(
     if sparse:
         _check_sparse(baked)
     progress("exporting the step graph")
-    graph = export_step_graph(model.network(baked.state), model.config)
-    check_graph(graph, baked.state)
+    graph = export_baked(model, baked)
     progress(f"building for {chosen.name}")
     options = BuildOptions(sparse, precision, _checked_batch(batch))
-    payload = chosen.build(graph, options, _proven_sparse(baked, graph) if sparse else [])
-    manifest = _manifest(model, baked, graph, payload, options)
-    manifest.backend["version"] = chosen.availability().version
     progress(f"writing {path}")
+    return path, write_built(path, model, baked, graph, chosen, options)
+
+
+def export_baked(model: Model, baked: Baked) -> StepGraph:
+    """The step graph of a baked model, checked against what was baked. Raises BackendError."""
+    graph = export_step_graph(model.network(baked.state), model.config)
+    check_graph(graph, baked.state)
+    return graph
+
+
+def write_built(
+    path: Path, model: Model, baked: Baked, graph: StepGraph, backend: Backend, options: BuildOptions
+) -> Manifest:
+    """Build a step graph with a backend and write the engine file; errors as ``build_engine``."""
+    payload = backend.build(graph, options, _proven_sparse(baked, graph) if options.sparse else [])
+    manifest = _manifest(model, baked, graph, payload, options)
+    manifest.backend["version"] = backend.availability().version
     write_engine(path, manifest, payload.files)
-    return path, manifest
+    return manifest
 
 
 def _check_sparse(baked: Baked) -> None:
