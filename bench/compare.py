@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sparse_engine.export.build import export_baked, write_built
 from sparse_engine.export.model import Model, load_model
 from sparse_engine.export.step_graph import Step, UnconditionalStep
 
-from .peers import PEERS, Feed, PeerUnavailableError, Subject
+from .peers import PEERS, Feed, PeerUnavailableError, Run, Subject
 from .statistics import speedup, spread
 from .timing import Timings, interleave
 
@@ -29,47 +30,45 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 1e-1}
 Progress = Callable[[str], None]
 
 
-def compare_checkpoint(
-    checkpoint: Path,
-    batches: list[int],
-    *,
-    precision: str = "fp32",
-    threads: int | None = None,
-    repeats: int = 3,
-    seconds: float = 3.0,
-    peers: bool = True,
-    progress: Progress = lambda stage: None,
-    **given: Any,
-) -> dict[str, Any]:
-    """Time one solver step of a checkpoint, its masks baked, at several batch sizes.
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
 
-    Args:
-        checkpoint, **given: as ``load_model`` takes them.
-        batches: batch sizes.
+    Attributes:
         precision: of our sparse engine and of each peer that has it; our dense engine is fp32.
         threads: for every runtime; None is one per core.
         repeats, seconds: as ``interleave`` takes them.
         peers: time the other runtimes too.
+    """
 
-    Returns:
-        {"model", "rows": [...]}; one row per batch with milliseconds and speed-ups.
+    precision: str = "fp32"
+    threads: int | None = None
+    repeats: int = 3
+    seconds: float = 3.0
+    peers: bool = True
+
+
+def compare_checkpoint(
+    checkpoint: Path, batches: list[int], settings: Settings, progress: Progress = lambda stage: None, **given: Any
+) -> dict[str, Any]:
+    """Time one solver step of a checkpoint at several batch sizes; see ``compare_model``.
+
+    Args:
+        checkpoint, **given: as ``load_model`` takes them.
+        batches: batch sizes.
+        settings: how to measure.
+        progress: told each stage as it begins.
     """
     progress("exporting")
-    model = load_model(checkpoint, **given)
-    return compare_model(model, batches, precision, threads, repeats, seconds, peers, progress)
+    return compare_model(load_model(checkpoint, **given), batches, settings, progress)
 
 
-def compare_model(
-    model: Model,
-    batches: list[int],
-    precision: str,
-    threads: int | None,
-    repeats: int,
-    seconds: float,
-    peers: bool,
-    progress: Progress,
-) -> dict[str, Any]:
-    """See ``compare_checkpoint``."""
+def compare_model(model: Model, batches: list[int], settings: Settings, progress: Progress) -> dict[str, Any]:
+    """Time one solver step of a model, its masks baked.
+
+    Returns:
+        {"model", "precision", "rows": [...]}; one row per batch with milliseconds and speed-ups.
+    """
     baked = bake(model)
     graph = export_baked(model, baked)
     rows = []
@@ -78,11 +77,7 @@ def compare_model(
         _write_onnx(folder, graph)
         for batch in batches:
             progress(f"batch {batch}")
-            rows.append(
-                _compare_batch(
-                    folder, model, baked, graph, batch, precision, threads, repeats, seconds, peers, progress
-                )
-            )
+            rows.append(_compare_batch(folder, model, baked, graph, batch, settings, progress))
     layers = [layer for layer in baked.layers if layer.masked]
     return {
         "model": {
@@ -91,7 +86,7 @@ def compare_model(
             "masked_layers": len(layers),
             "macs": sum(layer.macs for layer in baked.layers),
         },
-        "precision": precision,
+        "precision": settings.precision,
         "rows": rows,
     }
 
@@ -102,11 +97,7 @@ def _compare_batch(
     baked: Baked,
     graph: StepGraph,
     batch: int,
-    precision: str,
-    threads: int | None,
-    repeats: int,
-    seconds: float,
-    peers: bool,
+    settings: Settings,
     progress: Progress,
 ) -> dict[str, Any]:
     backend = backend_named("onnxruntime")
@@ -114,29 +105,20 @@ def _compare_batch(
     runs: dict[str, Callable[[], np.ndarray]] = {}
     skipped: dict[str, str] = {}
     engines = []
-    for name, sparse, kind in ((SPARSE, True, precision), (DENSE, False, "fp32")):
+    for name, sparse, kind in ((SPARSE, True, settings.precision), (DENSE, False, "fp32")):
         path = folder / f"{name.replace(':', '')}-{batch}.sengine"
         write_built(path, model, baked, graph, backend, BuildOptions(sparse, kind, (batch, batch, batch)))
-        engines.append(SparseEngine.load(path, threads=threads))
+        engines.append(SparseEngine.load(path, threads=settings.threads))
         runs[name] = _engine_run(engines[-1], feed)
     expected = runs[DENSE]()
-    if peers:
+    if settings.peers:
         step: torch.nn.Module = (Step if model.config.num_classes else UnconditionalStep)(model.network(baked.state))
-        subject = Subject(step, folder / GRAPH_FILE, threads or torch.get_num_threads(), precision)
-        for peer in PEERS:
-            if precision not in peer.precisions:
-                skipped[peer.name] = f"has no {precision} on this device"
-                continue
-            progress(f"batch {batch}: preparing {peer.name}")
-            try:
-                run = peer.prepare(subject, feed)
-                _check_output(run(), expected, precision)
-                runs[peer.name] = run
-            except PeerUnavailableError as error:
-                skipped[peer.name] = str(error)
+        subject = Subject(step, folder / GRAPH_FILE, settings.threads or torch.get_num_threads(), settings.precision)
+        found, skipped = _prepare_peers(subject, feed, expected, lambda peer: progress(f"batch {batch}: {peer}"))
+        runs |= found
     relative_error = float(np.abs(runs[SPARSE]() - expected).max() / np.abs(expected).max())
     progress(f"batch {batch}: timing {len(runs)} runtimes")
-    timings = interleave(runs, repeats=repeats, seconds=seconds)
+    timings = interleave(runs, repeats=settings.repeats, seconds=settings.seconds)
     chosen = [layer["kernel"] for layer in engines[0].info["layers"] if layer["masked"]]
     for engine in engines:
         engine.close()
@@ -147,6 +129,25 @@ def _compare_batch(
         "skipped": skipped,
         **summarise(timings),
     }
+
+
+def _prepare_peers(
+    subject: Subject, feed: Feed, expected: np.ndarray, progress: Progress
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """(peers that compute the same, why the others are skipped)."""
+    runs: dict[str, Run] = {}
+    skipped: dict[str, str] = {}
+    for peer in PEERS:
+        progress(peer.name)
+        try:
+            if subject.precision not in peer.precisions:
+                raise PeerUnavailableError(f"has no {subject.precision} on this device")
+            run = peer.prepare(subject, feed)
+            _check_output(run(), expected, subject.precision)
+            runs[peer.name] = run
+        except PeerUnavailableError as error:
+            skipped[peer.name] = str(error)
+    return runs, skipped
 
 
 def summarise(timings: Timings) -> dict[str, Any]:

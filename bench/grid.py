@@ -15,7 +15,7 @@ from sparse_engine.export.checkpoint import Checkpoint
 from sparse_engine.export.families.uvit import FAMILY, UViT, UViTConfig
 from sparse_engine.export.model import Model
 
-from .compare import Progress, compare_model
+from .compare import Progress, Settings, compare_model
 
 PATCHES, MLP_RATIOS = (1, 2, 4), (1, 2, 4, 8)
 # The authors' speed-ups on four A40 through CUTLASS (arXiv 2404.10445): (patch, mlp_ratio) -> ratio.
@@ -44,21 +44,10 @@ PRESETS = {
 }
 
 
-def run_cell(
-    preset: Preset,
-    patch: int,
-    mlp_ratio: int,
-    *,
-    precision: str,
-    threads: int | None,
-    repeats: int,
-    seconds: float,
-    peers: bool,
-    progress: Progress,
-) -> dict[str, Any]:
+def run_cell(preset: Preset, patch: int, mlp_ratio: int, settings: Settings, progress: Progress) -> dict[str, Any]:
     """Time one cell. Returns a row of ``compare_model`` with the cell's place and the paper's number."""
     config = UViTConfig(32, patch, 3, preset.embed_dim, preset.depth, preset.heads, mlp_ratio=float(mlp_ratio))
-    result = compare_model(random_model(config), [preset.batch], precision, threads, repeats, seconds, peers, progress)
+    result = compare_model(random_model(config), [preset.batch], settings, progress)
     place = {"patch": patch, "mlp_ratio": mlp_ratio, "paper": PAPER[patch, mlp_ratio]}
     return {**place, "model": result["model"], **result["rows"][0]}
 

@@ -10,11 +10,11 @@ import hashlib
 import json
 import struct
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from sparse_engine.backends.base import PayloadFile
 from sparse_engine.errors import EngineFileError
 from sparse_engine.files import replacing
 from sparse_engine.manifest import FORMAT_VERSION, Manifest
@@ -25,6 +25,19 @@ PAGE = 4096
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # no clock in the file: the same input gives the same bytes
 _PADDING_FIELD = 0xD935  # the extra-field id that Android's zipalign pads with
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+
+
+@dataclass(frozen=True)
+class PayloadFile:
+    """One file of an engine, written in pieces so that large weights are never held twice.
+
+    ``aligned`` starts it on a page of the engine file, so that it can be mapped.
+    """
+
+    name: str
+    size: int
+    chunks: Callable[[], Iterable[bytes | memoryview]]
+    aligned: bool = False
 
 
 def write_engine(path: str | Path, manifest: Manifest, files: Sequence[PayloadFile]) -> None:

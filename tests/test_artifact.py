@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparse_engine.artifact import PAGE, EngineFile, write_engine
-from sparse_engine.backends.base import PayloadFile, bytes_payload, weights_payload
+from sparse_engine.artifact import PAGE, EngineFile, PayloadFile, write_engine
+from sparse_engine.backends.base import bytes_payload, weights_payload
 from sparse_engine.errors import EngineFileError, OutputError
 from sparse_engine.manifest import FORMAT_VERSION, Manifest
 

@@ -244,8 +244,7 @@ def test_engine_of_a_backend_that_is_not_here(conditional_engine: Path, tmp_path
 def rewritten_backend(path: Path) -> Path:
     import zipfile
 
-    from sparse_engine.artifact import EngineFile, write_engine
-    from sparse_engine.backends.base import PayloadFile
+    from sparse_engine.artifact import EngineFile, PayloadFile, write_engine
 
     file = EngineFile(path)
     with zipfile.ZipFile(path) as archive:

@@ -104,6 +104,13 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def write_table(document: Path, begin: str, text: str) -> None:
+    """Put a table between its marks in a document."""
+    before, _, rest = document.read_text().partition(begin)
+    _, _, after = rest.partition(END)
+    document.write_text(f"{before}{begin}\n{text}\n{END}{after}")
+
+
 def main() -> None:
     """Print the table; with --write, put it into README.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,10 +121,7 @@ def main() -> None:
     print(table(results))
     if options.write:
         (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        readme = HERE / "README.md"
-        before, _, rest = readme.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
-        readme.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}")
+        write_table(HERE / "README.md", BEGIN, table(results))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from sparse_engine.sampling import SAMPLERS
 
 DOCS = evaluate.HERE.parents[1] / "docs"
 STEPS = (5, 10, 20, 50)
-BEGIN, END = "<!-- table: examples/digits/samplers.py --write -->", "<!-- end of table -->"
+BEGIN, END = "<!-- table: examples/digits/samplers.py --write -->", evaluate.END
 # Okabe and Ito's colours, told apart by the colour-blind; markers tell them apart without any colour.
 STYLES = list(
     zip(
@@ -104,10 +104,7 @@ def main() -> None:
     if options.write:
         (DOCS / "samplers.json").write_text(json.dumps(results, indent=1) + "\n")
         plot(results, DOCS / "samplers.png")
-        document = DOCS / "samplers.md"
-        before, _, rest = document.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
-        document.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}")
+        evaluate.write_table(DOCS / "samplers.md", BEGIN, table(results))
 
 
 if __name__ == "__main__":

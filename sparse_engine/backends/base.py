@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from sparse_engine.artifact import EngineFile, PayloadFile
+
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-    from sparse_engine.artifact import EngineFile
     from sparse_engine.sampling import Trajectory
 
 WEIGHTS_FILE = "weights.bin"
@@ -34,19 +35,6 @@ class StepGraph:
     proto: ModelProto
     weights: dict[str, np.ndarray]
     layers: dict[str, tuple[str, int]]
-
-
-@dataclass(frozen=True)
-class PayloadFile:
-    """One file of an engine, written in pieces so that large weights are never held twice.
-
-    ``aligned`` starts it on a page of the engine file, so that it can be mapped.
-    """
-
-    name: str
-    size: int
-    chunks: Callable[[], Iterable[bytes | memoryview]]
-    aligned: bool = False
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ def command(
         results |= bench_module("kernels").measure(threads=threads, repeats=repeat)
         table = bench_module("kernels").table(results)
     else:
-        timing = {"precision": precision, "threads": threads, "repeats": repeat, "seconds": seconds, "peers": peers}
-        results |= _grid(preset, cells, timing) if checkpoint is None else _checkpoint(checkpoint, batch, heads, timing)
+        settings = bench_module("compare").Settings(precision, threads, repeat, seconds, peers)
+        results |= _grid(preset, cells, settings) if checkpoint is None else _own(checkpoint, batch, heads, settings)
         table = bench_module("report").rich_table(results)
     if output is not None:
         files.write_results(output, results)
@@ -56,7 +56,7 @@ def command(
     console.print(table)
 
 
-def _grid(preset: str, cells: str | None, timing: dict[str, Any]) -> dict[str, Any]:
+def _grid(preset: str, cells: str | None, settings: Any) -> dict[str, Any]:
     grid = bench_module("grid")
     if preset not in grid.PRESETS:
         raise OptionError(f"--preset {preset!r} is not known; expected one of {', '.join(grid.PRESETS)}")
@@ -69,11 +69,11 @@ def _grid(preset: str, cells: str | None, timing: dict[str, Any]) -> dict[str, A
             def show(stage: str, place: str = place) -> None:
                 display.update(task, description=f"{place}: {stage}")
 
-            done.append(grid.run_cell(grid.PRESETS[preset], patch, mlp_ratio, progress=show, **timing))
-    return {"kind": "grid", "preset": preset, "precision": timing["precision"], "cells": done}
+            done.append(grid.run_cell(grid.PRESETS[preset], patch, mlp_ratio, settings, show))
+    return {"kind": "grid", "preset": preset, "precision": settings.precision, "cells": done}
 
 
-def _checkpoint(path: Path, batch: str, heads: int | None, timing: dict[str, Any]) -> dict[str, Any]:
+def _own(path: Path, batch: str, heads: int | None, settings: Any) -> dict[str, Any]:
     sizes = batch.split(",")
     if not all(size.strip().isdecimal() and int(size) for size in sizes):
         raise OptionError(f"--batch {batch!r}: expected whole numbers of 1 or more", "for example --batch 1,4,16")
@@ -82,8 +82,8 @@ def _checkpoint(path: Path, batch: str, heads: int | None, timing: dict[str, Any
         found = bench_module("compare").compare_checkpoint(
             path,
             [int(size) for size in sizes],
+            settings,
+            lambda stage: display.update(task, description=stage),
             heads=heads,
-            progress=lambda stage: display.update(task, description=stage),
-            **timing,
         )
     return {"kind": "checkpoint", **found}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -100,11 +101,14 @@ class Chooser:
         return lambda: {name: _product(layer, tokens, name, self._compute, self._threads) for name in names}
 
 
+def pool_size(threads: int | None) -> int:
+    """How many threads a session with ``threads`` uses."""
+    return threads or max(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 1)
+
+
 def _product(layer: SparseLayer, tokens: int, kernel: str, compute: str, threads: int | None) -> Callable[[], object]:
     """One layer alone in a session, on random 2:4 weights, with the kernel asked for."""
     import onnxruntime
-
-    from .session import pool_size
 
     rng = np.random.default_rng(0)
     values = rng.standard_normal((layer.rows, layer.depth // 2), np.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.base import GRAPH_FILE, WEIGHTS_FILE
 
 from .attention import fuse_attention
-from .choose import Chooser, LayerChoice
+from .choose import Chooser, LayerChoice, pool_size
 from .layers import OP, SparseLayer, from_nibbles
 
 log = logging.getLogger(__name__)
@@ -87,11 +86,6 @@ def create_session(prepared: Prepared, path: Path, threads: int | None) -> Any:
         options.add_external_initializers(list(prepared.overrides), values)
     data = prepared.model.SerializeToString()
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-
-
-def pool_size(threads: int | None) -> int:
-    """How many threads a session with ``threads`` uses."""
-    return threads or max(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 1)
 
 
 def _weights_in_place(model: ModelProto, engine: EngineFile) -> dict[str, tuple[int, int]]:
