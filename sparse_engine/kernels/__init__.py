@@ -1,0 +1,29 @@
+"""Kernels for 2:4 sparse layers on CPUs; README.md in this folder explains them."""
+
+from __future__ import annotations
+
+from sparse_engine.kernels.library import (
+    ISA_VARIABLE,
+    LIBRARY_PATH,
+    TIERS,
+    MatMul24,
+    available_tiers,
+    best_tier,
+    is_available,
+    peak_flops,
+)
+from sparse_engine.kernels.packing import pack, unpack, validate
+
+__all__ = [
+    "ISA_VARIABLE",
+    "LIBRARY_PATH",
+    "TIERS",
+    "MatMul24",
+    "available_tiers",
+    "best_tier",
+    "is_available",
+    "pack",
+    "peak_flops",
+    "unpack",
+    "validate",
+]

@@ -1,0 +1,212 @@
+"""The compiled kernels, through ctypes: where the library is, what this machine runs, one product at a time.
+
+An engine runs the kernels inside ONNX Runtime (see ``src/ort_library.cpp``); this module is for timing tactics,
+for tests and for benchmarks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparse_engine.errors import BackendError, InputError, SparseEngineError, UnsupportedError
+from sparse_engine.kernels.packing import Positions, Values, validate
+
+LIBRARY_PATH = Path(__file__).with_name("libsparse_engine_kernels.so")
+TIERS = ("scalar", "avx2", "avx512", "avx512-bf16")
+ISA_VARIABLE = "SPARSE_ENGINE_ISA"
+_ABI_VERSION = 1
+_MESSAGE_BYTES = 512
+
+Lanes = Literal["auto", "t-lanes", "n-lanes"]
+Compute = Literal["fp32", "bf16"]
+Activation = Literal["none", "gelu", "gelu-tanh", "silu"]
+
+
+def is_available() -> bool:
+    """Whether the library was built with this installation (a source install without a compiler has none)."""
+    return LIBRARY_PATH.is_file()
+
+
+def available_tiers() -> tuple[str, ...]:
+    """The tiers that this machine runs, of ``TIERS``. ``SPARSE_ENGINE_ISA`` does not change them."""
+    library = _library()
+    return tuple(tier for tier in TIERS if library.sparse_engine_has_tier(tier.encode()))
+
+
+def best_tier(compute: Compute = "fp32") -> str:
+    """The tier that products of this precision run on; ``SPARSE_ENGINE_ISA`` sets the highest allowed.
+
+    Raises:
+        UnsupportedError: bf16 on a machine without AVX512-BF16, or a forced tier which the machine lacks.
+        InputError: ``SPARSE_ENGINE_ISA`` or ``compute`` is not a name that exists.
+    """
+    tier = ctypes.c_char_p()
+    _call("sparse_engine_best_tier", compute.encode(), ctypes.byref(tier))
+    return (tier.value or b"").decode()
+
+
+def peak_flops(tier: str, *, load: bool = False) -> float:
+    """What one core can do at most on a tier, in FLOP/s, measured now (some 20 ms).
+
+    Args:
+        tier: one of ``TIERS``; the scalar tier has no peak (NaN).
+        load: multiply-adds that load an operand from L1, as the 2:4 kernels' do, instead of registers only.
+
+    Raises:
+        UnsupportedError: the machine lacks the tier.
+        InputError: there is no such tier.
+    """
+    flops = ctypes.c_double()
+    _call("sparse_engine_peak_flops", tier.encode(), ctypes.c_int(load), ctypes.byref(flops))
+    return flops.value
+
+
+class MatMul24:
+    """A 2:4 weight, packed for one tier: ``y = activation(x @ weight.T + bias) + residual``.
+
+    Args:
+        values: kept weights, float32 ``[N, K/2]``.
+        positions: uint8 ``[N, K/4]`` (see :mod:`sparse_engine.kernels.packing`).
+        tier: one of ``TIERS``, or None for the best for ``compute``.
+        compute: precision of the products, where ``tier`` is None.
+        lanes: ``t-lanes`` (tokens in SIMD lanes), ``n-lanes`` (output rows), or ``auto``: by the number of
+            tokens of each call, each layout packed when first needed.
+
+    Raises:
+        InputError: weights that are not canonical 2:4, or a name that does not exist.
+        UnsupportedError: the machine lacks the tier.
+    """
+
+    def __init__(
+        self,
+        values: Values,
+        positions: Positions,
+        *,
+        tier: str | None = None,
+        compute: Compute = "fp32",
+        lanes: Lanes = "auto",
+    ) -> None:
+        self._handle = ctypes.c_void_p()
+        validate(values, positions)
+        # Kept: with lanes="auto" the library reads them again when it packs the second layout.
+        self._values = np.ascontiguousarray(values)
+        self._positions = np.ascontiguousarray(positions)
+        self.rows, self.depth = positions.shape[0], 4 * positions.shape[1]
+        _call(
+            "sparse_engine_matmul24_create",
+            ctypes.c_int64(self.rows),
+            ctypes.c_int64(self.depth),
+            _address(self._values),
+            _address(self._positions),
+            (tier or best_tier(compute)).encode(),
+            lanes.encode(),
+            ctypes.byref(self._handle),
+        )
+
+    def __call__(
+        self,
+        x: NDArray[np.float32],
+        *,
+        bias: NDArray[np.float32] | None = None,
+        residual: NDArray[np.float32] | None = None,
+        activation: Activation = "none",
+        threads: int = 1,
+        out: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """The product for ``x`` ``[M, K]``: float32 ``[M, N]``.
+
+        Args:
+            x: float32, C-contiguous.
+            bias: ``[N]``.
+            residual: ``[M, N]``, added after the activation; may be ``out``.
+            activation: ``none``, ``gelu`` (erf), ``gelu-tanh`` or ``silu``.
+            threads: the result does not depend on it.
+            out: where to write; allocated if None.
+
+        Raises:
+            InputError: an array of another shape, dtype or layout, or an unknown activation.
+        """
+        tokens = x.shape[0] if x.ndim == 2 else -1
+        out = np.empty((max(tokens, 0), self.rows), np.float32) if out is None else out
+        _check("x", x, (tokens, self.depth))
+        _check("out", out, (tokens, self.rows))
+        if bias is not None:
+            _check("bias", bias, (self.rows,))
+        if residual is not None:
+            _check("residual", residual, (tokens, self.rows))
+        _call(
+            "sparse_engine_matmul24_run",
+            self._handle,
+            _address(x),
+            ctypes.c_int64(tokens),
+            _address(out),
+            _address(bias),
+            _address(residual),
+            activation.encode(),
+            ctypes.c_int(threads),
+        )
+        return out
+
+    @property
+    def tier(self) -> str:
+        """The tier that computes it."""
+        return str(_library().sparse_engine_matmul24_tier(self._handle).decode())
+
+    def lanes_for(self, tokens: int) -> str:
+        """The layout used for so many tokens."""
+        return str(_library().sparse_engine_matmul24_lanes(self._handle, ctypes.c_int64(tokens)).decode())
+
+    @property
+    def packed_bytes(self) -> int:
+        """Memory of the layouts packed so far."""
+        return int(_library().sparse_engine_matmul24_packed_bytes(self._handle))
+
+    def __del__(self) -> None:
+        if self._handle:
+            _library().sparse_engine_matmul24_destroy(self._handle)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    if not is_available():
+        raise UnsupportedError(
+            f"the CPU kernels are not built: {LIBRARY_PATH} does not exist",
+            fix="install a wheel, or build with a C++17 compiler: cmake -S . -B build -G Ninja && cmake --build build",
+        )
+    library = ctypes.CDLL(str(LIBRARY_PATH))
+    if library.sparse_engine_abi_version() != _ABI_VERSION:
+        raise BackendError(f"{LIBRARY_PATH} belongs to another version of sparse-engine", fix="build it again")
+    library.sparse_engine_matmul24_tier.restype = ctypes.c_char_p
+    library.sparse_engine_matmul24_lanes.restype = ctypes.c_char_p
+    library.sparse_engine_matmul24_packed_bytes.restype = ctypes.c_size_t
+    library.sparse_engine_matmul24_destroy.restype = None
+    return library
+
+
+_ERRORS: dict[int, type[SparseEngineError]] = {1: InputError, 2: UnsupportedError, 3: BackendError}
+
+
+def _call(function: str, *arguments: Any) -> None:
+    message = ctypes.create_string_buffer(_MESSAGE_BYTES)
+    status = getattr(_library(), function)(*arguments, message, ctypes.c_size_t(_MESSAGE_BYTES))
+    if status:
+        raise _ERRORS[status](message.value.decode(errors="replace"))
+
+
+def _address(array: NDArray[Any] | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if array is None else array.ctypes.data)
+
+
+def _check(name: str, array: NDArray[np.float32], shape: tuple[int, ...]) -> None:
+    if array.dtype != np.float32 or array.shape != shape or not array.flags.c_contiguous:
+        layout = "" if array.flags.c_contiguous else ", not C-contiguous"
+        expected = ["M" if size < 0 else size for size in shape]
+        raise InputError(
+            f"{name} is {array.dtype} {list(array.shape)}{layout}, expected C-contiguous float32 {expected}"
+        )

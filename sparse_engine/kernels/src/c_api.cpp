@@ -1,0 +1,118 @@
+#include "c_api.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <exception>
+#include <limits>
+#include <thread>
+#include <vector>
+
+#include "cpu_features.h"
+#include "dispatch.h"
+#include "error.h"
+#include "product24.h"
+
+namespace {
+
+using namespace sparse_engine;
+
+// Runs `body`; an exception becomes a status and a message.
+template <class Body>
+int guarded(char* message, size_t message_size, const Body& body) {
+  Status status = Status::kFailed;
+  const char* what = "unknown failure";
+  const auto report = [&] {
+    if (message && message_size) std::snprintf(message, message_size, "%s", what);
+    return int(status);
+  };
+  try {
+    body();
+    return int(Status::kOk);
+  } catch (const Error& error) {
+    status = error.status;
+    what = error.what();
+    return report();
+  } catch (const std::exception& error) {
+    what = error.what();
+    return report();
+  }
+}
+
+int to_int(int64_t value, const char* name) {
+  if (value >= 0 && value <= std::numeric_limits<int>::max()) return int(value);
+  throw Error(Status::kInvalidInput, std::string(name) + " is " + std::to_string(value) + ", out of range");
+}
+
+void parallel_for(int workers, const std::function<void()>& work) {
+  std::vector<std::thread> threads;
+  for (int i = 1; i < workers; ++i) threads.emplace_back(work);
+  work();
+  for (std::thread& thread : threads) thread.join();
+}
+
+// The best of several short runs: the peak is what the machine can do undisturbed.
+double measure(const PeakLoop& loop, bool load) {
+  constexpr size_t kIterations = 200000;
+  double best = 0;
+  for (int run = 0; run < 25; ++run) {
+    const auto start = std::chrono::steady_clock::now();
+    loop.run(kIterations, load);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    best = std::max(best, kIterations * loop.flops_per_iteration / seconds.count());
+  }
+  return best;
+}
+
+const MatMul24& as_product(const void* product) { return *static_cast<const MatMul24*>(product); }
+
+}  // namespace
+
+int sparse_engine_abi_version() { return 1; }
+
+int sparse_engine_has_tier(const char* tier) {
+  bool has = false;
+  const int status = guarded(nullptr, 0, [&] { has = machine_has(parse_tier(tier)); });
+  return status == int(Status::kOk) && has;
+}
+
+int sparse_engine_best_tier(const char* compute, const char** tier, char* message, size_t message_size) {
+  return guarded(message, message_size,
+                 [&] { *tier = tier_name(best_tier(parse_compute_is_bfloat16(compute))); });
+}
+
+int sparse_engine_matmul24_create(int64_t rows, int64_t depth, const float* values, const uint8_t* positions,
+                                  const char* tier, const char* lanes, void** product, char* message,
+                                  size_t message_size) {
+  return guarded(message, message_size, [&] {
+    const Weights24 weights = {to_int(rows, "rows"), to_int(depth, "depth"), values, positions};
+    *product = new MatMul24(weights, parse_tier(tier), parse_lanes(lanes));
+  });
+}
+
+int sparse_engine_matmul24_run(const void* product, const float* input, int64_t tokens, float* output,
+                               const float* bias, const float* residual, const char* activation, int threads,
+                               char* message, size_t message_size) {
+  return guarded(message, message_size, [&] {
+    const Epilogue epilogue = {bias, residual, parse_activation(activation)};
+    as_product(product).run(input, to_int(tokens, "tokens"), output, epilogue, threads, parallel_for);
+  });
+}
+
+const char* sparse_engine_matmul24_tier(const void* product) { return tier_name(as_product(product).tier()); }
+
+const char* sparse_engine_matmul24_lanes(const void* product, int64_t tokens) {
+  return lanes_name(as_product(product).lanes_for(tokens > 0 ? size_t(tokens) : 0));
+}
+
+size_t sparse_engine_matmul24_packed_bytes(const void* product) { return as_product(product).packed_bytes(); }
+
+void sparse_engine_matmul24_destroy(void* product) { delete static_cast<MatMul24*>(product); }
+
+int sparse_engine_peak_flops(const char* tier, int load, double* flops_per_second, char* message,
+                             size_t message_size) {
+  return guarded(message, message_size, [&] {
+    const PeakLoop* const loop = find_peak_loop(parse_tier(tier));
+    *flops_per_second = loop ? measure(*loop, load != 0) : std::numeric_limits<double>::quiet_NaN();
+  });
+}

@@ -1,0 +1,45 @@
+// The C functions of the library, for tests, benchmarks and other languages. Functions return a status:
+// 0 done, 1 invalid input, 2 not supported by this machine, 3 failed; `message` (of `message_size` bytes, or
+// null) then says why. Matrices are row-major, contiguous float32 of any alignment that suits a float.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#define SPARSE_ENGINE_API extern "C" __attribute__((visibility("default")))
+
+// Incremented when a function below changes.
+SPARSE_ENGINE_API int sparse_engine_abi_version();
+
+// 1 if this machine runs the tier (scalar, avx2, avx512, avx512-bf16), else 0.
+SPARSE_ENGINE_API int sparse_engine_has_tier(const char* tier);
+
+// The tier used for a precision (fp32, bf16), SPARSE_ENGINE_ISA respected. *tier is a static string.
+SPARSE_ENGINE_API int sparse_engine_best_tier(const char* compute, const char** tier, char* message,
+                                              size_t message_size);
+
+// Canonical weights: values [rows, depth / 2], positions [rows, depth / 4] (first | second << 2). They must
+// outlive the product where lanes is "auto".
+SPARSE_ENGINE_API int sparse_engine_matmul24_create(int64_t rows, int64_t depth, const float* values,
+                                                    const uint8_t* positions, const char* tier,
+                                                    const char* lanes, void** product, char* message,
+                                                    size_t message_size);
+
+// output[tokens, rows] = activation(input[tokens, depth] * W^T + bias) + residual. bias, residual: may be
+// null; residual may be the output. Starts threads - 1 threads and joins them.
+SPARSE_ENGINE_API int sparse_engine_matmul24_run(const void* product, const float* input, int64_t tokens,
+                                                 float* output, const float* bias, const float* residual,
+                                                 const char* activation, int threads, char* message,
+                                                 size_t message_size);
+
+// The tier, and the layout that so many tokens are computed with. Static strings.
+SPARSE_ENGINE_API const char* sparse_engine_matmul24_tier(const void* product);
+SPARSE_ENGINE_API const char* sparse_engine_matmul24_lanes(const void* product, int64_t tokens);
+SPARSE_ENGINE_API size_t sparse_engine_matmul24_packed_bytes(const void* product);
+
+SPARSE_ENGINE_API void sparse_engine_matmul24_destroy(void* product);
+
+// The machine's peak with one thread, in floating-point operations per second: of multiply-adds between
+// registers, or (load = 1) with an operand from L1. Takes about 20 ms. NaN for the scalar tier.
+SPARSE_ENGINE_API int sparse_engine_peak_flops(const char* tier, int load, double* flops_per_second,
+                                               char* message, size_t message_size);

@@ -1,0 +1,77 @@
+#include "cpu_features.h"
+
+#ifdef SPARSE_ENGINE_X86
+#include <cpuid.h>
+#endif
+
+namespace sparse_engine {
+
+#ifdef SPARSE_ENGINE_X86
+namespace {
+
+struct Registers {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+};
+
+Registers cpuid(unsigned leaf, unsigned subleaf) {
+  Registers r;
+  if (!__get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx)) return {};
+  return r;
+}
+
+constexpr bool has_bits(unsigned value, unsigned mask) { return (value & mask) == mask; }
+constexpr unsigned bit(int index) { return 1u << index; }
+
+// The register state that the operating system saves on a task switch. A processor may have AVX-512 while the
+// system does not save its registers: CPUID alone would promise instructions that fault.
+unsigned saved_state() {
+  constexpr unsigned kOsxsave = bit(27);
+  if (!has_bits(cpuid(1, 0).ecx, kOsxsave)) return 0;
+  unsigned low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return low;
+}
+
+struct Features {
+  bool avx2, avx512, avx512_bf16;
+
+  Features() {
+    constexpr unsigned kSseAndAvxState = bit(1) | bit(2);
+    constexpr unsigned kAvx512State = bit(5) | bit(6) | bit(7);  // masks, upper halves, registers 16 to 31
+    constexpr unsigned kAvxAndFma = bit(28) | bit(12);           // leaf 1, ecx
+    constexpr unsigned kAvx2 = bit(5);                           // leaf 7, ebx
+    constexpr unsigned kAvx512FDqBwVl = bit(16) | bit(17) | bit(30) | bit(31);  // leaf 7, ebx
+    constexpr unsigned kAvx512Bf16 = bit(5);                                    // leaf 7 subleaf 1, eax
+    const unsigned state = saved_state();
+    const unsigned leaf7 = cpuid(7, 0).ebx;
+    avx2 =
+        has_bits(state, kSseAndAvxState) && has_bits(cpuid(1, 0).ecx, kAvxAndFma) && has_bits(leaf7, kAvx2);
+    avx512 = avx2 && has_bits(state, kAvx512State) && has_bits(leaf7, kAvx512FDqBwVl);
+    avx512_bf16 = avx512 && cpuid(7, 0).eax >= 1 && has_bits(cpuid(7, 1).eax, kAvx512Bf16);
+  }
+};
+
+}  // namespace
+
+bool machine_has(Tier tier) {
+  static const Features features;
+  switch (tier) {
+    case Tier::kScalar:
+      return true;
+    case Tier::kAvx2:
+      return features.avx2;
+    case Tier::kAvx512:
+      return features.avx512;
+    case Tier::kAvx512Bf16:
+      return features.avx512_bf16;
+  }
+  return false;
+}
+
+#else
+
+bool machine_has(Tier tier) { return tier == Tier::kScalar; }
+
+#endif
+
+}  // namespace sparse_engine

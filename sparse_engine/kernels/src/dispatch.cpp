@@ -1,0 +1,102 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+
+#include "cpu_features.h"
+#include "error.h"
+
+namespace sparse_engine {
+namespace {
+
+constexpr const char* kTierNames[kTierCount] = {"scalar", "avx2", "avx512", "avx512-bf16"};
+constexpr const char* kLanesNames[] = {"auto", "t-lanes", "n-lanes"};
+constexpr const char* kActivationNames[] = {"none", "gelu", "gelu-tanh", "silu"};
+constexpr const char* kComputeNames[] = {"fp32", "bf16"};
+
+template <size_t Count>
+int parse(const char* what, const std::string& name, const char* const (&names)[Count]) {
+  std::string listed;
+  for (size_t i = 0; i < Count; ++i) {
+    if (name == names[i]) return int(i);
+    listed += (i ? ", " : "") + std::string(names[i]);
+  }
+  throw Error(Status::kInvalidInput, std::string(what) + " is '" + name + "', expected one of: " + listed);
+}
+
+void require(Tier tier, const std::string& asked_by) {
+  if (machine_has(tier)) return;
+  throw Error(Status::kUnsupported, asked_by + " asks for " + tier_name(tier) +
+                                        ", which this machine or its operating system lacks");
+}
+
+}  // namespace
+
+const char* tier_name(Tier tier) { return kTierNames[int(tier)]; }
+const char* lanes_name(Lanes lanes) { return kLanesNames[int(lanes)]; }
+
+Tier parse_tier(const std::string& name) { return Tier(parse("the instruction-set tier", name, kTierNames)); }
+Lanes parse_lanes(const std::string& name) { return Lanes(parse("the tactic", name, kLanesNames)); }
+Activation parse_activation(const std::string& name) {
+  return Activation(parse("the activation", name, kActivationNames));
+}
+bool parse_compute_is_bfloat16(const std::string& name) {
+  return parse("the compute precision", name, kComputeNames) == 1;
+}
+
+Tier highest_tier() {
+  const char* const forced = std::getenv("SPARSE_ENGINE_ISA");
+  if (forced && *forced) {
+    const Tier tier = Tier(parse("SPARSE_ENGINE_ISA", forced, kTierNames));
+    require(tier, "SPARSE_ENGINE_ISA");
+    return tier;
+  }
+  int tier = kTierCount - 1;
+  while (!machine_has(Tier(tier))) --tier;
+  return Tier(tier);
+}
+
+Tier best_tier(bool bfloat16) {
+  const Tier highest = highest_tier();
+  if (!bfloat16) return highest == Tier::kAvx512Bf16 ? Tier::kAvx512 : highest;
+  if (highest == Tier::kAvx512Bf16) return highest;
+  throw Error(Status::kUnsupported,
+              std::string("bf16 products need AVX512-BF16; the highest tier here is ") + tier_name(highest));
+}
+
+const Tactic& find_tactic(Tier tier, Lanes lanes) {
+  require(tier, "the caller");
+#ifdef SPARSE_ENGINE_X86
+  const bool rows = lanes == Lanes::kRows;
+  switch (tier) {
+    case Tier::kScalar:
+      break;
+    case Tier::kAvx2:
+      return rows ? kAvx2Rows : kAvx2Tokens;
+    case Tier::kAvx512:
+      return rows ? kAvx512Rows : kAvx512Tokens;
+    case Tier::kAvx512Bf16:
+      return rows ? kAvx512Bf16Rows : kAvx512Bf16Tokens;
+  }
+#else
+  (void)lanes;
+#endif
+  return kScalarTactic;
+}
+
+const PeakLoop* find_peak_loop(Tier tier) {
+  require(tier, "the caller");
+#ifdef SPARSE_ENGINE_X86
+  if (tier == Tier::kAvx2) return &kAvx2Peak;
+  if (tier == Tier::kAvx512) return &kAvx512Peak;
+  if (tier == Tier::kAvx512Bf16) return &kAvx512Bf16Peak;
+#endif
+  return nullptr;
+}
+
+// Where T-lanes overtake N-lanes, measured on a Zen 4 (README.md): below it most lanes of a tile are empty.
+Lanes default_lanes(Tier tier, size_t tokens) {
+  const size_t most = tier == Tier::kAvx512Bf16 ? 24 : 12;
+  return tokens <= most ? Lanes::kRows : Lanes::kTokens;
+}
+
+}  // namespace sparse_engine

@@ -1,0 +1,46 @@
+// One layer: weights packed for this machine, ready to be multiplied by any number of threads.
+#pragma once
+
+#include <functional>
+#include <mutex>
+
+#include "buffer.h"
+#include "matmul24.h"
+
+namespace sparse_engine {
+
+// Runs `work` on up to `workers` threads at once, and returns when all calls have returned.
+using ParallelFor = std::function<void(int workers, const std::function<void()>& work)>;
+
+class MatMul24 {
+ public:
+  // With kTokens or kRows the weights are packed now, and may then be freed. With kAuto each layout is packed
+  // when it is first needed: the weights must live as long as this object.
+  // Throws Error: kInvalidInput for weights that are not canonical 2:4, kUnsupported for a missing tier.
+  MatMul24(const Weights24& weights, Tier tier, Lanes lanes);
+
+  // output[tokens, rows] = activation(input[tokens, depth] * W^T + bias) + residual. Safe to call from
+  // several threads at once; the result does not depend on `threads`.
+  void run(const float* input, size_t tokens, float* output, const Epilogue& epilogue, int threads,
+           const ParallelFor& parallel_for) const;
+
+  int rows() const { return weights_.rows; }
+  int depth() const { return weights_.depth; }
+  Tier tier() const { return tier_; }
+  Lanes lanes_for(size_t tokens) const;  // what run() uses for so many tokens
+  size_t packed_bytes() const;           // of the layouts packed so far
+
+ private:
+  struct Packed {
+    std::once_flag once;
+    Buffer buffer;
+  };
+  const void* packed_for(const Tactic& tactic) const;
+
+  Weights24 weights_;
+  Tier tier_;
+  Lanes lanes_;
+  mutable Packed packed_[2];  // T-lanes, N-lanes
+};
+
+}  // namespace sparse_engine

@@ -1,0 +1,70 @@
+// The reference: plain C++, any processor. Bound: one multiply-add at a time.
+//
+// It reads the canonical weights as they are, so it is also the definition of what they mean.
+#include <cmath>
+#include <cstring>
+
+#include "matmul24.h"
+
+namespace sparse_engine {
+namespace {
+
+float activate(float x, Activation activation) {
+  switch (activation) {
+    case Activation::kNone:
+      return x;
+    case Activation::kGelu:  // x * Phi(x); erfc and not 1 + erf, which cancels for negative x
+      return 0.5f * x * std::erfc(-x * 0.70710678f);
+    case Activation::kGeluTanh:  // 0.5 x (1 + tanh u) = x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3)
+      return x / (1.0f + std::exp(-1.5957691f * x * (1.0f + 0.044715f * x * x)));
+    case Activation::kSilu:
+      return x / (1.0f + std::exp(-x));
+  }
+  return x;
+}
+
+size_t values_bytes(int rows, int depth) { return size_t(rows) * depth / 2 * sizeof(float); }
+size_t packed_bytes(int rows, int depth) { return values_bytes(rows, depth) + size_t(rows) * depth / 4; }
+size_t scratch_bytes(int, int) { return 0; }
+
+void pack(const Weights24& weights, void* packed) {
+  const size_t bytes = values_bytes(weights.rows, weights.depth);
+  std::memcpy(packed, weights.values, bytes);
+  std::memcpy(static_cast<char*>(packed) + bytes, weights.positions, size_t(weights.rows) * weights.groups());
+}
+
+float dot(const float* values, const uint8_t* positions, const float* x, int groups) {
+  float sum = 0.0f;
+  for (int group = 0; group < groups; ++group) {
+    sum += values[2 * group] * x[4 * group + (positions[group] & 3)];
+    sum += values[2 * group + 1] * x[4 * group + (positions[group] >> 2)];
+  }
+  return sum;
+}
+
+void run(const Product& product, const Block& block, void*) {
+  const int groups = product.depth / 4;
+  const float* const values = static_cast<const float*>(product.packed);
+  const uint8_t* const positions =
+      static_cast<const uint8_t*>(product.packed) + values_bytes(product.rows, product.depth);
+  const Epilogue& epilogue = product.epilogue;
+  for (size_t token = block.token_begin; token < block.token_end; ++token) {
+    const float* const x = product.input + token * product.depth;
+    for (int row = block.row_begin; row < block.row_end; ++row) {
+      const size_t group = size_t(row) * groups;
+      float y = dot(values + 2 * group, positions + group, x, groups);
+      if (epilogue.bias) y += epilogue.bias[row];
+      y = activate(y, epilogue.activation);
+      const size_t index = token * product.rows + row;
+      if (epilogue.residual) y += epilogue.residual[index];
+      product.output[index] = y;
+    }
+  }
+}
+
+}  // namespace
+
+constexpr Tactic kScalarTactic = {Tier::kScalar, Lanes::kTokens, 1,  64, 1, packed_bytes,
+                                  pack,          scratch_bytes,  run};
+
+}  // namespace sparse_engine

@@ -1,0 +1,43 @@
+"""What the kernel tests share: the tactics of this machine, tolerances, random 2:4 weights."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sparse_engine import kernels
+
+# Relative to the largest result: float32 sums, and products of operands rounded to eight bits.
+TOLERANCE = {"scalar": 4e-6, "avx2": 4e-6, "avx512": 4e-6, "avx512-bf16": 4e-3}
+
+
+def tactics():
+    if not kernels.is_available():
+        return []
+    tiers = kernels.available_tiers()
+    return [
+        (tier, lanes) for tier in tiers for lanes in ("t-lanes", "n-lanes") if (tier, lanes) != ("scalar", "n-lanes")
+    ]
+
+
+def random_weight(rng, rows, depth, scale=1.0):
+    """A 2:4 weight whose groups keep two, one or no weights, at random positions."""
+    weight = (rng.standard_normal((rows, depth // 4, 4)) * scale).astype(np.float32)
+    kept = rng.choice([0, 1, 2, 2, 2, 2], size=(rows, depth // 4, 1))
+    order = np.argsort(rng.random(weight.shape), axis=-1)
+    weight[np.argsort(order, axis=-1) >= kept] = 0
+    return weight.reshape(rows, depth)
+
+
+def create(weight, tactic):
+    """The product of a dense 2:4 weight on one tactic; asserts that this tactic is what will run."""
+    tier, lanes = tactic
+    product = kernels.MatMul24(*kernels.pack(weight), tier=tier, lanes=lanes)
+    assert product.tier == tier
+    assert product.lanes_for(1) == product.lanes_for(1000) == lanes
+    return product
+
+
+def relative_error(result, reference):
+    """The largest error, relative to the largest reference."""
+    assert result.dtype == np.float32
+    return np.abs(result - reference).max() / np.abs(reference).max()

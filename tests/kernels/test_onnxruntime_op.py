@@ -1,0 +1,222 @@
+"""The operator sparse_engine::MatMul24 in ONNX Runtime sessions."""
+
+import ctypes
+import threading
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from kernel_cases import random_weight, relative_error
+from onnx import TensorProto, helper, numpy_helper
+
+from sparse_engine import kernels
+
+ROWS, DEPTH = 72, 64
+FLOAT, UINT8 = TensorProto.FLOAT, TensorProto.UINT8
+
+
+@pytest.fixture(scope="module")
+def weight():
+    return random_weight(np.random.default_rng(0), ROWS, DEPTH)
+
+
+@pytest.fixture(scope="module")
+def bias():
+    return np.random.default_rng(1).standard_normal(ROWS).astype(np.float32)
+
+
+def tensor(name, kind=FLOAT, shape=("batch", "tokens", DEPTH)):
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def graph(weight, bias=None, residual=False, initializers=None, **attributes):
+    """The bytes of a model with one MatMul24. initializers: arrays that replace those of the weight."""
+    values, positions = kernels.pack(weight)
+    arrays = {"values": values, "positions": positions, **(initializers or {})}
+    if bias is not None:
+        arrays["bias"] = bias
+    inputs = ["x", "values", "positions", "bias" if bias is not None else "", "residual" if residual else ""]
+    while not inputs[-1]:
+        inputs.pop()
+    attributes = {"N": ROWS, "K": DEPTH, **attributes}
+    node = helper.make_node("MatMul24", inputs, ["y"], domain="sparse_engine", **attributes)
+    shape = ("batch", "tokens", ROWS)
+    return helper.make_model(
+        helper.make_graph(
+            [node],
+            "one_layer",
+            [tensor("x"), *([tensor("residual", shape=shape)] if residual else [])],
+            [helper.make_empty_tensor_value_info("y")],
+            [numpy_helper.from_array(array, name) for name, array in arrays.items() if array is not None],
+        ),
+        opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("sparse_engine", 1)],
+        ir_version=9,
+    )
+
+
+def session(model, threads=2):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(kernels.LIBRARY_PATH))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def sample(tokens=257, batch=2):
+    return np.random.default_rng(2).standard_normal((batch, tokens, DEPTH)).astype(np.float32)
+
+
+def test_it_computes_the_layer(weight, bias):
+    x = sample()
+    (y,) = session(graph(weight, bias)).run(None, {"x": x})
+    assert relative_error(y, x.astype(np.float64) @ weight.T + bias) < 4e-6
+
+
+@pytest.mark.parametrize("tactic", ["auto", "t-lanes", "n-lanes"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_bias_and_residual_are_optional_each(weight, bias, tactic, with_bias):
+    x, residual = sample(5), np.random.default_rng(3).standard_normal((2, 5, ROWS)).astype(np.float32)
+    model = graph(weight, bias if with_bias else None, residual=True, tactic=tactic)
+    (y,) = session(model).run(None, {"x": x, "residual": residual})
+    expected = x.astype(np.float64) @ weight.T + (bias if with_bias else 0) + residual
+    assert relative_error(y, expected) < 4e-6
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu", "gelu-tanh", "silu"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_it_gives_the_bits_of_the_kernel(weight, bias, activation, threads):
+    x = sample(100, 1)
+    (y,) = session(graph(weight, bias, activation=activation), threads).run(None, {"x": x})
+    expected = kernels.MatMul24(*kernels.pack(weight))(x[0], bias=bias, activation=activation)
+    np.testing.assert_array_equal(y[0], expected)
+
+
+def test_bf16_products(weight):
+    if "avx512-bf16" not in kernels.available_tiers():
+        pytest.skip("this machine lacks avx512-bf16")
+    x = sample()
+    (y,) = session(graph(weight, compute="bf16")).run(None, {"x": x})
+    error = relative_error(y, x.astype(np.float64) @ weight.T)
+    assert 1e-5 < error < 5e-3
+
+
+def test_bf16_is_refused_where_the_tier_is_forced_lower(weight, monkeypatch):
+    monkeypatch.setenv(kernels.ISA_VARIABLE, "scalar")
+    with pytest.raises(Exception, match="MatMul24: bf16 products need AVX512-BF16; the highest tier here is scalar"):
+        session(graph(weight, compute="bf16"))
+
+
+def test_the_output_shape_is_inferred_with_its_names(weight):
+    assert session(graph(weight)).get_outputs()[0].shape == ["batch", "tokens", ROWS]
+
+
+def test_no_tokens_is_no_work(weight):
+    (y,) = session(graph(weight)).run(None, {"x": sample(0)})
+    assert y.shape == (2, 0, ROWS)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"activation": "relu"}, "activation is 'relu', expected one of: none, gelu, gelu-tanh, silu"),
+        ({"tactic": "fast"}, "tactic is 'fast', expected one of: auto, t-lanes, n-lanes"),
+        ({"compute": "int8"}, "compute precision is 'int8', expected one of: fp32, bf16"),
+        ({"N": 73}, r"values has shape \[72, 32\], expected \[73, 32\]"),
+        ({"K": 66}, "K = 66, expected N >= 1 and K a positive multiple of 4"),
+        ({"initializers": {"positions": np.zeros((72, 16), np.uint8)}}, "row 0, group 0 are 0, expected first"),
+        ({"initializers": {"positions": np.full((72, 8), 4, np.uint8)}}, r"positions has shape \[72, 8\]"),
+        ({"initializers": {"values": np.zeros((72, 32))}}, r"Type 'tensor\(double\)' of input parameter \(values\)"),
+    ],
+    ids=["activation", "tactic", "compute", "N", "K", "pattern", "positions", "dtype"],
+)
+def test_a_wrong_node_is_refused_when_the_session_is_created(weight, change, message):
+    with pytest.raises(Exception, match=message):
+        session(graph(weight, **change))
+
+
+def test_weights_must_be_initializers(weight):
+    model = graph(weight, initializers={"values": None})
+    model.graph.input.append(tensor("values", shape=(ROWS, DEPTH // 2)))
+    with pytest.raises(Exception, match="MatMul24: input 'values' must be an initializer"):
+        session(model)
+
+
+def test_wrong_shapes_are_refused_when_run(weight, bias):
+    model = graph(weight, residual=True)
+    del model.graph.input[0].type.tensor_type.shape.dim[:]
+    model.graph.input[0].type.tensor_type.shape.dim.add().dim_param = "a"
+    model.graph.input[0].type.tensor_type.shape.dim.add().dim_param = "b"
+    del model.graph.input[1].type.tensor_type.shape.dim[:]
+    model.graph.input[1].type.tensor_type.shape.dim.add().dim_param = "c"
+    model.graph.input[1].type.tensor_type.shape.dim.add().dim_param = "d"
+    layer = session(model)
+    with pytest.raises(Exception, match=r"MatMul24: X has shape \[3, 60\], expected \[..., K\] with K = 64"):
+        layer.run(None, {"x": np.zeros((3, 60), np.float32), "residual": np.zeros((3, ROWS), np.float32)})
+    with pytest.raises(Exception, match=r"MatMul24: residual has shape \[2, 72\], expected \[3, 72\]"):
+        layer.run(None, {"x": np.zeros((3, DEPTH), np.float32), "residual": np.zeros((2, ROWS), np.float32)})
+
+
+def test_several_sessions_and_threads_at_once(weight, bias):
+    x = sample(130, 3)
+    sessions = [session(graph(weight, bias, activation="silu")) for _ in range(2)]
+    (expected,) = sessions[0].run(None, {"x": x})
+    wrong = []
+
+    def work(layer):
+        for _ in range(40):
+            (y,) = layer.run(None, {"x": x})
+            if not np.array_equal(y, expected):
+                wrong.append(y)
+
+    threads = [threading.Thread(target=work, args=(layer,)) for layer in sessions * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_too_old_a_runtime_is_told_so():
+    """A runtime without version 17 of the interface, played by two Python callbacks."""
+    create_status = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
+    get_api = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)
+    version = ctypes.CFUNCTYPE(ctypes.c_char_p)
+    said = []
+
+    class ApiBase(ctypes.Structure):
+        _fields_ = [("GetApi", get_api), ("GetVersionString", version)]
+
+    creates = create_status(lambda code, message: said.append((code, message.decode())) or 1234)
+    table = (ctypes.c_void_p * 1)(ctypes.cast(creates, ctypes.c_void_p))
+    base = ApiBase(get_api(lambda wanted: ctypes.addressof(table) if wanted < 17 else None), version(lambda: b"1.16.3"))
+    register = ctypes.CDLL(str(kernels.LIBRARY_PATH)).RegisterCustomOps
+    register.restype = ctypes.c_void_p
+    assert register(None, ctypes.byref(base)) == 1234
+    assert said == [
+        (9, "sparse-engine kernels need ONNX Runtime 1.17 or newer, this is 1.16.3; pip install -U onnxruntime")
+    ]
+
+
+def load_and_run(model, times, x):
+    for _ in range(times):
+        session(model).run(None, {"x": x})
+
+
+def test_loading_and_running_does_not_leak(weight, bias, resident_bytes):
+    model = graph(weight, bias)
+    large = onnx.ModelProto.FromString(model.SerializeToString())
+    x = sample(64, 1)
+    load_and_run(large, 50, x)
+    before = resident_bytes()
+    load_and_run(large, 400, x)
+    assert resident_bytes() - before < 8e6  # one leaked kernel per load would be 40 KB x 400 = 16 MB
+
+
+@pytest.mark.slow
+def test_ten_thousand_loads_and_runs_do_not_leak(weight, bias, resident_bytes):
+    model, x = graph(weight, bias), sample(16, 1)
+    load_and_run(model, 200, x)
+    before = resident_bytes()
+    load_and_run(model, 10_000, x)
+    assert resident_bytes() - before < 20e6  # 2 KB each
