@@ -1,7 +1,7 @@
 """The product table: one 2:4 layer at a time, ours against ONNX Runtime's and PyTorch's dense products.
 
-    python -m sparse_engine.bench.kernels                # the layers of U-ViT-S, one thread and two
-    python -m sparse_engine.bench.kernels --json table.json
+    sparse-engine bench --kernels                     # the layers of U-ViT-S, one thread and two
+    sparse-engine bench --kernels --precision bf16
 
 All contenders of a cell compute ``x @ weight.T + bias`` with the same numbers, in one process, interleaved.
 GFLOP/s are dense-equivalent: 2 M N K per product, whether or not the zeros are multiplied. "Bound" is twice
@@ -10,14 +10,8 @@ the machine's measured peak of multiply-adds that load an operand from L1, which
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,10 +19,11 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from rich.console import Console
 from rich.table import Table
 
 from sparse_engine import kernels
+
+from .timing import interleave
 
 UVIT_S_LAYERS = ((512, 1536), (512, 512), (512, 2048), (2048, 512))  # (K, N) of qkv, proj, fc1, fc2
 UVIT_S_TOKENS = (257, 1028, 4112)  # 256 patches and the time token; batches of 1, 4 and 16
@@ -107,7 +102,8 @@ def measure(
             x = rng.standard_normal((M, K)).astype(np.float32)
             for count in threads:
                 contenders = _contenders(x, weight, bias, compute, count)
-                seconds = interleave(contenders, seconds_per_cell)
+                runs = interleave(contenders, repeats=1, seconds=seconds_per_cell).runs
+                seconds = {name: (times / LAYERS_PER_CALL).ravel().tolist() for name, times in runs.items()}
                 lanes = kernels.MatMul24(*kernels.pack(weight), tier=tier).lanes_for(M)
                 yield Cell(K, N, M, count, compute, tier, lanes, 2 * peak * count, seconds)
 
@@ -117,23 +113,6 @@ def two_of_four(weight: NDArray[np.float32]) -> NDArray[np.float32]:
     groups = weight.reshape(weight.shape[0], -1, 4).copy()
     np.put_along_axis(groups, np.argsort(np.abs(groups), axis=-1)[..., :2], 0, axis=-1)
     return groups.reshape(weight.shape)
-
-
-def interleave(contenders: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Call the contenders in turn, A B C A B C, for so many seconds; times per layer.
-
-    A turn is an untimed call, during which the threads of the one before stop spinning, and three timed ones.
-    """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 6:
-        for name, call in contenders.items():
-            call()
-            for _ in range(3):
-                start = time.perf_counter()
-                call()
-                times[name].append((time.perf_counter() - start) / LAYERS_PER_CALL)
-    return times
 
 
 def _contenders(
@@ -235,43 +214,7 @@ def table(cells: Sequence[Cell]) -> Table:
     return result
 
 
-def _summary(cell: Cell) -> dict[str, Any]:
+def summary(cell: Cell) -> dict[str, Any]:
+    """A cell as results files hold it."""
     numbers = {key: value for key, value in asdict(cell).items() if key != "seconds"}
     return {**numbers, "bound": round(cell.bound, 1), "gflops_p5_p50_p95": cell.quantiles()}
-
-
-def machine() -> dict[str, str | int | None]:
-    """What the numbers were measured on."""
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "onnxruntime": onnxruntime.__version__,
-        "tiers": ", ".join(kernels.available_tiers()),
-    }
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print the table, and write the cells as JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compute", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--tokens", type=int, nargs="+", default=UVIT_S_TOKENS, metavar="M")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--seconds", type=float, default=1.0, help="time per cell")
-    parser.add_argument("--json", type=Path, help="also write the cells to this file, with 5%% and 95%% quantiles")
-    options = parser.parse_args(arguments)
-    cells = list(
-        measure(
-            tokens=options.tokens,
-            threads=options.threads,
-            compute=options.compute,
-            seconds_per_cell=options.seconds,
-        )
-    )
-    Console().print(table(cells))
-    if options.json:
-        report = {"machine": machine(), "cells": [_summary(cell) for cell in cells]}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

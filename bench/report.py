@@ -28,13 +28,20 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
+def _label(name: str, precision: str) -> str:
+    if name == SPARSE:
+        return f"**{name}, {precision}**"
+    return "our own dense engine, fp32" if name == DENSE else f"{name}, {precision}"
+
+
 def _ratio(value: dict[str, Any]) -> str:
     text = f"{value['median']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
     return f"{text} tie" if value["tie"] else text
 
 
 def _grid_rows(results: dict[str, Any]) -> tuple[list[str], Rows]:
-    headers = ["patch", "mlp_ratio", "dense ms", "2:4 ms", "speed-up [99 %]", "paper (A40, CUTLASS)"]
+    ours = f"2:4 {results['precision']}, ms"
+    headers = ["patch", "mlp_ratio", "dense fp32, ms", ours, "speed-up [99 %]", "paper (A40, CUTLASS)"]
     rows = []
     for cell in results["cells"]:
         times = cell["milliseconds"]
@@ -56,7 +63,7 @@ def _checkpoint_rows(results: dict[str, Any]) -> tuple[list[str], Rows]:
     names = list(dict.fromkeys(name for row in results["rows"] for name in row["milliseconds"]))
     rows = []
     for name in names:
-        label = f"**{name}**" if name == SPARSE else ("our own dense engine" if name == DENSE else name)
+        label = _label(name, results["precision"])
         cells = []
         for row in results["rows"]:
             times = row["milliseconds"].get(name)

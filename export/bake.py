@@ -108,6 +108,9 @@ def bake(
                 f"names look like {', '.join(list(modules)[:3])}; `sparse-engine inspect` lists them",
             )
     state = dict(model.checkpoint.state)
+    for name, stored_mask in model.checkpoint.masks.items():
+        if name.removesuffix(".weight") not in modules:  # a bias, an embedding: no layer of its own below
+            state[name] = np.where(stored_mask, state[name], np.float32(0))
     reports = []
     for name, kind in modules.items():
         selected = rule != "none" and any(fnmatchcase(name, glob) for glob in globs)

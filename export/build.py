@@ -31,7 +31,10 @@ ENERGY_WARNING = 0.05
 
 def default_output(checkpoint: Path) -> Path:
     """``model.pt`` and ``model.ckpt/`` become ``model.sengine`` in the working directory."""
-    return Path(checkpoint.name).with_suffix(SUFFIX)
+    name = checkpoint.resolve().name
+    if not name:
+        raise OptionError(f"{checkpoint} gives no name for the engine", "say where to write it with -o")
+    return Path(name).with_suffix(SUFFIX)
 
 
 def build_engine(
@@ -74,6 +77,8 @@ def build_engine(
     path = Path(output) if output is not None else default_output(Path(checkpoint))
     check_writable(path)
     chosen = usable_backend(backend)
+    options = BuildOptions(sparse, precision, _checked_batch(batch))
+    chosen.check(options)
     progress("reading the checkpoint")
     model = load_model(checkpoint, family, **given)
     progress("baking masks")
@@ -83,7 +88,6 @@ def build_engine(
     progress("exporting the step graph")
     graph = export_baked(model, baked)
     progress(f"building for {chosen.name}")
-    options = BuildOptions(sparse, precision, _checked_batch(batch))
     progress(f"writing {path}")
     return path, write_built(path, model, baked, graph, chosen, options)
 
@@ -155,7 +159,7 @@ def _manifest(model: Model, baked: Baked, graph: StepGraph, payload: Payload, op
         backend=payload.backend,
         batch=options.batch,
         checkpoint_sha256=model.checkpoint.sha256,
-        graph_sha256=hashlib.sha256(graph.proto.SerializeToString(deterministic=True)).hexdigest(),
+        graph_sha256=hashlib.sha256(graph.proto.SerializeToString(deterministic=True)).hexdigest(),  # as exported
         notes=[*model.notes, *warnings_of(baked)],
     )
 

@@ -164,10 +164,14 @@ def _strip_prefixes(tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def _to_numpy(name: str, tensor: Any, file: Path) -> np.ndarray:
+    import torch
+
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+        kind = "quantised" if tensor.is_quantized else f"{tensor.layout}, {tensor.dtype}"
+        raise CheckpointError(f"{file}: {name} is {kind}; expected plain real weights", "save it dense and in float")
+    tensor = tensor.detach()
     if tensor.is_floating_point():
         tensor = tensor.float()
-    elif tensor.is_complex():
-        raise CheckpointError(f"{file}: {name} is {tensor.dtype}; expected real weights")
     array: np.ndarray = tensor.contiguous().numpy()
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         bad = int(array.size - np.isfinite(array).sum())
@@ -200,14 +204,14 @@ def _config_beside(file: Path) -> dict[str, Any]:
     folders = [file.parent, file.parent.parent] if file.parent.suffix == ".ckpt" else [file.parent]
     for candidate in (file.with_suffix(".json"), *(folder / "config.json" for folder in folders)):
         if candidate.is_file():
-            return _parse_config(candidate.read_text(encoding="utf-8"), str(candidate))
+            return _parse_config(candidate.read_bytes(), str(candidate))
     return {}
 
 
-def _parse_config(text: str, where: str) -> dict[str, Any]:
+def _parse_config(text: str | bytes, where: str) -> dict[str, Any]:
     try:
         config = json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # bad JSON, or bytes that are no text
         raise CheckpointError(f"{where} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{where} holds a {type(config).__name__}; expected an object of settings")

@@ -13,6 +13,8 @@ import numpy as np
 
 from sparse_engine.errors import CheckpointError, OptionError
 
+MAX_GROUP = 64  # the widest N:M of the literature is 1:16; ranks are counted pair by pair
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -22,9 +24,9 @@ class Pattern:
     m: int = 4
 
     def __post_init__(self) -> None:
-        if not 0 < self.n < self.m:
+        if not 0 < self.n < self.m <= MAX_GROUP:
             raise OptionError(
-                f"pattern {self.n}:{self.m} keeps {self.n} of {self.m} weights; expected 0 < N < M",
+                f"pattern {self.n}:{self.m} keeps {self.n} of {self.m} weights; expected 0 < N < M <= {MAX_GROUP}",
                 "write it as N:M, for example 2:4",
             )
 
@@ -117,7 +119,7 @@ def _keep_largest(groups: np.ndarray, n: int) -> tuple[np.ndarray, int]:
     """True for the ``n`` largest of each row; rank by pairwise comparison, the higher index winning a tie."""
     m = groups.shape[1]
     columns = [groups[:, i] for i in range(m)]
-    rank = np.zeros(groups.shape, dtype=np.uint8)  # how many of its group each element beats
+    rank = np.zeros(groups.shape, dtype=np.uint16)  # how many of its group each element beats
     for low in range(m):
         for high in range(low + 1, m):
             low_wins = columns[low] > columns[high]

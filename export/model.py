@@ -11,13 +11,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparse_engine.errors import CheckpointError, OptionError
-from sparse_engine.sampling import schedule_from_dict
+from sparse_engine.errors import CheckpointError, OptionError, SparseEngineError
+from sparse_engine.sampling import SAMPLERS, schedule_from_dict
 
 from .checkpoint import Checkpoint, load_checkpoint
 from .families import Family, FamilyConfig, Recipe, family_named, recognise
 
 PREDICTIONS = ("eps", "x0", "v")
+# The settings that a configuration may hold, and what each has to be.
+KINDS: dict[str, tuple[type, ...]] = {
+    "family": (str,),
+    "schedule": (str, Mapping),
+    "prediction": (str,),
+    "sampler": (str,),
+    "null_class": (int,),
+    "value_range": (list, tuple),
+    "heads": (int,),
+    "num_heads": (int,),
+    "num_classes": (int,),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +68,38 @@ def load_model(path: str | Path, family: str | None = None, **given: Any) -> Mod
         OptionError: a given setting cannot be used.
     """
     checkpoint = load_checkpoint(path)
-    stored = {**checkpoint.config, **checkpoint.config.get("nnet", {})}
-    settings = {**stored, **{name: value for name, value in given.items() if value is not None}}
     where = str(checkpoint.path)
+    nested = checkpoint.config.get("nnet", {})
+    stored = {**checkpoint.config, **(nested if isinstance(nested, Mapping) else {})}
+    check_settings(stored, f"the configuration of {where}", CheckpointError)
+    wanted = {name: value for name, value in given.items() if value is not None}
+    check_settings(wanted, "the given settings", OptionError)
+    settings = {**stored, **wanted}
     name = family or stored.get("family")
     chosen = family_named(name) if name else recognise(checkpoint.shapes, where)
+    unknown = wanted.keys() - set(KINDS) - chosen.settings
+    if unknown:
+        raise OptionError(f"{', '.join(sorted(unknown))}: no setting of a {chosen.name} model")
     config, notes = chosen.read_config(checkpoint.shapes, settings)
     model = Model(checkpoint, chosen, config, *_recipe(chosen.recipe(config), config, settings, notes))
     _check_weights(model, where)
     return dataclasses.replace(model, notes=[*checkpoint.notes, *model.notes])
+
+
+def check_settings(settings: Mapping[str, Any], where: str, kind: type[SparseEngineError]) -> None:
+    """Refuse a setting of the wrong type or value, by name. Raises ``kind``."""
+    for name, expected in KINDS.items():
+        value = settings.get(name)
+        if value is not None and (not isinstance(value, expected) or isinstance(value, bool)):
+            wanted = " or ".join(each.__name__ for each in expected)
+            raise kind(f"{where}: {name} is {value!r}; expected {wanted}")
+    if settings.get("sampler") is not None and settings["sampler"] not in SAMPLERS:
+        raise kind(f"{where}: sampler {settings['sampler']!r} is not known; expected one of {', '.join(SAMPLERS)}")
+    pixels = settings.get("value_range")
+    if pixels is not None and not (
+        len(pixels) == 2 and all(isinstance(end, (int, float)) for end in pixels) and pixels[0] < pixels[1]
+    ):
+        raise kind(f"{where}: value_range is {pixels!r}; expected two numbers, the lower first")
 
 
 def _recipe(
@@ -73,6 +108,8 @@ def _recipe(
     """What the user or the stored configuration says of the training, over the family's default."""
     names = [field.name for field in dataclasses.fields(Recipe)]
     recipe = dataclasses.replace(default, **{name: given[name] for name in names if name in given})
+    if recipe.schedule is None or recipe.prediction is None or recipe.sampler is None:
+        raise OptionError("schedule, prediction and sampler cannot be null", "leave the entry out for the default")
     if recipe.value_range is not None:
         low, high = recipe.value_range
         recipe = dataclasses.replace(recipe, value_range=(float(low), float(high)))

@@ -53,12 +53,12 @@ class Verification:
     @property
     def worst(self) -> float:
         """The largest relative error of eps."""
-        return max(entry.relative for entry in self.times)
+        return float(np.max([entry.relative for entry in self.times]))  # NaN stays NaN
 
     @property
     def passed(self) -> bool:
-        """Whether eps is within the tolerance at every time."""
-        return self.worst <= self.tolerance
+        """Whether eps is within the tolerance at every time, and the trajectory came to an end."""
+        return bool(self.worst <= self.tolerance) and not np.isnan(self.psnr)
 
     def to_dict(self) -> dict[str, Any]:
         """As ``--json`` prints it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -10,8 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sparse_engine import __version__
+from sparse_engine import __version__, kernels
 from sparse_engine.backends import BACKENDS, backend_named
+from sparse_engine.errors import SparseEngineError, UnsupportedError
 
 PACKAGES = (
     "numpy",
@@ -42,6 +44,7 @@ def diagnose() -> list[Finding]:
     return [
         Finding("sparse-engine", True, f"{__version__} on Python {platform.python_version()}, {platform.platform()}"),
         _cpu(),
+        _kernels(),
         _gpu(),
         *(_package(name) for name in PACKAGES if _version(name) or name in ("numpy", "onnx")),
         *_conflicts(),
@@ -68,6 +71,19 @@ def _cpu() -> Finding:
     return Finding(
         "CPU", True, f"{usable} usable cores, {platform.machine()}, {', '.join(found) or 'no vector flags known'}"
     )
+
+
+def _kernels() -> Finding:
+    if not kernels.is_available():
+        fix = "install a C++17 compiler and sparse-engine again: without them 2:4 layers run dense"
+        return Finding("CPU kernels", False, "not built", fix)
+    try:
+        found = f"fp32 on {kernels.best_tier('fp32')}"
+        with contextlib.suppress(UnsupportedError):
+            found += f", bf16 on {kernels.best_tier('bf16')}"
+    except SparseEngineError as error:
+        return Finding("CPU kernels", False, error.what, error.fix)
+    return Finding("CPU kernels", True, found)
 
 
 def _gpu() -> Finding:

@@ -23,6 +23,7 @@ Callback = Callable[[int, float, np.ndarray], object]
 Labels = int | Sequence[int] | np.ndarray
 Decoder = Callable[[np.ndarray], np.ndarray]
 OUTPUTS = ("uint8", "float")
+TRAJECTORY_OPTIONS = ("t_start", "t_end", "spacing", "eta", "variance", "order", "denoise_to_zero")
 
 
 class SparseEngine:
@@ -211,6 +212,8 @@ class SparseEngine:
         images = self._checked_images("x", x, len(x))
         if images is None or not len(images):
             raise OptionError("x is empty; expected at least one sample")
+        if not np.all((np.asarray(t) >= 0) & (np.asarray(t) <= self._schedule.t_max)):
+            raise OptionError(f"t = {t}; expected schedule times from 0 to {self._schedule.t_max:g}")
         network_time = np.asarray(self._schedule.network_time(t), np.float32)
         if network_time.shape not in ((), (len(images),)):
             raise OptionError(
@@ -238,6 +241,9 @@ class SparseEngine:
         if clip and (pixels is None or (info is not None and not info.clips)):
             why = "latents have no range" if pixels is None else f"sampler {name} never forms x0"
             raise OptionError(f"clip = True, but {why}", "leave clip out")
+        unknown = options.keys() - set(TRAJECTORY_OPTIONS)
+        if unknown:
+            raise OptionError(f"{', '.join(sorted(unknown))}: no such option; expected {', '.join(TRAJECTORY_OPTIONS)}")
         clips = info is not None and info.clips_by_default if clip is None else clip
         return sampling.make_trajectory(
             name,
@@ -322,9 +328,7 @@ class SparseEngine:
     ) -> tuple[np.ndarray | None, np.ndarray]:
         """(labels int64 [G, n] or None, weights float32 [G]): the null class is the second pass."""
         null = self.manifest.null_class
-        weight = 1.0 if guidance is None else float(guidance)
-        if not np.isfinite(weight):
-            raise OptionError(f"guidance = {guidance}; expected a finite weight")
+        weight = 1.0 if guidance is None else _number("guidance", guidance)
         if weight != 1.0 and null is None:
             what = "has no labels" if not self.manifest.num_classes else "has no null class"
             raise OptionError(
@@ -344,7 +348,10 @@ class SparseEngine:
         if labels is None:
             drawn = sampling.labels(seed, np.arange(n), rows - (null is not None))
             return drawn if null is None else drawn + (drawn >= null)
-        y = np.asarray(labels)
+        try:
+            y = np.asarray(labels)
+        except ValueError as error:
+            raise OptionError(f"labels are no array: {error}; expected one label or {n} of them") from error
         if y.dtype.kind not in "iu":
             raise OptionError(f"labels are {y.dtype}; expected integers")
         if y.ndim > 1 or (y.ndim == 1 and len(y) != n):
@@ -358,7 +365,10 @@ class SparseEngine:
         if images is None:
             return None
         expected = (n, *self.manifest.data_shape)
-        array = np.ascontiguousarray(images, np.float32)
+        try:
+            array = np.ascontiguousarray(images, np.float32)
+        except (TypeError, ValueError) as error:
+            raise OptionError(f"{name} is no array of numbers: {error}; expected {list(expected)}") from error
         if array.shape != expected:
             raise OptionError(f"{name} has shape {list(array.shape)}; expected {list(expected)}")
         if not np.isfinite(array).all():
@@ -395,6 +405,16 @@ def to_uint8(x: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
 def _check_count(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise OptionError(f"{name} = {value!r}; expected a whole number of 1 or more")
+
+
+def _number(name: str, value: float) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"{name} = {value!r}; expected a number") from error
+    if not np.isfinite(number):
+        raise OptionError(f"{name} = {value}; expected a finite number")
+    return number
 
 
 def _check_seed(seed: int) -> None:

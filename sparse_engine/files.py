@@ -12,6 +12,9 @@ from typing import IO
 
 from sparse_engine.errors import OutputError
 
+UMASK = os.umask(0o022)  # it can only be read by setting it: once, before there are threads
+os.umask(UMASK)
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
@@ -27,7 +30,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~UMASK)
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
@@ -57,9 +60,3 @@ def output_error(path: Path, error: OSError) -> OutputError:
     if not path.parent.is_dir():
         return OutputError(f"{path}: the folder {path.parent} does not exist", "create it, or write elsewhere with -o")
     return OutputError(f"{path} cannot be written: {error.strerror or error}", "write elsewhere with -o")
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

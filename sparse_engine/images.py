@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import math
+import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from sparse_engine.errors import OutputError
-from sparse_engine.files import output_error, replacing
+from sparse_engine.files import UMASK, output_error, replacing
 
 
 def write_samples(path: Path, batches: Iterable[np.ndarray]) -> int:
@@ -26,12 +28,13 @@ def write_samples(path: Path, batches: Iterable[np.ndarray]) -> int:
     Raises:
         OutputError: the place cannot be written; nothing is left behind.
     """
-    if path.suffix == ".npz":
+    kind = path.suffix.lower()
+    if kind == ".npz":
         samples = np.concatenate(list(batches))
         with replacing(path) as stream:
             np.savez(stream, samples=samples)
         return len(samples)
-    if path.suffix == ".png":
+    if kind == ".png":
         samples = np.concatenate(list(batches))
         with replacing(path) as stream:
             stream.write(encode_png(grid(samples)))
@@ -40,24 +43,30 @@ def write_samples(path: Path, batches: Iterable[np.ndarray]) -> int:
 
 
 def _write_folder(folder: Path, batches: Iterable[np.ndarray]) -> int:
-    written: list[Path] = []
-    created = not folder.exists()
+    """PNGs in a folder that did not exist or is empty; filled under another name, so that it appears whole."""
+    if folder.suffix:
+        raise OutputError(
+            f"{folder}: {folder.suffix} is no kind of file that samples go to", "use .png, .npz or a folder"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(f"{folder} is there already and is not an empty folder", "name a new folder")
     try:
-        folder.mkdir(exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    except OSError as error:
+        raise output_error(folder, error) from error
+    count = 0
+    try:
         for batch in batches:
             for image in batch:
-                file = folder / f"{len(written):06d}.png"
-                written.append(file)
-                file.write_bytes(encode_png(image))
-    except BaseException as error:  # an interrupt too leaves nothing half-done
-        for file in written:
-            file.unlink(missing_ok=True)
-        if created and folder.is_dir():
-            folder.rmdir()
-        if isinstance(error, OSError):
-            raise output_error(folder, error) from error
-        raise
-    return len(written)
+                (temporary / f"{count:06d}.png").write_bytes(encode_png(image))
+                count += 1
+        temporary.chmod(0o777 & ~UMASK)
+        temporary.replace(folder)
+    except OSError as error:
+        raise output_error(folder, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return count
 
 
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:

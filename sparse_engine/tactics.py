@@ -72,9 +72,10 @@ class TacticCache:
         facts = {"processor": processor_name(), **conditions}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self._facts = facts
-        self._path = cache_folder() / f"tactics-{digest}.json"
+        self._path: Path | None = None
         self._choices: dict[str, Choice] = {}
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        with contextlib.suppress(OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError):
+            self._path = cache_folder() / f"tactics-{digest}.json"  # RuntimeError: a user without a home folder
             stored = json.loads(self._path.read_text())
             self._choices = {key: Choice(**value) for key, value in stored["choices"].items()}
 
@@ -87,6 +88,8 @@ class TacticCache:
 
     def _store(self) -> None:
         choices = {key: asdict(choice) for key, choice in self._choices.items()}
+        if self._path is None:
+            return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self._path) as stream:

@@ -46,11 +46,22 @@ def test_folder_that_fails_half_way_is_cleared(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_samples(tmp_path / "out", batches())
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "keep.txt").touch()
-    with pytest.raises(KeyboardInterrupt):
-        write_samples(tmp_path / "out", batches())
-    assert os.listdir(tmp_path / "out") == ["keep.txt"]
+    (tmp_path / "out" / "000000.png").touch()
+    with pytest.raises(OutputError, match="is there already and is not an empty folder"):
+        write_samples(tmp_path / "out", [np.zeros((1, 8, 8, 3), np.uint8)])
+    assert os.listdir(tmp_path / "out") == ["000000.png"]
+    (tmp_path / "empty").mkdir()
+    assert write_samples(tmp_path / "empty", [np.zeros((2, 8, 8, 3), np.uint8)]) == 2
+    assert sorted(os.listdir(tmp_path / "empty")) == ["000000.png", "000001.png"]
+
+
+def test_another_kind_of_file(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=".jpg is no kind of file that samples go to"):
+        write_samples(tmp_path / "x.jpg", [np.zeros((1, 8, 8, 3), np.uint8)])
 
 
 def test_png_round_trip(tmp_path: Path) -> None:
@@ -63,5 +74,5 @@ def test_unwritable_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be written|does not exist"):
         write_samples(tmp_path / "file" / "x.png", [np.zeros((1, 8, 8, 3), np.uint8)])
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="is there already"):
         write_samples(tmp_path / "file", [np.zeros((1, 8, 8, 3), np.uint8)])

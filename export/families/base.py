@@ -53,6 +53,7 @@ class Family:
         config_from_dict: the configuration out of a manifest.
         network: configuration -> module with the checkpoint's own key names and forward(x, t, y).
         recipe: configuration -> how the family's published models were trained.
+        settings: the names that ``read_config`` understands in ``given``.
         positions: (configuration, layer name) -> how often a layer's weights are applied to one sample.
     """
 
@@ -64,3 +65,4 @@ class Family:
     network: Callable[[Any], nn.Module]
     recipe: Callable[[Any], Recipe]
     positions: Callable[[Any, str], int]
+    settings: frozenset[str]

@@ -226,13 +226,14 @@ def _recognises(shapes: Shapes) -> bool:
 
 def _read_config(shapes: Shapes, given: Mapping[str, Any]) -> tuple[UViTConfig, list[str]]:
     given = {AUTHORS_NAMES.get(name, name): value for name, value in given.items()}
-    if given.get("num_classes", 0) < 0:  # the authors write -1 for unconditional
+    if (given.get("num_classes") or 0) < 0:  # the authors write -1 for unconditional
         given["num_classes"] = 0
     read = _read_shapes(shapes)
+    given.pop("qkv_bias", None)  # SparseDM's layers have a bias whatever its configuration says: the keys know
     for name, value in read.items():
         if name in given and given[name] != value:
             raise CheckpointError(
-                f"{name} is {given[name]} in the given configuration, but the weights have {value}",
+                f"{name} is {given[name]!r} in the given configuration, but the weights have {value}",
                 "correct the configuration, or leave that entry out: it is read off the weights",
             )
     heads, notes = _heads(read["embed_dim"], read["depth"], given.get("heads"))
@@ -321,4 +322,5 @@ FAMILY = Family(
     network=UViT,
     recipe=_recipe,
     positions=_positions,
+    settings=frozenset(AUTHORS_NAMES) | {entry.name for entry in dataclasses.fields(UViTConfig)},
 )

@@ -121,6 +121,10 @@ class Backend(Protocol):
         """Whether this machine can run it."""
         ...
 
+    def check(self, options: BuildOptions) -> None:
+        """Say before the work, not after it, that these options cannot be built here. Raises UnsupportedError."""
+        ...
+
     def build(self, graph: StepGraph, options: BuildOptions, sparse_layers: list[str]) -> Payload:
         """Turn a step graph into an engine's files.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -35,6 +36,8 @@ def command(
     """Measure 2:4 sparse against dense: interleaved, with intervals."""
     if sum((compare_dense, kernels, checkpoint is not None)) != 1:
         raise OptionError("bench: expected one of --compare-dense, --checkpoint FILE, --kernels")
+    if precision not in ("fp32", "bf16"):
+        raise OptionError(f"--precision {precision!r}: expected fp32 or bf16")
     if repeat < 1 or not seconds > 0:
         raise OptionError(f"--repeat {repeat} --seconds {seconds}: expected 1 or more, and more than 0")
     if output is not None:
@@ -42,8 +45,10 @@ def command(
     files = bench_module("results_file")
     results = files.describe_run("sparse-engine " + " ".join(sys.argv[1:]), threads)
     if kernels:
-        results |= bench_module("kernels").measure(threads=threads, repeats=repeat)
-        table = bench_module("kernels").table(results)
+        products = bench_module("kernels")
+        measured = _products(products, precision, (threads,) if threads else (1, 2), seconds)
+        results |= {"kind": "kernels", "precision": precision, "cells": [products.summary(cell) for cell in measured]}
+        table = products.table(measured)
     else:
         settings = bench_module("compare").Settings(precision, threads, repeat, seconds, peers)
         results |= _grid(preset, cells, settings) if checkpoint is None else _own(checkpoint, batch, heads, settings)
@@ -54,6 +59,16 @@ def command(
         print_json(results)
         return
     console.print(table)
+
+
+def _products(products: ModuleType, precision: str, threads: tuple[int, ...], seconds: float) -> list[Any]:
+    with progress() as display:
+        task = display.add_task("timing products", total=None)
+        cells = []
+        for cell in products.measure(threads=threads, compute=precision, seconds_per_cell=seconds):
+            cells.append(cell)
+            display.update(task, description=f"{len(cells)} products timed")
+    return cells
 
 
 def _grid(preset: str, cells: str | None, settings: Any) -> dict[str, Any]:

@@ -32,11 +32,16 @@ def command(
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance weight w; 1 is without.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per network call.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads [default: one per core].")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Hash the engine's weights first.")] = False,
     autotune: Annotated[
         bool, typer.Option("--autotune/--no-autotune", help="Time the kernels on this machine.")
     ] = True,
+    t_start: Annotated[float | None, typer.Option(help="Schedule time to start from.")] = None,
     t_end: Annotated[float | None, typer.Option(help="Schedule time to stop at.")] = None,
     spacing: Annotated[str | None, typer.Option(help="How the sampler's times are spaced.")] = None,
+    denoise_to_zero: Annotated[
+        bool | None, typer.Option("--denoise-to-zero/--no-denoise-to-zero", help="Make the last step one to t = 0.")
+    ] = None,
     eta: Annotated[float | None, typer.Option(help="Noise of ddim: 0 none, 1 ancestral.")] = None,
     variance: Annotated[str | None, typer.Option(help="Variance of ddpm: small or large.")] = None,
     order: Annotated[int | None, typer.Option(help="Order of a solver that has several.")] = None,
@@ -48,7 +53,7 @@ def command(
     if output.suffix in (".png", ".npz"):
         check_writable(output)
     as_array = output.suffix == ".npz"
-    with SparseEngine.load(engine, threads=threads, autotune=autotune) as loaded, progress() as display:
+    with SparseEngine.load(engine, threads=threads, check=check, autotune=autotune) as loaded, progress() as display:
         size = batch_size or loaded.manifest.batch[1]
         task = display.add_task("sampling", total=math.ceil(max(n, 1) / max(size, 1)) * steps)
         batches = loaded.stream(
@@ -60,7 +65,9 @@ def command(
             guidance=guidance,
             batch_size=batch_size,
             output="float" if as_array and loaded.manifest.value_range is None else "uint8",
+            t_start=t_start,
             t_end=t_end,
+            denoise_to_zero=denoise_to_zero,
             spacing=spacing,
             eta=eta,
             variance=variance,
@@ -81,7 +88,10 @@ def _labels(text: str | None, n: int) -> np.ndarray | None:
         low, dash, high = part.strip().partition("-")
         if not low.isdecimal() or (dash and not high.isdecimal()):
             raise OptionError(f"--labels {text!r}: {part!r} is no class", "write them as 3, 0,1,2 or 0-9")
-        values += range(int(low), int(high or low) + 1)
+        span = int(high or low) + 1 - int(low)
+        if span > max(n, 1):
+            raise OptionError(f"--labels {text!r}: {part.strip()!r} are {span} classes for {n} samples")
+        values += range(int(low), int(low) + span)
     if not values or max(n, 1) % len(values):
         raise OptionError(f"--labels {text!r} are {len(values)} classes, which do not fill {n} samples evenly")
     return np.resize(np.array(values, np.int64), max(n, 1))

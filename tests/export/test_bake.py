@@ -117,3 +117,12 @@ def test_other_patterns_are_baked_but_never_called_24(tmp_path: Path) -> None:
     assert any("7:8 is baked in but is not 2:4" in note for note in warnings_of(baked))
     one_of_16 = bake(model, pattern=Pattern(1, 16))
     assert one_of_16.sparse_layers  # at most one of 16 is also at most two of 4
+
+
+def test_an_explicit_mask_on_a_bias_is_multiplied_in_too(tmp_path: Path) -> None:
+    state = random_state(TINY)
+    bias = state.pop("mid_block.mlp.fc1.bias")
+    torch.save(
+        {**state, "mid_block.mlp.fc1.bias_orig": bias, "mid_block.mlp.fc1.bias_mask": bias * 0}, tmp_path / "x.pth"
+    )
+    assert not bake(load_model(tmp_path / "x.pth", heads=4), "none").state["mid_block.mlp.fc1.bias"].any()

@@ -175,3 +175,23 @@ def test_configuration_that_is_no_json(tmp_path: Path, state: dict[str, torch.Te
     (tmp_path / "x.json").write_text("{heads: 4}")
     with pytest.raises(CheckpointError, match="is not JSON"):
         load_checkpoint(tmp_path / "x.pth")
+
+
+def test_parameters_are_weights_too(tmp_path: Path) -> None:
+    torch.save({"w": torch.nn.Parameter(torch.ones(2, 4))}, tmp_path / "x.pth")
+    assert np.array_equal(load_checkpoint(tmp_path / "x.pth").state["w"], np.ones((2, 4)))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "complex"])
+def test_tensors_that_are_no_plain_weights(tmp_path: Path, kind: str) -> None:
+    tensor = torch.eye(4).to_sparse() if kind == "sparse" else torch.ones(2, dtype=torch.complex64)
+    torch.save({"w": tensor}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="w is .*expected plain real weights"):
+        load_checkpoint(tmp_path / "x.pth")
+
+
+def test_configuration_that_is_no_text(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    torch.save(state, tmp_path / "x.pth")
+    (tmp_path / "x.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        load_checkpoint(tmp_path / "x.pth")

@@ -166,3 +166,33 @@ def published_forward(
     pixels = linear("decoder_pred", norm("norm", h))[:, 2:].reshape(len(x), side, side, patch, patch, 3)
     image = pixels.permute(0, 5, 1, 3, 2, 4).reshape(len(x), 3, 8, 8)
     return torch.nn.functional.conv2d(image, w["final_layer.weight"], w["final_layer.bias"], padding=1)
+
+
+@pytest.mark.parametrize(
+    "entry,message",
+    [
+        ('"heads": "4"', "heads is '4'; expected int"),
+        ('"heads": 4.0', "heads is 4.0; expected int"),
+        ('"null_class": "4"', "null_class is '4'; expected int"),
+        ('"sampler": "fast"', "sampler 'fast' is not known"),
+        ('"value_range": [1, -1]', r"value_range is \[1, -1\]; expected two numbers, the lower first"),
+        ('"value_range": "abc"', "value_range is 'abc'"),
+        ('"schedule": 3', "schedule is 3; expected str or Mapping"),
+    ],
+)
+def test_a_stored_configuration_is_checked(tmp_path: Path, entry: str, message: str) -> None:
+    checkpoint = save_checkpoint(tmp_path / "x.pth", TINY)
+    (tmp_path / "x.json").write_text("{" + entry + "}")
+    with pytest.raises(CheckpointError, match=f"the configuration of .*: {message}"):
+        load_model(checkpoint)
+
+
+def test_settings_that_no_family_knows(tiny_checkpoint: Path) -> None:
+    with pytest.raises(OptionError, match="spares: no setting of a uvit model"):
+        load_model(tiny_checkpoint, heads=4, spares=True)
+
+
+def test_sparsedm_layers_have_a_bias_whatever_the_configuration_says(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "x.pth", UViTConfig(8, 2, 3, 32, 0, 4, qkv_bias=True))
+    (tmp_path / "x.json").write_text('{"heads": 4, "qkv_bias": false}')
+    assert load_model(checkpoint).config.qkv_bias

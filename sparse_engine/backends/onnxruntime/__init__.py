@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sparse_engine import kernels
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.base import (
     GRAPH_FILE,
@@ -35,10 +36,8 @@ class OnnxRuntimeBackend:
             return Availability(False, reason=str(error), fix="pip install 'sparse-engine[cpu]'")
         return Availability(True, version=onnxruntime.__version__)
 
-    def build(self, graph: StepGraph, options: BuildOptions, sparse_layers: list[str]) -> Payload:
-        """Store the graph, its 2:4 layers packed; which kernel each gets is decided where the engine is loaded."""
-        from .layers import compress
-
+    def check(self, options: BuildOptions) -> None:
+        """See ``Backend.check``."""
         if options.precision not in PRECISIONS:
             raise UnsupportedError(
                 f"precision {options.precision!r} is not supported by the onnxruntime backend; "
@@ -49,6 +48,13 @@ class OnnxRuntimeBackend:
                 "precision bf16 on the CPU is that of the sparse kernels; ONNX Runtime has no dense bf16 product there",
                 "build with --sparse, or in fp32",
             )
+        if kernels.is_available():
+            kernels.best_tier(options.precision)  # type: ignore[arg-type]  # raises where this machine has none
+
+    def build(self, graph: StepGraph, options: BuildOptions, sparse_layers: list[str]) -> Payload:
+        """Store the graph, its 2:4 layers packed; which kernel each gets is decided where the engine is loaded."""
+        from .layers import compress
+
         linear = [name for name in sparse_layers if graph.layers[name][1] == 0]
         if linear:
             graph = compress(graph, linear)
@@ -62,10 +68,9 @@ class OnnxRuntimeBackend:
     def load(self, engine: EngineFile, *, threads: int | None, device: str | None, autotune: bool) -> OnnxRuntimeRunner:
         """Create a session over weights that stay mapped in the engine file."""
         from .runner import OnnxRuntimeRunner
-        from .session import prepare
 
         if device not in (None, "cpu"):
             raise UnsupportedError(f"device {device!r}: the onnxruntime backend runs on cpu")
         if threads is not None and threads < 1:
             raise OptionError(f"threads = {threads}; expected 1 or more, or None for one per core")
-        return OnnxRuntimeRunner(engine, prepare(engine, threads, autotune), threads)
+        return OnnxRuntimeRunner(engine, threads, autotune)

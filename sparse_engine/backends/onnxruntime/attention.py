@@ -1,59 +1,72 @@
-"""Attention in an exported step graph -> ONNX Runtime's fused MultiHeadAttention.
+"""Attention in an exported step graph -> one fused node: our own SelfAttention, or ONNX Runtime's MultiHeadAttention.
 
 The exporter writes attention out in its plain form, which every runtime reads; ONNX Runtime's own optimiser does not
-recognise it in graphs that come from ``torch.export``. The pattern, with q, k and v the three outputs of a Split:
+recognise it in graphs that come from ``torch.export``. The pattern:
 
-    q -> Reshape -> Transpose -> Mul(scale) -> MatMul -> Softmax -> MatMul -> Transpose -> Reshape -> out
-    k -> Reshape -> Transpose ---------------/                      /
-    v -> Reshape -> Transpose ------------------------------------/
+    Split -> q -> Reshape -> Transpose -> Mul(scale) -> MatMul -> Softmax -> MatMul -> Transpose -> Reshape
+             k -> Reshape -> Transpose ---------------/                     /
+             v -> Reshape -> Transpose ------------------------------------/
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import onnx
-from onnx import GraphProto, NodeProto, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-DOMAIN = "com.microsoft"
+from .layers import DOMAIN
+
+MICROSOFT = "com.microsoft"
 
 
-class Pattern(NamedTuple):
-    """One attention found: its three inputs [B, L, D], its output [B, L, D], and what goes."""
+class Attention(NamedTuple):
+    """One attention: softmax(scale q k^T) v over the heads of qkv [B, L, 3D], q first."""
 
-    q: str
-    k: str
-    v: str
+    qkv: str
     output: str
+    tokens: int
     heads: int
+    head_dim: int
     scale: float
-    nodes: list[NodeProto]
+
+    def own_node(self, compute: str, threads: int) -> list[NodeProto]:
+        """Our kernel, which reads qkv as it lies."""
+        attributes: dict[str, Any] = {"heads": self.heads, "scale": self.scale, "compute": compute, "threads": threads}
+        name = f"{self.output}.attention"
+        return [helper.make_node("SelfAttention", [self.qkv], [self.output], name=name, domain=DOMAIN, **attributes)]
+
+    def runtime_nodes(self) -> list[NodeProto]:
+        """ONNX Runtime's kernel, after a split."""
+        name = f"{self.output}.attention"
+        parts = [f"{name}.{part}" for part in "qkv"]
+        split = helper.make_node("Split", [self.qkv], parts, name=f"{name}.split", axis=-1, num_outputs=3)
+        attributes: dict[str, Any] = {"num_heads": self.heads, "scale": self.scale}
+        fused = helper.make_node("MultiHeadAttention", parts, [self.output], name=name, domain=MICROSOFT, **attributes)
+        return [split, fused]
 
 
-def fuse_attention(model: onnx.ModelProto) -> int:
-    """Replace each attention in place; return how many were. Anything that only resembles one is left alone."""
+def fuse_attention(model: ModelProto, replace: Callable[[Attention], list[NodeProto]]) -> int:
+    """Replace each attention in place by ``replace``'s nodes; return how many were replaced.
+
+    Anything that only resembles an attention is left alone.
+    """
     graph = model.graph
-    found = [pattern for node in graph.node if node.op_type == "Softmax" and (pattern := _match(graph, node))]
-    for pattern in found:
-        fused = onnx.helper.make_node(
-            "MultiHeadAttention",
-            [pattern.q, pattern.k, pattern.v],
-            [pattern.output],
-            name=f"{pattern.output}.attention",
-            domain=DOMAIN,
-            num_heads=pattern.heads,
-            scale=pattern.scale,
-        )
-        position = list(graph.node).index(pattern.nodes[-1])
-        graph.node.insert(position, fused)
-        for node in pattern.nodes:
+    found = [match for node in graph.node if node.op_type == "Softmax" and (match := _match(graph, node))]
+    for attention, nodes in found:
+        position = list(graph.node).index(nodes[-1])
+        for offset, node in enumerate(replace(attention)):
+            graph.node.insert(position + offset, node)
+        for node in nodes:
             graph.node.remove(node)
-    if found and not any(entry.domain == DOMAIN for entry in model.opset_import):
-        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+    for domain in (MICROSOFT, DOMAIN):
+        if found and not any(entry.domain == domain for entry in model.opset_import):
+            model.opset_import.append(helper.make_opsetid(domain, 1))
     return len(found)
 
 
-def _match(graph: GraphProto, softmax: NodeProto) -> Pattern | None:
+def _match(graph: GraphProto, softmax: NodeProto) -> tuple[Attention, list[NodeProto]] | None:
+    """The attention around a Softmax, and the nodes that make it up, in an order that ends with the last."""
     producers = {output: node for node in graph.node for output in node.output}
     scores = _of_type(producers.get(softmax.input[0]), "MatMul")
     context = _of_type(_only_consumer(graph, softmax.output[0]), "MatMul")
@@ -70,24 +83,35 @@ def _match(graph: GraphProto, softmax: NodeProto) -> Pattern | None:
     q = _split_heads(producers, constants, scaled.input[0], [0, 2, 1, 3])
     k = _split_heads(producers, constants, scores.input[1], [0, 2, 3, 1])
     v = _split_heads(producers, constants, context.input[1], [0, 2, 1, 3])
-    if q is None or k is None or v is None or not q[1] == k[1] == v[1]:
+    if q is None or k is None or v is None or not q.dims == k.dims == v.dims:
+        return None
+    split = _of_type(producers.get(q.input), "Split")
+    if split is None or list(split.output) != [q.input, k.input, v.input]:
         return None
     scale = float(numpy_helper.to_array(constants[scaled.input[1]]).reshape(()))
-    nodes = [*q[2], scaled, *k[2], scores, softmax, *v[2], context, merged, out]
-    return Pattern(q[0], k[0], v[0], out.output[0], q[1], scale, nodes)
+    _, tokens, heads, head_dim = q.dims
+    attention = Attention(split.input[0], out.output[0], tokens, heads, head_dim, scale)
+    return attention, [split, *q.nodes, scaled, *k.nodes, scores, softmax, *v.nodes, context, merged, out]
+
+
+class Heads(NamedTuple):
+    """A tensor [B, L, D] split into heads: where it came from, [?, L, H, D/H], and the nodes."""
+
+    input: str
+    dims: tuple[int, ...]
+    nodes: list[NodeProto]
 
 
 def _split_heads(
-    producers: dict[str, NodeProto], constants: dict[str, onnx.TensorProto], name: str, permutation: list[int]
-) -> tuple[str, int, list[NodeProto]] | None:
-    """[B, L, D] -> Reshape [B, L, H, D/H] -> Transpose: (input, heads, nodes)."""
+    producers: dict[str, NodeProto], constants: dict[str, TensorProto], name: str, permutation: list[int]
+) -> Heads | None:
     transpose = _of_type(producers.get(name), "Transpose")
     reshape = _of_type(producers.get(transpose.input[0]), "Reshape") if transpose is not None else None
     if transpose is None or reshape is None or _permutation(transpose) != permutation:
         return None
     shape = constants.get(reshape.input[1])
-    dims = numpy_helper.to_array(shape).tolist() if shape is not None else []
-    return (reshape.input[0], int(dims[2]), [reshape, transpose]) if len(dims) == 4 else None
+    dims = tuple(int(size) for size in numpy_helper.to_array(shape)) if shape is not None else ()
+    return Heads(reshape.input[0], dims, [reshape, transpose]) if len(dims) == 4 and min(dims[1:]) > 0 else None
 
 
 def _of_type(node: NodeProto | None, kind: str) -> NodeProto | None:

@@ -1,4 +1,4 @@
-"""Which kernel each 2:4 layer gets: dense, or sparse in one of two layouts, by timing them on this machine."""
+"""Which kernel each 2:4 layer and each attention gets, by timing the candidates on this machine."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from sparse_engine import __version__, kernels
 from sparse_engine.manifest import Manifest
 from sparse_engine.tactics import Choice, TacticCache
 
+from .attention import MICROSOFT, Attention
 from .layers import DOMAIN, SparseLayer
 
 log = logging.getLogger(__name__)
 
 N_LANES_UP_TO = 64  # tokens: beyond, rows in lanes never won
 ENOUGH_TOKENS = 2048  # more of them take longer and change nothing
+ATTENTION_RULE = {"fp32": "onnxruntime", "bf16": "own"}  # without timing
 DEFAULT_RULE = "auto"  # without timing: sparse, its layout by the number of tokens of each call
 
 
@@ -59,12 +60,13 @@ class Chooser:
         self._batches = sorted({manifest.batch[0], manifest.batch[1]})
         self._positions = {layer["name"]: layer["macs"] // layer["parameters"] for layer in manifest.layers}
         self._obstacle = self._find_obstacle()
-        if self._obstacle:
+        if self._obstacle and manifest.sparse:
             log.warning("sparse layers run dense: %s", self._obstacle)
         self._cache = TacticCache(
             sparse_engine=__version__,
             onnxruntime=onnxruntime.__version__,
-            threads=threads,
+            kernels=kernels.LIBRARY_PATH.stat().st_mtime_ns if kernels.is_available() else None,
+            threads=pool_size(threads),
             tier=None if self._obstacle else kernels.best_tier(self._compute),  # type: ignore[arg-type]
         )
 
@@ -92,6 +94,29 @@ class Chooser:
         lanes = {winner for winner in winners if winner != "dense"}
         return LayerChoice(lanes.pop() if len(lanes) == 1 else "auto", "faster at the usual batch", measured)
 
+    def attention(self, attention: Attention) -> Choice | None:
+        """Our kernel ("own") or ONNX Runtime's; None where ours cannot run and there is no choice."""
+        if self._obstacle:
+            return None
+        if not self._autotune:
+            return Choice(ATTENTION_RULE[self._compute], {})
+        batch = max(1, min(self._batches[-1], ENOUGH_TOKENS // attention.tokens))
+        shape = f"{attention.tokens} tokens {attention.heads} heads of {attention.head_dim}"
+        return self._cache.choose(
+            f"{self._compute} attention batch {batch} {shape}", lambda: self._attention_candidates(attention, batch)
+        )
+
+    def _attention_candidates(self, attention: Attention, batch: int) -> Mapping[str, Callable[[], object]]:
+        width = attention.heads * attention.head_dim
+        rng = np.random.default_rng(0)
+        feed = {attention.qkv: rng.standard_normal((batch, attention.tokens, 3 * width), np.float32)}
+        output = {attention.output: (batch, attention.tokens, width)}
+        nodes = {
+            "own": attention.own_node(self._compute, pool_size(self._threads)),
+            "onnxruntime": attention.runtime_nodes(),
+        }
+        return {name: _alone(each, feed, output, {}, self._threads) for name, each in nodes.items()}
+
     def _key(self, layer: SparseLayer, tokens: int) -> str:
         residual = "residual" if layer.residual else "no residual"
         return f"{self._compute} {layer.rows}x{layer.depth} {layer.activation} {residual} tokens {tokens}"
@@ -107,9 +132,7 @@ def pool_size(threads: int | None) -> int:
 
 
 def _product(layer: SparseLayer, tokens: int, kernel: str, compute: str, threads: int | None) -> Callable[[], object]:
-    """One layer alone in a session, on random 2:4 weights, with the kernel asked for."""
-    import onnxruntime
-
+    """One layer alone, on random 2:4 weights, with the kernel asked for."""
     rng = np.random.default_rng(0)
     values = rng.standard_normal((layer.rows, layer.depth // 2), np.float32)
     positions = rng.choice(np.array([4, 8, 12, 9, 13, 14], np.uint8), (layer.rows, layer.depth // 4))
@@ -124,19 +147,33 @@ def _product(layer: SparseLayer, tokens: int, kernel: str, compute: str, threads
     feed = {layer.x: rng.standard_normal((tokens, layer.depth), np.float32)}
     if layer.residual:
         feed[layer.residual] = rng.standard_normal((tokens, layer.rows), np.float32)
+    return _alone(nodes, feed, {layer.output: (tokens, layer.rows)}, constants, threads)
+
+
+def _alone(
+    nodes: list[NodeProto],
+    feed: Mapping[str, np.ndarray],
+    outputs: Mapping[str, tuple[int, ...]],
+    constants: Mapping[str, np.ndarray],
+    threads: int | None,
+) -> Callable[[], object]:
+    """Some nodes in a session of their own, on a fixed feed."""
+    import onnxruntime
+
     graph = helper.make_graph(
         nodes,
-        "product",
+        "candidate",
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape) for name, array in feed.items()],
-        [helper.make_tensor_value_info(layer.output, TensorProto.FLOAT, (tokens, layer.rows))],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
-    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    opsets = [helper.make_opsetid(domain, version) for domain, version in (("", 20), (DOMAIN, 1), (MICROSOFT, 1))]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
-    if kernel != "dense":
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # not into the next candidate's turn
+    if any(node.domain == DOMAIN for node in nodes):
         options.register_custom_ops_library(str(kernels.LIBRARY_PATH))
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return lambda: session.run(None, feed)

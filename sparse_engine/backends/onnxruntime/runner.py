@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import weakref
 from typing import Any
 
 import numpy as np
 
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.base import NoiseSource, StepCallback
-from sparse_engine.errors import BackendError, EngineClosedError
+from sparse_engine.errors import BackendError, EngineClosedError, SparseEngineError
 from sparse_engine.sampling import StepFunction, Trajectory, walk
 
-from .session import Prepared, create_session
+from .session import create_session, prepare
+
+# A fork has none of its parent's threads, and ONNX Runtime waits for them when a session is destroyed, and again when
+# the process exits. A child that was forked while sessions were open gives each a reference that is never taken back,
+# and leaves through ``_exit`` once Python has finished, before the C++ runtime takes ONNX Runtime apart.
+_open_sessions: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _outlive_fork() -> None:
+    sessions = list(_open_sessions)
+    for session in sessions:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+    libc = ctypes.CDLL(None)
+    if sessions and hasattr(libc, "on_exit"):  # glibc: called with the exit status, the last registered first
+        libc.on_exit(libc._exit, None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_outlive_fork)
 
 IDENTITY_ROW = np.array([0, 1, 1, 0, 0, 0, 0, 0], np.float32)  # m = the network's output
 NO_CLIP = np.array([-np.inf, np.inf], np.float32)
@@ -20,19 +41,24 @@ NO_CLIP = np.array([-np.inf, np.inf], np.float32)
 class OnnxRuntimeRunner:
     """A ``StepRunner``. ``InferenceSession.run`` is thread-safe, and so is this."""
 
-    def __init__(self, engine: EngineFile, prepared: Prepared, threads: int | None) -> None:
+    def __init__(self, engine: EngineFile, threads: int | None, autotune: bool) -> None:
         import onnxruntime
 
         try:
+            prepared = prepare(engine, threads, autotune)
             self._session: Any = create_session(prepared, engine.path, threads)
+        except SparseEngineError:
+            raise
         except Exception as error:  # ONNX Runtime's own exceptions have no common public base
+            engine.verify()  # bytes that were altered are the likelier cause, and the clearer message
             raise BackendError(f"{engine.path}: ONNX Runtime {onnxruntime.__version__} refuses it: {error}") from error
+        _open_sessions.add(self._session)
         self._conditional = any(entry.name == "y" for entry in self._session.get_inputs())
         self._description = {
             "library": f"onnxruntime {onnxruntime.__version__}",
             "device": "cpu",
             "threads": threads or "one per core",
-            "fused_attentions": prepared.fused_attentions,
+            "attention": prepared.attention,
             "layers": prepared.report,
         }
         self._kept = prepared.overrides  # the session reads these arrays in place

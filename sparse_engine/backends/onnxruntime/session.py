@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto
 
 from sparse_engine import kernels
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.base import GRAPH_FILE, WEIGHTS_FILE
 
-from .attention import fuse_attention
+from .attention import Attention, fuse_attention
 from .choose import Chooser, LayerChoice, pool_size
-from .layers import OP, SparseLayer, from_nibbles
+from .layers import DOMAIN, OP, SparseLayer, from_nibbles
 
 log = logging.getLogger(__name__)
 
@@ -30,17 +30,18 @@ class Prepared:
         model: with external references into the engine file.
         overrides: initializer name -> array in memory that takes its place.
         report: layer -> what was chosen.
+        attention: how many attentions were fused, and into what.
     """
 
     model: ModelProto
     overrides: dict[str, np.ndarray] = field(default_factory=dict)
     report: dict[str, dict[str, Any]] = field(default_factory=dict)
-    fused_attentions: int = 0
+    attention: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def has_sparse_nodes(self) -> bool:
+    def has_own_nodes(self) -> bool:
         """Whether the session needs the custom operators."""
-        return any(node.op_type == OP for node in self.model.graph.node)
+        return any(node.domain == DOMAIN for node in self.model.graph.node)
 
 
 def prepare(engine: EngineFile, threads: int | None, autotune: bool) -> Prepared:
@@ -53,12 +54,10 @@ def prepare(engine: EngineFile, threads: int | None, autotune: bool) -> Prepared
     """
     model = onnx.load_model_from_string(engine.read(GRAPH_FILE))
     spans = _weights_in_place(model, engine)
-    prepared = Prepared(model, fused_attentions=fuse_attention(model))
-    sparse = [SparseLayer.of(node) for node in model.graph.node if node.op_type == OP]
-    if not sparse:
-        return prepared
+    prepared = Prepared(model)
     chooser = Chooser(engine.manifest, threads, autotune)
-    for layer in sparse:
+    _fuse_attentions(prepared, chooser, threads, engine.manifest.precision)
+    for layer in [SparseLayer.of(node) for node in model.graph.node if node.op_type == OP]:
         choice = chooser.choose(layer)
         packed = _mapped(engine.path, spans[layer.positions], np.uint8).reshape(layer.rows, -1)
         positions = from_nibbles(packed, layer.depth)
@@ -79,13 +78,24 @@ def create_session(prepared: Prepared, path: Path, threads: int | None) -> Any:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.resolve().parent))
-    if prepared.has_sparse_nodes:
+    if prepared.has_own_nodes:
         options.register_custom_ops_library(str(kernels.LIBRARY_PATH))
     if prepared.overrides:
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in prepared.overrides.values()]
         options.add_external_initializers(list(prepared.overrides), values)
     data = prepared.model.SerializeToString()
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def _fuse_attentions(prepared: Prepared, chooser: Chooser, threads: int | None, compute: str) -> None:
+    def replace(attention: Attention) -> list[NodeProto]:
+        choice = chooser.attention(attention)
+        kernel = choice.kernel if choice else "onnxruntime"
+        prepared.attention = {"kernel": kernel, "milliseconds": choice.milliseconds if choice else {}}
+        return attention.own_node(compute, pool_size(threads)) if kernel == "own" else attention.runtime_nodes()
+
+    fused = fuse_attention(prepared.model, replace)
+    prepared.attention["fused"] = fused
 
 
 def _weights_in_place(model: ModelProto, engine: EngineFile) -> dict[str, tuple[int, int]]:

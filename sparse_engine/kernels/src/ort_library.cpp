@@ -5,6 +5,7 @@
 #include <mutex>
 #include <string>
 
+#include "ort_attention.h"
 #include "ort_matmul24.h"
 #include "ort_support.h"
 
@@ -13,13 +14,15 @@ namespace {
 
 // The domain and its operators, for one runtime. They must outlive every session, so they are never freed.
 struct Registration {
-  explicit Registration(FunctionTable table) : api(table), matmul24(table) {
+  explicit Registration(FunctionTable table) : api(table), matmul24(table), self_attention(table) {
     check(api, api.CreateCustomOpDomain("sparse_engine", &domain));
     check(api, api.CustomOpDomain_Add(domain, &matmul24));
+    check(api, api.CustomOpDomain_Add(domain, &self_attention));
   }
   const Api api;
   CustomOpDomain* domain = nullptr;
   MatMul24Op matmul24;
+  SelfAttentionOp self_attention;
 };
 
 // A process may hold two runtimes, for instance one inside another library.

@@ -32,7 +32,8 @@ SPARSE_ENGINE_INLINE __m512i load_bfloat16(const float* p, int count) {
 
 struct Bfloat16Streams {
   using V = Avx512;
-  // 48 tokens x 128 k x 6 lines per 4 k = 36 KiB; see README.md for why not less.
+  // 48 tokens x 128 k, six lines per four k: 36 KiB, a little more than L1 holds. Tiles that fit (64 x 64)
+  // were measured 1% slower: they read and write the sums twice as often.
   static constexpr StreamLayout kLayout = {Operand::kBfloat16, 48, 128};
   static constexpr int kAccumulators = 8;
 

@@ -51,7 +51,7 @@ class SamplerInfo:
             "eta": self.has_eta,
             "variance": self.has_variance,
             "order": bool(self.orders),
-            "value_range": self.clips,
+            "clip": self.clips,
         }
         return ("t_start", "t_end", "spacing", "denoise_to_zero", *(name for name, has in own.items() if has))
 

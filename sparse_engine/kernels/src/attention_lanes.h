@@ -1,0 +1,274 @@
+// Self-attention with queries in the lanes: the softmax of a query never leaves its lane.
+//
+//     q tile, transposed     one key                  scores of the tile       one d of v
+//     d=0 | q0 q1 ... q47 |  k[0] k[1] ... k[63]      key 0 | q0 q1 ... q47 |  v[0][d] v[1][d] ...
+//     d=1 | q0 q1 ... q47 |    |    |                 key 1 | q0 q1 ... q47 |    |       |
+//     ...                      v    v                 ...                        v       v
+//     score[key] = sum over d of k[d] * line d        y[d] = sum over keys of v[key][d] * line key
+//
+// Both products are the same loop: an element is broadcast out of memory and multiplied with a line. Keys come
+// in blocks small enough for L1. When a block raises a query's largest score, what was summed before is scaled
+// down (online softmax: Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, Dao et al., arXiv 2205.14135).
+//
+// Bound: multiply-adds, kRows x kVectors of them for kRows + kVectors loads, and about a dozen instructions per
+// vector of scores for the exponential, next to 2 head_dim multiply-adds of fp32 (or head_dim of bf16 pairs). On a
+// Zen 4 the products run at the peak rate of multiply-adds; everything else is a quarter of the time in bf16.
+//
+// Included by instruction-set files only (see vector_avx512.h). A Format says how operands are laid out; one is
+// four bytes, a float or a pair of bfloat16:
+//   V                       vector words
+//   kRows, kVectors         the block of sums held in registers; kRows divides V::kLanes
+//   kKeysPerOperand         1 or 2
+//   kDegree                 of the polynomial for 2^r: what the operands' precision deserves
+//   padded_steps(head_dim)  operands in a row of q or k
+//   multiply_add(sum, weight, line)
+//   pack_keys, pack_values, pack_queries, pack_probabilities
+#pragma once
+
+#include "attention.h"
+
+namespace sparse_engine {
+namespace {
+
+constexpr int kBlockKeys = 96;  // even: a pair of keys does not straddle two blocks
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLowest = -3.40282347e38f;
+
+constexpr size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Coefficients of the minimax polynomial for 2^r, |r| <= 1/2, in relative error (Remez' exchange).
+template <int Degree>
+struct Exp2Polynomial;
+template <>
+struct Exp2Polynomial<3> {  // 8e-5
+  static constexpr float kCoefficients[] = {0.999928057f, 0.693260968f, 0.242611125f, 0.0551716685f};
+};
+template <>
+struct Exp2Polynomial<5> {  // 1.6e-7
+  static constexpr float kCoefficients[] = {1.00000012f,   0.693146944f,   0.240221202f,
+                                            0.0555071309f, 0.00967554096f, 0.00132764725f};
+};
+
+// 2^x for x <= 0; what is below 2^-126 becomes 2^-126, NaN stays NaN.
+template <class V, int Degree>
+SPARSE_ENGINE_INLINE typename V::Vector exp2_negative(typename V::Vector x) {
+  constexpr auto& c = Exp2Polynomial<Degree>::kCoefficients;
+  x = V::max(V::set(-126.0f), x);  // in this order: the second operand is the result where one is NaN
+  const auto n = V::round(x);
+  const auto r = x - n;
+  auto p = V::set(c[Degree]);
+#pragma GCC unroll 8
+  for (int i = Degree - 1; i >= 0; --i) p = V::multiply_add(p, r, V::set(c[i]));
+  return V::scale(p, n);
+}
+
+template <class Format>
+struct QueriesInLanes {
+  using V = typename Format::V;
+  using Vector = typename V::Vector;
+  static constexpr int kRows = Format::kRows;
+  static constexpr int kVectors = Format::kVectors;
+  static constexpr int kTileQueries = kVectors * V::kLanes;
+  static_assert(V::kLanes % kRows == 0, "dims are padded to whole vectors, and computed kRows at a time");
+
+  // Where things lie in the scratch, in operands.
+  struct Layout {
+    explicit Layout(const Attention& attention)
+        : key_stride(Format::padded_steps(attention.head_dim)),
+          value_stride(round_up(attention.head_dim, V::kLanes)),
+          values(round_up(attention.tokens * key_stride, 16)),
+          queries(values + round_up(attention.tokens, 2) / Format::kKeysPerOperand * value_stride),
+          scores(queries + key_stride * kTileQueries),
+          sums(scores + size_t(kBlockKeys) * kTileQueries),
+          end(sums + value_stride * kTileQueries) {}
+    size_t key_stride, value_stride;
+    size_t values, queries, scores, sums, end;
+  };
+
+  static size_t scratch_bytes(const Attention& attention) { return Layout(attention).end * sizeof(float); }
+
+  static void run(const Attention& attention, const QueryBlock& block, void* scratch) {
+    const Layout layout(attention);
+    float* const base = static_cast<float*>(scratch);
+    const float* const q = block.queries(attention);
+    const size_t row = 3 * attention.width();
+    Format::pack_keys(q + attention.width(), row, attention.tokens, attention.head_dim, base);
+    Format::pack_values(q + 2 * attention.width(), row, attention.tokens, attention.head_dim, base + layout.values);
+    for (size_t query = block.begin; query < block.end; query += kTileQueries) {
+      const size_t left = block.end - query;
+      const int count = left < size_t(kTileQueries) ? int(left) : kTileQueries;
+      run_tile(attention, layout, q + query * row, count, block.output(attention, query), base);
+    }
+  }
+
+  // Picks the kernel that is as wide as the tile has queries.
+  template <int Vectors = kVectors>
+  static void run_tile(const Attention& attention, const Layout& layout, const float* q, int count, float* y,
+                       float* base) {
+    if constexpr (Vectors > 1) {
+      if (count <= (Vectors - 1) * V::kLanes) {
+        return run_tile<Vectors - 1>(attention, layout, q, count, y, base);
+      }
+    }
+    Tile<Vectors>::run(attention, layout, q, count, y, base);
+  }
+
+  template <int Vectors>
+  struct Tile {
+    static constexpr int kLine = Vectors * V::kLanes;
+
+    // The state of the online softmax, of each query.
+    struct Statistics {
+      Vector largest[Vectors];  // score so far
+      Vector sum[Vectors];      // of the exponentials so far
+      Vector rescale[Vectors];  // what the last block made of earlier exponentials
+    };
+
+    static void run(const Attention& attention, const Layout& layout, const float* q, int count, float* y,
+                    float* base) {
+      float* const queries = base + layout.queries;
+      float* const scores = base + layout.scores;
+      float* const sums = base + layout.sums;
+      const Vector exponent = V::set(attention.scale * kLog2E);
+      Format::template pack_queries<Vectors>(q, 3 * attention.width(), count, attention.head_dim, queries);
+      Statistics statistics;
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) {
+        statistics.largest[v] = V::set(kLowest);
+        statistics.sum[v] = V::zero();
+      }
+      for (size_t i = 0; i < layout.value_stride * Vectors; ++i) V::store(sums + i * V::kLanes, V::zero());
+      for (size_t key = 0; key < attention.tokens; key += kBlockKeys) {
+        const size_t left = attention.tokens - key;
+        const int keys = left < size_t(kBlockKeys) ? int(left) : kBlockKeys;
+        const float* const values = base + layout.values + key / Format::kKeysPerOperand * layout.value_stride;
+        Vector raised[Vectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) raised[v] = statistics.largest[v];
+        compute_scores(base + key * layout.key_stride, layout.key_stride, keys, queries, scores, raised);
+        exponentiate(scores, keys, exponent, raised, statistics);
+        add_values(values, layout.value_stride, keys, scores, statistics, sums);
+      }
+      store(statistics, sums, attention.head_dim, count, y, attention.width());
+    }
+
+    // sum[row][v] += weights[row * row_stride + step * step_stride] * lines[step][v], over the steps.
+    template <int Rows>
+    static SPARSE_ENGINE_INLINE void accumulate(Vector (&sum)[Rows][Vectors], const float* weights,
+                                                size_t row_stride, size_t step_stride, const float* lines,
+                                                size_t steps) {
+      for (size_t step = 0; step < steps; ++step, lines += kLine, weights += step_stride) {
+        Vector line[Vectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) line[v] = V::load(lines + v * V::kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+          const Vector weight = V::set(weights[r * row_stride]);
+#pragma GCC unroll 8
+          for (int v = 0; v < Vectors; ++v) sum[r][v] = Format::multiply_add(sum[r][v], weight, line[v]);
+        }
+      }
+    }
+
+    // One line of scores per key; `largest` is raised to the largest of them, which passes over NaN.
+    static void compute_scores(const float* keys, size_t stride, int count, const float* queries, float* scores,
+                               Vector (&largest)[Vectors]) {
+      int key = 0;
+      for (; key + kRows <= count; key += kRows) {
+        score_rows<kRows>(keys + key * stride, stride, queries, scores + key * kLine, largest);
+      }
+      for (; key < count; ++key) score_rows<1>(keys + key * stride, stride, queries, scores + key * kLine, largest);
+    }
+
+    template <int Rows>
+    static SPARSE_ENGINE_INLINE void score_rows(const float* keys, size_t stride, const float* queries,
+                                                float* scores, Vector (&largest)[Vectors]) {
+      Vector sum[Rows][Vectors];
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) sum[r][v] = V::zero();
+      }
+      accumulate<Rows>(sum, keys, stride, 1, queries, stride);
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) {
+          V::store(scores + r * kLine + v * V::kLanes, sum[r][v]);
+          largest[v] = V::max(sum[r][v], largest[v]);
+        }
+      }
+    }
+
+    // Replaces scores by 2^(exponent * (score - largest)), as operands. `raised`: the largest, of this block too.
+    static void exponentiate(float* scores, int keys, Vector exponent, const Vector (&raised)[Vectors],
+                             Statistics& statistics) {
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) {
+        float* const column = scores + v * V::kLanes;
+        const Vector largest = raised[v];
+        const Vector rescale = exp2_negative<V, Format::kDegree>((statistics.largest[v] - largest) * exponent);
+        const auto probability = [&](int key) __attribute__((always_inline)) {
+          const Vector score = V::load(column + key * kLine);
+          return exp2_negative<V, Format::kDegree>((score - largest) * exponent);
+        };
+        const Vector sum = Format::pack_probabilities(probability, keys, column, kLine);
+        statistics.largest[v] = largest;
+        statistics.rescale[v] = rescale;
+        statistics.sum[v] = V::multiply_add(statistics.sum[v], rescale, sum);
+      }
+    }
+
+    // sums[d] = rescale * sums[d] + the block's values times its probabilities.
+    static void add_values(const float* values, size_t stride, int keys, const float* probabilities,
+                           const Statistics& statistics, float* sums) {
+      const size_t steps = (keys + Format::kKeysPerOperand - 1) / Format::kKeysPerOperand;
+      for (size_t d = 0; d < stride; d += kRows, sums += kRows * kLine) {
+        Vector sum[kRows][Vectors];
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+          for (int v = 0; v < Vectors; ++v) {
+            sum[r][v] = statistics.rescale[v] * V::load(sums + r * kLine + v * V::kLanes);
+          }
+        }
+        accumulate<kRows>(sum, values + d, 1, stride, probabilities, steps);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+          for (int v = 0; v < Vectors; ++v) V::store(sums + r * kLine + v * V::kLanes, sum[r][v]);
+        }
+      }
+    }
+
+    // Divides by the sum of the exponentials, and turns dims x queries into queries x dims.
+    static void store(const Statistics& statistics, const float* sums, int head_dim, int count, float* y,
+                      size_t stride) {
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) {
+        const Vector factor = V::set(1.0f) / statistics.sum[v];
+        const int left = count - v * V::kLanes;
+        const int queries = left < V::kLanes ? left : V::kLanes;
+        for (int d = 0; d < head_dim; d += V::kLanes) {
+          Vector square[V::kLanes];
+#pragma GCC unroll 16
+          for (int i = 0; i < V::kLanes; ++i) {
+            square[i] = factor * V::load(sums + size_t(d + i) * kLine + v * V::kLanes);
+          }
+          V::transpose(square);
+          const int dims = head_dim - d < V::kLanes ? head_dim - d : V::kLanes;
+          for (int i = 0; i < queries; ++i) V::store_first(y + (v * V::kLanes + i) * stride + d, square[i], dims);
+        }
+      }
+    }
+  };
+};
+
+template <class Format>
+constexpr AttentionKernel queries_in_lanes() {
+  using Kernel = QueriesInLanes<Format>;
+  return {Kernel::kTileQueries, Kernel::scratch_bytes, Kernel::run};
+}
+
+}  // namespace
+}  // namespace sparse_engine

@@ -1,0 +1,74 @@
+#include "self_attention.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "buffer.h"
+
+namespace sparse_engine {
+namespace {
+
+const AttentionKernel& find_kernel(Tier tier) {
+#ifdef SPARSE_ENGINE_X86
+  if (tier == Tier::kAvx2) return kAvx2Attention;
+  if (tier == Tier::kAvx512) return kAvx512Attention;
+  if (tier == Tier::kAvx512Bf16) return kAvx512Bf16Attention;
+#else
+  (void)tier;
+#endif
+  return kScalarAttention;
+}
+
+size_t divide_up(size_t value, size_t divisor) { return (value + divisor - 1) / divisor; }
+
+// Laying out a head's keys and values, which each part of the head does anew, in units of a tile's time.
+constexpr double kLayoutCost = 0.25;
+
+// Into how many parts the queries of each head are cut: the number that keeps the busiest thread the shortest.
+size_t parts_per_head(size_t heads, size_t tiles, size_t threads) {
+  size_t best = 1;
+  double best_cost = 0.0;
+  for (size_t parts = 1; parts <= std::min(tiles, threads); ++parts) {
+    const double rounds = double(divide_up(heads * parts, threads));
+    const double cost = rounds * (double(divide_up(tiles, parts)) + kLayoutCost);
+    if (parts > 1 && cost >= best_cost) continue;
+    best = parts;
+    best_cost = cost;
+  }
+  return best;
+}
+
+}  // namespace
+
+void run_attention(const Attention& attention, Tier tier, int threads, const ParallelFor& parallel_for) {
+  const size_t heads = attention.batch * attention.heads;
+  if (heads == 0 || attention.tokens == 0) return;
+  const AttentionKernel& kernel = find_kernel(tier);
+  const size_t scratch_bytes = kernel.scratch_bytes(attention);
+  const size_t tiles = divide_up(attention.tokens, kernel.tile_queries);
+  const size_t most_threads = size_t(std::max(1, threads));
+  const size_t parts = parts_per_head(heads, tiles, most_threads);
+
+  std::atomic<size_t> next{0};
+  const std::function<void()> work = [&] {
+    const Scratch scratch(scratch_bytes);
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < heads * parts;) {
+      const size_t head = i / parts;
+      const size_t part = i % parts;
+      QueryBlock block;
+      block.batch = head / attention.heads;
+      block.head = int(head % attention.heads);
+      block.begin = tiles * part / parts * kernel.tile_queries;
+      block.end = std::min(attention.tokens, tiles * (part + 1) / parts * kernel.tile_queries);
+      kernel.run(attention, block, scratch.data());
+    }
+  };
+  const size_t workers = std::min(heads * parts, most_threads);
+  if (workers == 1) {
+    work();
+  } else {
+    parallel_for(int(workers), work);
+  }
+}
+
+}  // namespace sparse_engine
