@@ -82,7 +82,7 @@ def test_the_listing_is_json() -> None:
         "spacing",
         "denoise_to_zero",
         "eta",
-        "value_range",
+        "clip",
     ]
 
 
