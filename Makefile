@@ -14,7 +14,7 @@ demo: $(READY)
 	$(BIN)/sparse-engine sample out/digits.sengine -n 60 --labels 0-9 --guidance 2 --steps 25 -o out/digits.png
 	$(BIN)/python $(DIGITS)/compare.py out/digits.sengine
 	$(BIN)/sparse-engine bench --checkpoint $(DIGITS)/sparsedm.pth --batch 1,16,64 --repeat 3 --seconds 1
-	$(BIN)/sparse-engine bench --compare-dense --preset uvit-s --cells patch=2,mlp=4 --repeat 3 --seconds 4
+	$(BIN)/sparse-engine bench --random uvit-s --batch 1,4 --repeat 3 --seconds 4
 	@echo "Look at out/digits.png: digits drawn by the 2:4 sparse model, one class a column."
 
 test: $(READY)

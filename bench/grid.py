@@ -36,6 +36,10 @@ class Preset:
     heads: int
     batch: int
 
+    def config(self, patch: int, mlp_ratio: int) -> UViTConfig:
+        """The network of one cell."""
+        return UViTConfig(32, patch, 3, self.embed_dim, self.depth, self.heads, mlp_ratio=float(mlp_ratio))
+
 
 PRESETS = {
     "quick": Preset(embed_dim=512, depth=2, heads=8, batch=4),
@@ -46,8 +50,7 @@ PRESETS = {
 
 def run_cell(preset: Preset, patch: int, mlp_ratio: int, settings: Settings, progress: Progress) -> dict[str, Any]:
     """Time one cell. Returns a row of ``compare_model`` with the cell's place and the paper's number."""
-    config = UViTConfig(32, patch, 3, preset.embed_dim, preset.depth, preset.heads, mlp_ratio=float(mlp_ratio))
-    result = compare_model(random_model(config), [preset.batch], settings, progress)
+    result = compare_model(random_model(preset.config(patch, mlp_ratio)), [preset.batch], settings, progress)
     place = {"patch": patch, "mlp_ratio": mlp_ratio, "paper": PAPER[patch, mlp_ratio]}
     return {**place, "model": result["model"], **result["rows"][0]}
 

@@ -14,7 +14,7 @@ Rows = list[list[str]]
 
 def rich_table(results: dict[str, Any]) -> Table:
     """For the terminal."""
-    headers, rows = _grid_rows(results) if results["kind"] == "grid" else _checkpoint_rows(results)
+    headers, rows = _grid_rows(results) if results["kind"] == "grid" else _model_rows(results)
     table = Table(*headers, box=SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         table.add_row(*row)
@@ -23,7 +23,7 @@ def rich_table(results: dict[str, Any]) -> Table:
 
 def markdown(results: dict[str, Any]) -> str:
     """For a document."""
-    headers, rows = _grid_rows(results) if results["kind"] == "grid" else _checkpoint_rows(results)
+    headers, rows = _grid_rows(results) if results["kind"] == "grid" else _model_rows(results)
     lines = ["| " + " | ".join(headers) + " |", "|---" * len(headers) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
@@ -58,7 +58,7 @@ def _grid_rows(results: dict[str, Any]) -> tuple[list[str], Rows]:
     return headers, rows
 
 
-def _checkpoint_rows(results: dict[str, Any]) -> tuple[list[str], Rows]:
+def _model_rows(results: dict[str, Any]) -> tuple[list[str], Rows]:
     batches = [f"batch {row['batch']}" for row in results["rows"]]
     names = list(dict.fromkeys(name for row in results["rows"] for name in row["milliseconds"]))
     rows = []

@@ -21,9 +21,10 @@ def command(
     ] = False,
     kernels: Annotated[bool, typer.Option("--kernels", help="The CPU kernels alone, product by product.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="Your own model instead of the grid.")] = None,
+    random: Annotated[str | None, typer.Option(help="Random weights of a preset's size: patch 2, mlp_ratio 4.")] = None,
     preset: Annotated[str, typer.Option(help="Size of the grid's networks: quick, uvit-s or paper.")] = "quick",
     cells: Annotated[str | None, typer.Option(help="Part of the grid, such as patch=1,mlp=4.")] = None,
-    batch: Annotated[str, typer.Option(help="Batch sizes for --checkpoint.")] = "1,4,16",
+    batch: Annotated[str, typer.Option(help="Batch sizes for --checkpoint and --random.")] = "1,4,16",
     heads: Annotated[int | None, typer.Option(help="Attention heads, where the weights cannot tell.")] = None,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     threads: Annotated[int | None, typer.Option(help="CPU threads [default: one per core].")] = None,
@@ -34,8 +35,8 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure 2:4 sparse against dense: interleaved, with intervals."""
-    if sum((compare_dense, kernels, checkpoint is not None)) != 1:
-        raise OptionError("bench: expected one of --compare-dense, --checkpoint FILE, --kernels")
+    if sum((compare_dense, kernels, checkpoint is not None, random is not None)) != 1:
+        raise OptionError("bench: expected one of --compare-dense, --checkpoint FILE, --random PRESET, --kernels")
     if precision not in ("fp32", "bf16"):
         raise OptionError(f"--precision {precision!r}: expected fp32 or bf16")
     if repeat < 1 or not seconds > 0:
@@ -51,7 +52,10 @@ def command(
         table = products.table(measured)
     else:
         settings = bench_module("compare").Settings(precision, threads, repeat, seconds, peers)
-        results |= _grid(preset, cells, settings) if checkpoint is None else _own(checkpoint, batch, heads, settings)
+        if compare_dense:
+            results |= _grid(preset, cells, settings)
+        else:
+            results |= _model(checkpoint, random, batch, heads, settings)
         table = bench_module("report").rich_table(results)
     if output is not None:
         files.write_results(output, results)
@@ -72,9 +76,7 @@ def _products(products: ModuleType, precision: str, threads: tuple[int, ...], se
 
 
 def _grid(preset: str, cells: str | None, settings: Any) -> dict[str, Any]:
-    grid = bench_module("grid")
-    if preset not in grid.PRESETS:
-        raise OptionError(f"--preset {preset!r} is not known; expected one of {', '.join(grid.PRESETS)}")
+    grid, size = bench_module("grid"), _preset(preset)
     wanted, done = grid.parse_cells(cells), []
     with progress() as display:
         task = display.add_task("", total=None)
@@ -84,21 +86,29 @@ def _grid(preset: str, cells: str | None, settings: Any) -> dict[str, Any]:
             def show(stage: str, place: str = place) -> None:
                 display.update(task, description=f"{place}: {stage}")
 
-            done.append(grid.run_cell(grid.PRESETS[preset], patch, mlp_ratio, settings, show))
+            done.append(grid.run_cell(size, patch, mlp_ratio, settings, show))
     return {"kind": "grid", "preset": preset, "precision": settings.precision, "cells": done}
 
 
-def _own(path: Path, batch: str, heads: int | None, settings: Any) -> dict[str, Any]:
+def _model(checkpoint: Path | None, random: str | None, batch: str, heads: int | None, settings: Any) -> dict[str, Any]:
     sizes = batch.split(",")
     if not all(size.strip().isdecimal() and int(size) for size in sizes):
         raise OptionError(f"--batch {batch!r}: expected whole numbers of 1 or more", "for example --batch 1,4,16")
+    batches, compare = [int(size) for size in sizes], bench_module("compare")
     with progress() as display:
         task = display.add_task("", total=None)
-        found = bench_module("compare").compare_checkpoint(
-            path,
-            [int(size) for size in sizes],
-            settings,
-            lambda stage: display.update(task, description=stage),
-            heads=heads,
-        )
-    return {"kind": "checkpoint", **found}
+
+        def show(stage: str) -> None:
+            display.update(task, description=stage)
+
+        if checkpoint is not None:
+            return {"kind": "model", **compare.compare_checkpoint(checkpoint, batches, settings, show, heads=heads)}
+        model = bench_module("grid").random_model(_preset(random).config(patch=2, mlp_ratio=4))
+        return {"kind": "model", "random": random, **compare.compare_model(model, batches, settings, show)}
+
+
+def _preset(name: str | None) -> Any:
+    presets = bench_module("grid").PRESETS
+    if name not in presets:
+        raise OptionError(f"preset {name!r} is not known; expected one of {', '.join(presets)}")
+    return presets[name]

@@ -57,8 +57,8 @@ def test_cells_that_are_none(text: str) -> None:
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        ([], "expected one of --compare-dense, --checkpoint FILE, --kernels"),
-        (["--compare-dense", "--preset", "huge"], "--preset 'huge' is not known"),
+        ([], "expected one of --compare-dense, --checkpoint FILE, --random PRESET, --kernels"),
+        (["--compare-dense", "--preset", "huge"], "preset 'huge' is not known"),
         (["--compare-dense", "--repeat", "0"], "--repeat 0"),
         (["--checkpoint", "x.pth", "--batch", "many"], "--batch 'many': expected whole numbers"),
         (["--compare-dense", "-o", "no/where.json"], "the folder no does not exist"),
