@@ -46,3 +46,9 @@ def test_make_targets_of_the_readme_and_ci() -> None:
     assert re.findall(r"^make (\w+)", (REPOSITORY / ".ci" / "run").read_text(), re.M) == ["lint", "test"]
     for target in ("demo", "test", "lint"):
         assert f"\n{target}:" in makefile
+
+
+def test_performance_section_is_the_results_files() -> None:
+    from sparse_engine.bench.readme import BEGIN, END, section
+
+    assert f"{BEGIN}\n{section(REPOSITORY / 'bench' / 'results')}\n{END}" in README
