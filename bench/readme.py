@@ -15,6 +15,8 @@ BEGIN, END = "<!-- performance: python -m sparse_engine.bench.readme -->", "<!--
 # Results file -> what stands above its table.
 SECTIONS = {
     "cpu-uvit-s-fp32.json": "U-ViT-S (44 M parameters, 52 masked layers, 32x32 images), one solver step, fp32",
+    "cpu-uvit-s-bf16.json": "The same in bf16: sparse products and attention, against the bf16 of other runtimes",
+    "cpu-grid-quick-fp32.json": "The paper's grid at embed 512, depth 2, batch 4",
 }
 
 
