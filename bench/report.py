@@ -34,8 +34,8 @@ def _label(name: str, precision: str) -> str:
     return "our own dense engine, fp32" if name == DENSE else f"{name}, {precision}"
 
 
-def _ratio(value: dict[str, Any]) -> str:
-    text = f"{value['median']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+def _ratio(value: dict[str, Any], unit: str = "") -> str:
+    text = f"{value['median']:.2f} [{value['low']:.2f}, {value['high']:.2f}]{unit}"
     return f"{text} tie" if value["tie"] else text
 
 
@@ -72,6 +72,6 @@ def _model_rows(results: dict[str, Any]) -> tuple[list[str], Rows]:
             elif name == SPARSE:
                 cells.append(f"{times['median']:.1f} ms")
             else:
-                cells.append(f"{times['median']:.1f} ms, {_ratio(row['speedup'][name])}x")
+                cells.append(f"{times['median']:.1f} ms, {_ratio(row['speedup'][name], 'x')}")
         rows.append([label, *cells])
     return ["", *batches], rows
