@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from sparse_engine.images import psnr
+
+__all__ = ["frechet_distance", "psnr"]
+
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Squared Fréchet distance between Gaussians fitted to two sets of feature vectors.
@@ -23,10 +27,3 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
     mean = np.square(a.mean(0) - b.mean(0)).sum()
     return float(mean + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
-
-
-def psnr(found: np.ndarray, expected: np.ndarray, value_range: tuple[float, float]) -> float:
-    """Peak signal-to-noise ratio in dB; infinite where the two are equal."""
-    mean_square = float(np.mean((found.astype(np.float64) - expected.astype(np.float64)) ** 2))
-    low, high = value_range
-    return float(10 * np.log10((high - low) ** 2 / mean_square)) if mean_square else float("inf")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from .bake import Baked, bake
 from .masks import TWO_FOUR, Pattern, is_n_of_m
 from .model import Model, load_model
 from .step_graph import check_graph, export_step_graph
-
-log = logging.getLogger(__name__)
 
 # Share of a layer's weight energy that a mask may remove before the build warns: between the most that a layer trained
 # under the mask lost and the 13 % of one that was not (1.9 % and 13.9 % in examples/digits/README.md).

@@ -12,6 +12,7 @@ import torch
 from sparse_engine import sampling
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import VerificationError
+from sparse_engine.images import psnr
 from sparse_engine.manifest import Manifest
 
 from .bake import bake
@@ -143,6 +144,4 @@ def _trajectory_psnr(engine: SparseEngine, reference: Reference, seed: int) -> f
         batch_size=BATCH,
         output="float",
     )
-    low, high = engine.manifest.value_range or (float(expected.min()), float(expected.max()))
-    mean_square = float(np.mean((found - expected).astype(np.float64) ** 2))
-    return float(10 * np.log10((high - low) ** 2 / mean_square)) if mean_square else float("inf")
+    return psnr(found, expected, engine.manifest.value_range or (float(expected.min()), float(expected.max())))

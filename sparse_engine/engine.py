@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,8 +15,6 @@ from sparse_engine.artifact import EngineFile
 from sparse_engine.backends import StepRunner, backend_named
 from sparse_engine.errors import EngineClosedError, OptionError, UnsupportedError
 from sparse_engine.manifest import Manifest
-
-log = logging.getLogger(__name__)
 
 Callback = Callable[[int, float, np.ndarray], object]
 Labels = int | Sequence[int] | np.ndarray

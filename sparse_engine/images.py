@@ -93,3 +93,10 @@ def encode_png(image: np.ndarray) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(stream, "PNG")
     return stream.getvalue()
+
+
+def psnr(found: np.ndarray, expected: np.ndarray, value_range: tuple[float, float]) -> float:
+    """Peak signal-to-noise ratio in dB; infinite where the two are equal."""
+    mean_square = float(np.mean((found.astype(np.float64) - expected.astype(np.float64)) ** 2))
+    low, high = value_range
+    return float(10 * np.log10((high - low) ** 2 / mean_square)) if mean_square else float("inf")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from sparse_engine.backends.base import GRAPH_FILE, WEIGHTS_FILE
 from .attention import Attention, fuse_attention
 from .choose import Chooser, LayerChoice, pool_size
 from .layers import DOMAIN, OP, SparseLayer, from_nibbles
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
