@@ -1,8 +1,9 @@
-"""The operator sparse_engine::MatMul24 in ONNX Runtime sessions."""
+"""The operators sparse_engine::MatMul24 and MatMulBf16 in ONNX Runtime sessions."""
 
 import ctypes
 import threading
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -30,17 +31,21 @@ def tensor(name, kind=FLOAT, shape=("batch", "tokens", DEPTH)):
     return helper.make_tensor_value_info(name, kind, shape)
 
 
-def graph(weight, bias=None, residual=False, initializers=None, **attributes):
-    """The bytes of a model with one MatMul24. initializers: arrays that replace those of the weight."""
-    values, positions = kernels.pack(weight)
-    arrays = {"values": values, "positions": positions, **(initializers or {})}
+def graph(weight, bias=None, residual=False, initializers=None, operator="MatMul24", **attributes):
+    """A model with one product. initializers: arrays that replace those of the weight."""
+    if operator == "MatMul24":
+        values, positions = kernels.pack(weight)
+        arrays = {"values": values, "positions": positions, **(initializers or {})}
+    else:
+        arrays = {"weight": weight, **(initializers or {})}
+    weights = list(arrays)
     if bias is not None:
         arrays["bias"] = bias
-    inputs = ["x", "values", "positions", "bias" if bias is not None else "", "residual" if residual else ""]
+    inputs = ["x", *weights, "bias" if bias is not None else "", "residual" if residual else ""]
     while not inputs[-1]:
         inputs.pop()
     attributes = {"N": ROWS, "K": DEPTH, **attributes}
-    node = helper.make_node("MatMul24", inputs, ["y"], domain="sparse_engine", **attributes)
+    node = helper.make_node(operator, inputs, ["y"], domain="sparse_engine", **attributes)
     shape = ("batch", "tokens", ROWS)
     return helper.make_model(
         helper.make_graph(
@@ -99,6 +104,37 @@ def test_bf16_products(weight):
     (y,) = session(graph(weight, compute="bf16")).run(None, {"x": x})
     error = relative_error(y, x.astype(np.float64) @ weight.T)
     assert 1e-5 < error < 5e-3
+
+
+@pytest.fixture
+def needs_bf16():
+    if "avx512-bf16" not in kernels.available_tiers():
+        pytest.skip("this machine lacks avx512-bf16")
+
+
+@pytest.mark.parametrize("depth", [4, 36, 128, 260])
+@pytest.mark.parametrize("rows", [1, 37, 130])
+def test_dense_products_in_bf16(needs_bf16, rows, depth):
+    rng = np.random.default_rng(rows)
+    dense, bias = rng.standard_normal((rows, depth)).astype(np.float32), rng.standard_normal(rows).astype(np.float32)
+    model = graph(dense, bias, operator="MatMulBf16", residual=True, N=rows, K=depth)
+    del model.graph.input[0].type.tensor_type.shape.dim[:], model.graph.input[1].type.tensor_type.shape.dim[:]
+    layer = session(model)
+    rounded = dense.astype(ml_dtypes.bfloat16).astype(np.float64)
+    for tokens in (1, 95, 97, 260):
+        x = rng.standard_normal((2, tokens, depth)).astype(np.float32)
+        residual = rng.standard_normal((2, tokens, rows)).astype(np.float32)
+        (y,) = layer.run(None, {"x": x, "residual": residual})
+        expected = x.astype(ml_dtypes.bfloat16).astype(np.float64) @ rounded.T + bias + residual
+        assert relative_error(y, expected) < 4e-6
+
+
+def test_a_wrong_dense_node_is_refused(needs_bf16):
+    dense = np.ones((ROWS, DEPTH), np.float32)
+    with pytest.raises(Exception, match=r"MatMulBf16: weight has shape \[72, 64\], expected \[73, 64\]"):
+        session(graph(dense, operator="MatMulBf16", N=73))
+    with pytest.raises(Exception, match="MatMulBf16: dense products are computed in bf16 only, not on"):
+        session(graph(dense, operator="MatMulBf16", compute="fp32"))
 
 
 def test_bf16_is_refused_where_the_tier_is_forced_lower(weight, monkeypatch):

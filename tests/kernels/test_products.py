@@ -48,6 +48,22 @@ def test_odd_numbers_of_rows(tactic, rows):
     assert relative_error(create(weight, tactic)(x), expected) < TOLERANCE[tactic[0]]
 
 
+ALIKE = np.array([[1, 2, 0, 0]], np.float32)
+DISJOINT = np.array([[1, 2, 0, 0], [0, 0, 3, 4]], np.float32)
+OVERLAPPING = np.array([[1, 2, 0, 0], [0, 3, 4, 0], [0, 0, 5, 6], [7, 0, 0, 8], [9, 0, 1, 0]], np.float32)
+
+
+@pytest.mark.parametrize("patterns", [ALIKE, DISJOINT, OVERLAPPING], ids=["alike", "disjoint", "overlapping"])
+@pytest.mark.parametrize("rows", [2, 7, 64, 70, 131])
+@pytest.mark.parametrize("depth", [4, 36, 132, 260])
+def test_rows_that_share_all_some_or_no_lines(tactic, patterns, rows, depth):
+    rng = np.random.default_rng(rows)
+    order = np.arange(rows)[:, None] + rng.integers(0, 2, (1, depth // 4)) * np.arange(depth // 4)
+    weight = patterns[order % len(patterns)].reshape(rows, depth) * rng.choice([-1, 1, 2], (rows, 1)).astype(np.float32)
+    x = rng.standard_normal((45, depth)).astype(np.float32)
+    assert relative_error(create(weight, tactic)(x), reference(x, weight, tactic[0])) < 4e-6
+
+
 def test_weights_and_inputs_of_wild_ranges(tactic):
     rng = np.random.default_rng(2)
     weight = random_weight(rng, 48, 256) * (10.0 ** rng.uniform(-25, 15, (48, 256))).astype(np.float32)

@@ -26,6 +26,7 @@
 #pragma once
 
 #include "attention.h"
+#include "exponential.h"
 
 namespace sparse_engine {
 namespace {
@@ -35,32 +36,6 @@ constexpr float kLog2E = 1.44269504f;
 constexpr float kLowest = -3.40282347e38f;
 
 constexpr size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// Coefficients of the minimax polynomial for 2^r, |r| <= 1/2, in relative error (Remez' exchange).
-template <int Degree>
-struct Exp2Polynomial;
-template <>
-struct Exp2Polynomial<3> {  // 8e-5
-  static constexpr float kCoefficients[] = {0.999928057f, 0.693260968f, 0.242611125f, 0.0551716685f};
-};
-template <>
-struct Exp2Polynomial<5> {  // 1.6e-7
-  static constexpr float kCoefficients[] = {1.00000012f,   0.693146944f,   0.240221202f,
-                                            0.0555071309f, 0.00967554096f, 0.00132764725f};
-};
-
-// 2^x for x <= 0; what is below 2^-126 becomes 2^-126, NaN stays NaN.
-template <class V, int Degree>
-SPARSE_ENGINE_INLINE typename V::Vector exp2_negative(typename V::Vector x) {
-  constexpr auto& c = Exp2Polynomial<Degree>::kCoefficients;
-  x = V::max(V::set(-126.0f), x);  // in this order: the second operand is the result where one is NaN
-  const auto n = V::round(x);
-  const auto r = x - n;
-  auto p = V::set(c[Degree]);
-#pragma GCC unroll 8
-  for (int i = Degree - 1; i >= 0; --i) p = V::multiply_add(p, r, V::set(c[i]));
-  return V::scale(p, n);
-}
 
 template <class Format>
 struct QueriesInLanes {

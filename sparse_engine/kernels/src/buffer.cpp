@@ -1,6 +1,11 @@
 #include "buffer.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -39,6 +44,16 @@ Buffer& Buffer::operator=(Buffer&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);
   return *this;
+}
+
+void page_out(const void* data, size_t bytes) {
+#ifdef MADV_PAGEOUT
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kAlignment - 1) / kAlignment * kAlignment;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kAlignment * kAlignment;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_PAGEOUT);
+#else
+  (void)data, (void)bytes;
+#endif
 }
 
 Scratch::Scratch(size_t bytes) {

@@ -22,6 +22,10 @@ class Buffer {
   size_t size_ = 0;
 };
 
+// Tells the system that memory will hardly be read again: pages that are mapped from a file leave memory, and come back
+// from the file if they are. Nothing is lost, whatever kind of memory it is; where the system cannot, nothing happens.
+void page_out(const void* data, size_t bytes);
+
 // Scratch for the length of one block. All kernels of the process share the idle ones, so that a network of
 // fifty layers holds one per thread and not fifty; nothing is bound to a thread that belongs to somebody
 // else.

@@ -83,6 +83,14 @@ const Tactic& find_tactic(Tier tier, Lanes lanes) {
   return kScalarTactic;
 }
 
+const Tactic& find_dense_tactic(Tier tier) {
+  require(tier, "the caller");
+#ifdef SPARSE_ENGINE_X86
+  if (tier == Tier::kAvx512Bf16) return kAvx512Bf16Dense;
+#endif
+  throw Error(Status::kUnsupported, std::string("dense products are computed in bf16 only, not on ") + tier_name(tier));
+}
+
 const PeakLoop* find_peak_loop(Tier tier) {
   require(tier, "the caller");
 #ifdef SPARSE_ENGINE_X86

@@ -26,6 +26,9 @@ Tier best_tier(bool bfloat16);
 // lanes: kTokens or kRows. Throws Error(kUnsupported) where the machine lacks the tier.
 const Tactic& find_tactic(Tier tier, Lanes lanes);
 
+// For dense weights; there is one, in bf16. Throws Error(kUnsupported) for any other tier.
+const Tactic& find_dense_tactic(Tier tier);
+
 // Null for the scalar tier. Throws Error(kUnsupported) where the machine lacks the tier.
 const PeakLoop* find_peak_loop(Tier tier);
 

@@ -4,44 +4,45 @@
 // sum itself. Included by instruction-set files only (see vector_avx512.h); V is Avx2 or Avx512.
 #pragma once
 
+#include "exponential.h"
 #include "matmul24.h"
+#include "packing.h"
 
 namespace sparse_engine {
 namespace {
 
-// e^x within 2e-7 relative, for x clamped to [-87, 88]: 2^n e^r, |r| <= ln(2) / 2, ln(2) in two parts so that
-// r loses no bits (Cody and Waite), e^r by its Taylor series.
-template <class V>
-SPARSE_ENGINE_INLINE typename V::Vector exponential(typename V::Vector x) {
-  x = V::min(V::max(x, V::set(-87.0f)), V::set(88.0f));
-  const auto n = V::round(x * V::set(1.44269504f));
-  auto r = V::multiply_add(n, V::set(-0.693359375f), x);
-  r = V::multiply_add(n, V::set(2.12194440e-4f), r);
-  auto p = V::set(1.0f / 720);
-  p = V::multiply_add(p, r, V::set(1.0f / 120));
-  p = V::multiply_add(p, r, V::set(1.0f / 24));
-  p = V::multiply_add(p, r, V::set(1.0f / 6));
-  p = V::multiply_add(p, r, V::set(0.5f));
-  p = V::multiply_add(p, r, V::set(1.0f));
-  p = V::multiply_add(p, r, V::set(1.0f));
-  return V::scale(p, n);
-}
+// What a GELU is fitted with: as exact as the products that it follows, and no more.
+template <Operand>
+struct GeluFit;
+template <>
+struct GeluFit<Operand::kFloat32> {  // 6e-8
+  static constexpr float kSlope = 0.296984848f;
+  static constexpr float kCoefficients[] = {0.118375801f,   0.120310836f, 0.0943258777f,  0.143874809f,
+                                            -0.0824316666f, 0.238284811f, -0.170208141f, 0.0374676436f};
+  static constexpr int kTerms = 8, kExp2Degree = 5;
+  static constexpr bool kRefine = true;
+};
+template <>
+struct GeluFit<Operand::kBfloat16> {  // 1.2e-4 with the reciprocal's and the exponential's
+  static constexpr float kSlope = 0.25f;
+  static constexpr float kCoefficients[] = {0.10177427f, 0.07722369f, 0.18941041f, -0.11425978f, 0.24586322f};
+  static constexpr int kTerms = 5, kExp2Degree = 3;
+  static constexpr bool kRefine = false;
+};
+template <>
+struct GeluFit<Operand::kDenseBfloat16> : GeluFit<Operand::kBfloat16> {};
 
-// x Phi(x), where Phi(-|x|) = e^(-x^2/2) P(t), t = 1 / (1 + c |x|). P is a weighted least-squares fit to
-// erfcx(|x| / sqrt 2) / 2 over |x| < 9.9, made for this file; its relative error is below 6e-8, so the far
-// negative tail keeps its digits, which a fit of erf would cancel away.
-template <class V>
+// x Phi(x), where Phi(-|x|) = e^(-x^2/2) P(t), t = 1 / (1 + c |x|). P is a weighted minimax fit to
+// erfcx(|x| / sqrt 2) / 2 over |x| < 9.9, made for this file, in relative error, so the far negative tail keeps
+// its digits, which a fit of erf would cancel away.
+template <class V, Operand O>
 SPARSE_ENGINE_INLINE typename V::Vector gelu(typename V::Vector x) {
-  const auto t = V::set(1.0f) / V::multiply_add(V::abs(x), V::set(0.296984848f), V::set(1.0f));
-  auto p = V::set(0.0374676436f);
-  p = V::multiply_add(p, t, V::set(-0.170208141f));
-  p = V::multiply_add(p, t, V::set(0.238284811f));
-  p = V::multiply_add(p, t, V::set(-0.0824316666f));
-  p = V::multiply_add(p, t, V::set(0.143874809f));
-  p = V::multiply_add(p, t, V::set(0.0943258777f));
-  p = V::multiply_add(p, t, V::set(0.120310836f));
-  p = V::multiply_add(p, t, V::set(0.118375801f));
-  const auto tail = p * t * exponential<V>(x * x * V::set(-0.5f));
+  using Fit = GeluFit<O>;
+  const auto t = V::template reciprocal<Fit::kRefine>(V::multiply_add(V::abs(x), V::set(Fit::kSlope), V::set(1.0f)));
+  auto p = V::set(Fit::kCoefficients[Fit::kTerms - 1]);
+#pragma GCC unroll 8
+  for (int i = Fit::kTerms - 2; i >= 0; --i) p = V::multiply_add(p, t, V::set(Fit::kCoefficients[i]));
+  const auto tail = p * t * exp2_negative<V, Fit::kExp2Degree>(x * x * V::set(-0.5f * 1.44269504f));
   return x * V::select_negative(x, tail, V::set(1.0f) - tail);
 }
 
@@ -51,9 +52,9 @@ SPARSE_ENGINE_INLINE typename V::Vector times_sigmoid(typename V::Vector x, type
   return x / (V::set(1.0f) + exponential<V>(V::zero() - u));
 }
 
-template <class V, Activation A>
+template <class V, Operand O, Activation A>
 SPARSE_ENGINE_INLINE typename V::Vector activate(typename V::Vector x) {
-  if constexpr (A == Activation::kGelu) return gelu<V>(x);
+  if constexpr (A == Activation::kGelu) return gelu<V, O>(x);
   if constexpr (A == Activation::kSilu) return times_sigmoid<V>(x, x);
   if constexpr (A == Activation::kGeluTanh) {
     const auto slope = V::multiply_add(x * x, V::set(0.0713548163f), V::set(1.59576912f));
@@ -63,10 +64,10 @@ SPARSE_ENGINE_INLINE typename V::Vector activate(typename V::Vector x) {
 }
 
 // Stores `count` sums of adjacent rows of one token. `index` is the first one's place in the output.
-template <class V, Activation A>
+template <class V, Operand O, Activation A>
 SPARSE_ENGINE_INLINE void store_rows(const Product& product, size_t index, typename V::Vector sums,
                                      typename V::Vector bias, int count) {
-  auto y = activate<V, A>(sums + bias);
+  auto y = activate<V, O, A>(sums + bias);
   const float* const residual = product.epilogue.residual;
   if (residual) y = y + V::load_first(residual + index, count);
   V::store_first(product.output + index, y, count);

@@ -21,12 +21,14 @@ constexpr int kTierCount = 4;
 // What lies in the lanes of a vector: tokens, or output rows. kAuto picks by the number of tokens.
 enum class Lanes : int { kAuto = 0, kTokens = 1, kRows = 2 };
 
-// Canonical 2:4 weights, as an engine file stores them.
+// Canonical 2:4 weights, as an engine file stores them; or dense ones, which have no positions.
 struct Weights24 {
   int rows = 0;
   int depth = 0;                       // a multiple of 4
-  const float* values = nullptr;       // [rows, depth / 2], two kept values per group
+  const float* values = nullptr;       // [rows, depth / 2], two kept values per group; dense: [rows, depth]
   const uint8_t* positions = nullptr;  // [rows, depth / 4], first | second << 2, first < second
+
+  SPARSE_ENGINE_INLINE bool dense() const { return positions == nullptr; }
 
   SPARSE_ENGINE_INLINE int groups() const { return depth / 4; }
 };
@@ -80,7 +82,7 @@ extern const Tactic kScalarTactic;
 #ifdef SPARSE_ENGINE_X86
 extern const Tactic kAvx2Tokens, kAvx2Rows;
 extern const Tactic kAvx512Tokens, kAvx512Rows;
-extern const Tactic kAvx512Bf16Tokens, kAvx512Bf16Rows;
+extern const Tactic kAvx512Bf16Tokens, kAvx512Bf16Rows, kAvx512Bf16Dense;
 extern const PeakLoop kAvx2Peak, kAvx512Peak, kAvx512Bf16Peak;
 #endif
 

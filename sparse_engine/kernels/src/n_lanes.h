@@ -106,7 +106,7 @@ struct RowsInLanes {
         const Vector bias = load_bias<V>(product, first_row, count);
 #pragma GCC unroll 8
         for (int t = 0; t < Tokens; ++t) {
-          store_rows<V, kActivation>(product, (token + t) * product.rows + first_row, sum[t][p], bias, count);
+          store_rows<V, Format::kOperand, kActivation>(product, (token + t) * product.rows + first_row, sum[t][p], bias, count);
         }
       }
     });

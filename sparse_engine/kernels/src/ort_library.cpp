@@ -14,14 +14,19 @@ namespace {
 
 // The domain and its operators, for one runtime. They must outlive every session, so they are never freed.
 struct Registration {
-  explicit Registration(FunctionTable table) : api(table), matmul24(table), self_attention(table) {
+  explicit Registration(FunctionTable table)
+      : api(table),
+        matmul24(table, MatMulOp::Weights::k24),
+        matmul_bf16(table, MatMulOp::Weights::kDense),
+        self_attention(table) {
     check(api, api.CreateCustomOpDomain("sparse_engine", &domain));
     check(api, api.CustomOpDomain_Add(domain, &matmul24));
+    check(api, api.CustomOpDomain_Add(domain, &matmul_bf16));
     check(api, api.CustomOpDomain_Add(domain, &self_attention));
   }
   const Api api;
   CustomOpDomain* domain = nullptr;
-  MatMul24Op matmul24;
+  MatMulOp matmul24, matmul_bf16;
   SelfAttentionOp self_attention;
 };
 

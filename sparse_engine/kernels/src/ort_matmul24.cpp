@@ -4,6 +4,7 @@
 #include <limits>
 #include <memory>
 #include <thread>
+#include <type_traits>
 
 #include "dispatch.h"
 #include "ort_support.h"
@@ -11,8 +12,17 @@
 namespace sparse_engine::ort {
 namespace {
 
-constexpr const char* kName = "MatMul24";
-enum Input : size_t { kX = 0, kValues = 1, kPositions = 2, kBias = 3, kResidual = 4, kInputCount = 5 };
+// The two operators differ in how their weights are given.
+struct Sparse {
+  static constexpr const char* kName = "MatMul24";
+  static constexpr const char* kDefaultCompute = "fp32";
+  enum Input : size_t { kX = 0, kValues = 1, kPositions = 2, kBias = 3, kResidual = 4, kInputCount = 5 };
+};
+struct Dense {
+  static constexpr const char* kName = "MatMulBf16";
+  static constexpr const char* kDefaultCompute = "bf16";
+  enum Input : size_t { kX = 0, kValues = 1, kBias = 2, kResidual = 3, kInputCount = 4 };
+};
 
 [[noreturn]] void fail(const std::string& message) {
   throw Error(sparse_engine::Status::kInvalidInput, message);
@@ -29,7 +39,8 @@ void expect_depth(const Shape& shape, int64_t depth) {
   fail("X has shape " + to_string(shape) + ", expected [..., K] with K = " + std::to_string(depth));
 }
 
-Weights24 canonical_weights(const Api& api, const KernelInfo* info) {
+template <class Form>
+Weights24 weights(const Api& api, const KernelInfo* info) {
   const int64_t rows = int_attribute(api, info, "N");
   const int64_t depth = int_attribute(api, info, "K");
   constexpr int64_t kMost = std::numeric_limits<int>::max();
@@ -37,30 +48,38 @@ Weights24 canonical_weights(const Api& api, const KernelInfo* info) {
     fail("attributes N = " + std::to_string(rows) + ", K = " + std::to_string(depth) +
          ", expected N >= 1 and K a positive multiple of 4");
   }
-  const Tensor values = constant_input(api, info, kValues, "values");
-  const Tensor positions = constant_input(api, info, kPositions, "positions");
-  expect_shape("values", values.shape, {rows, depth / 2});
-  expect_shape("positions", positions.shape, {rows, depth / 4});
-  return {int(rows), int(depth), values.floats(), static_cast<const uint8_t*>(positions.data)};
+  if constexpr (std::is_same_v<Form, Dense>) {
+    const Tensor values = constant_input(api, info, Form::kValues, "weight");
+    expect_shape("weight", values.shape, {rows, depth});
+    return {int(rows), int(depth), values.floats(), nullptr};
+  } else {
+    const Tensor values = constant_input(api, info, Form::kValues, "values");
+    const Tensor positions = constant_input(api, info, Form::kPositions, "positions");
+    expect_shape("values", values.shape, {rows, depth / 2});
+    expect_shape("positions", positions.shape, {rows, depth / 4});
+    return {int(rows), int(depth), values.floats(), static_cast<const uint8_t*>(positions.data)};
+  }
 }
 
 // One node of one session.
+template <class Form>
 class Kernel {
  public:
   Kernel(const Api& api, const KernelInfo* info)
       : api_(api),
         activation_(parse_activation(string_attribute(api, info, "activation", "none"))),
         threads_(int(int_attribute(api, info, "threads", 0))),
-        product_(canonical_weights(api, info),
-                 best_tier(parse_compute_is_bfloat16(string_attribute(api, info, "compute", "fp32"))),
+        product_(weights<Form>(api, info),
+                 best_tier(parse_compute_is_bfloat16(string_attribute(api, info, "compute", Form::kDefaultCompute))),
                  parse_lanes(string_attribute(api, info, "tactic", "auto"))) {
     if (threads_ < 1) threads_ = int(std::max(1u, std::thread::hardware_concurrency()));
+    product_.page_out_weights();
   }
 
   const Api& api() const { return api_; }
 
   void compute(KernelContext* context) const {
-    const Tensor x = input(api_, context, kX);
+    const Tensor x = input(api_, context, Form::kX);
     expect_depth(x.shape, product_.depth());
     Shape shape = x.shape;
     shape.back() = product_.rows();
@@ -69,11 +88,11 @@ class Kernel {
 
     Epilogue epilogue;
     epilogue.activation = activation_;
-    if (const auto bias = optional_input(api_, context, kBias)) {
+    if (const auto bias = optional_input(api_, context, Form::kBias)) {
       expect_shape("bias", bias->shape, {product_.rows()});
       epilogue.bias = bias->floats();
     }
-    if (const auto residual = optional_input(api_, context, kResidual)) {
+    if (const auto residual = optional_input(api_, context, Form::kResidual)) {
       expect_shape("residual", residual->shape, shape);
       epilogue.residual = residual->floats();
     }
@@ -88,16 +107,6 @@ class Kernel {
   MatMul24 product_;
 };
 
-Status* create(const CustomOp*, FunctionTable table, const KernelInfo* info, void** kernel) {
-  const Api api(table);
-  return guarded(api, kName, [&] { *kernel = new Kernel(api, info); });
-}
-
-Status* compute(void* kernel, KernelContext* context) {
-  const Kernel& self = *static_cast<Kernel*>(kernel);
-  return guarded(self.api(), kName, [&] { self.compute(context); });
-}
-
 int64_t rows_attribute(const Api& api, const ShapeInferContext* context) {
   const OpAttr* attribute = nullptr;
   check(api, api.ShapeInferContext_GetAttribute(context, "N", &attribute));
@@ -110,7 +119,7 @@ int64_t rows_attribute(const Api& api, const ShapeInferContext* context) {
 // The output has the shape of X with N for K; dimensions that have names keep them.
 void infer(const Api& api, ShapeInferContext* context) {
   TensorTypeAndShapeInfo* x = nullptr;
-  check(api, api.ShapeInferContext_GetInputTypeShape(context, kX, &x));
+  check(api, api.ShapeInferContext_GetInputTypeShape(context, 0, &x));
   size_t count = 0;
   check(api, api.GetDimensionsCount(x, &count));
   if (count == 0) return;  // rank unknown: nothing to say until run time
@@ -131,24 +140,38 @@ void infer(const Api& api, ShapeInferContext* context) {
   check(api, api.ShapeInferContext_SetOutputTypeShape(context, 0, y));
 }
 
-Status* infer_shape(const CustomOp* op, ShapeInferContext* context) {
-  const Api& api = static_cast<const MatMul24Op*>(op)->api;
-  return guarded(api, kName, [&] { infer(api, context); });
+template <class Form>
+void define(CustomOp& op) {
+  op.GetName = [](const CustomOp*) { return Form::kName; };
+  op.GetInputTypeCount = [](const CustomOp*) { return size_t(Form::kInputCount); };
+  op.GetInputType = [](const CustomOp*, size_t index) {
+    if constexpr (std::is_same_v<Form, Sparse>) {
+      if (index == Form::kPositions) return kUint8;
+    }
+    return kFloat;
+  };
+  op.GetInputCharacteristic = [](const CustomOp*, size_t index) {
+    return index >= Form::kBias ? kOptional : kRequired;
+  };
+  op.CreateKernelV2 = [](const CustomOp*, FunctionTable table, const KernelInfo* info, void** kernel) {
+    const Api api(table);
+    return guarded(api, Form::kName, [&] { *kernel = new Kernel<Form>(api, info); });
+  };
+  op.KernelComputeV2 = [](void* kernel, KernelContext* context) {
+    const Kernel<Form>& self = *static_cast<Kernel<Form>*>(kernel);
+    return guarded(self.api(), Form::kName, [&] { self.compute(context); });
+  };
+  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel<Form>*>(kernel); };
+  op.InferOutputShapeFn = [](const CustomOp* op, ShapeInferContext* context) {
+    const Api& api = static_cast<const MatMulOp*>(op)->api;
+    return guarded(api, Form::kName, [&] { infer(api, context); });
+  };
 }
 
 }  // namespace
 
-MatMul24Op::MatMul24Op(FunctionTable table) : CustomOp(common_callbacks()), api(table) {
-  GetName = [](const CustomOp*) { return kName; };
-  GetInputTypeCount = [](const CustomOp*) { return size_t(kInputCount); };
-  GetInputType = [](const CustomOp*, size_t index) { return index == kPositions ? kUint8 : kFloat; };
-  GetInputCharacteristic = [](const CustomOp*, size_t index) {
-    return index >= kBias ? kOptional : kRequired;
-  };
-  CreateKernelV2 = create;
-  KernelComputeV2 = compute;
-  KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  InferOutputShapeFn = infer_shape;
+MatMulOp::MatMulOp(FunctionTable table, Weights weights) : CustomOp(common_callbacks()), api(table) {
+  weights == Weights::k24 ? define<Sparse>(*this) : define<Dense>(*this);
 }
 
 }  // namespace sparse_engine::ort

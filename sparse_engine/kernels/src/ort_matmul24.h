@@ -13,6 +13,10 @@
 //               tactic     string  auto (default), t-lanes, n-lanes
 //               threads    int     how many of the session's threads to use at most; 0 (default): the
 //               machine's
+//
+// And sparse_engine::MatMulBf16, version 1: the same over dense weights, in bf16.
+//
+//   inputs      X, weight float32 [N, K] (an initializer), bias, residual
 #pragma once
 
 #include "ort_abi.h"
@@ -20,8 +24,9 @@
 namespace sparse_engine::ort {
 
 // The runtime's functions travel with the operator: shape inference is given nothing else.
-struct MatMul24Op : CustomOp {
-  explicit MatMul24Op(FunctionTable table);
+struct MatMulOp : CustomOp {
+  enum class Weights { k24, kDense };
+  MatMulOp(FunctionTable table, Weights weights);
   Api api;
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 namespace sparse_engine {
 namespace {
@@ -36,59 +37,154 @@ uint32_t bfloat16_bits(float value) {
   return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
 }
 
-uint32_t bfloat16_pair(const Group& group) {
-  return bfloat16_bits(group.value[0]) | bfloat16_bits(group.value[1]) << 16;
-}
+uint32_t bfloat16_pair(const float* pair) { return bfloat16_bits(pair[0]) | bfloat16_bits(pair[1]) << 16; }
 
 int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Writes one row's steps for the groups [group_begin, group_end). The padding repeats the last offset with a
-// weight of zero, so that it reads nothing which the row does not read anyway.
-void write_stream(const Weights24& weights, const StreamLayout& layout, int row, int group_begin,
-                  int group_end, int steps, uint8_t* out) {
-  uint8_t* const offsets = out + size_t(steps) * 4;
-  const int line_bytes = layout.tile_tokens * 4;
-  uint16_t offset = 0;
+constexpr int kMaskWords = kMostLines / 64;
+
+// One row's part of a block: weights and the lines that they are multiplied with, in the order of k.
+struct RowSteps {
+  int count = 0;  // the rest is padding
+  uint32_t weights[kMostSteps];
+  uint16_t lines[kMostSteps];
+  uint64_t mask[kMaskWords];  // of the lines
+
+  void set(int step, uint32_t weight, int line) {
+    weights[step] = weight;
+    lines[step] = static_cast<uint16_t>(line);
+    mask[line / 64] |= uint64_t(1) << (line % 64);
+  }
+  int wants(int line) const { return int(mask[line / 64] >> (line % 64) & 1); }
+};
+
+// A row's steps in the groups [group_begin, group_end). The padding repeats the last line with a weight of zero, so that
+// it reads nothing which the row does not read anyway; a row that is itself padding reads the first line.
+void fill(RowSteps& row, const Weights24& weights, const StreamLayout& layout, int index, int group_begin,
+          int group_end, int steps) {
+  std::memset(row.mask, 0, sizeof row.mask);
   int step = 0;
-  const auto write = [&](uint32_t weight, int line) {
-    offset = static_cast<uint16_t>(line * line_bytes);
-    std::memcpy(out + size_t(step) * 4, &weight, sizeof weight);
-    std::memcpy(offsets + size_t(step) * 2, &offset, sizeof offset);
-    ++step;
-  };
-  for (int index = group_begin; index < group_end; ++index) {
-    const Group group = group_at(weights, row, index);
-    const int first_line = (index - group_begin) * layout.lines_per_group();
+  for (int g = group_begin; g < group_end && index < weights.rows; ++g) {
+    const int first_line = (g - group_begin) * layout.lines_per_group();
+    if (weights.dense()) {
+      const float* const four = weights.values + size_t(index) * weights.depth + size_t(g) * 4;
+      for (int i = 0; i < 2; ++i) row.set(step++, bfloat16_pair(four + 2 * i), first_line + i);
+      continue;
+    }
+    const Group group = group_at(weights, index, g);
     if (layout.operand == Operand::kFloat32) {
-      for (int i = 0; i < 2; ++i) write(float_bits(group.value[i]), first_line + group.position[i]);
+      for (int i = 0; i < 2; ++i) row.set(step++, float_bits(group.value[i]), first_line + group.position[i]);
     } else {
-      write(bfloat16_pair(group), first_line + pair_index(group));
+      row.set(step++, bfloat16_pair(group.value), first_line + pair_index(group));
     }
   }
-  for (; step < steps; ++step) std::memcpy(offsets + size_t(step) * 2, &offset, sizeof offset);
+  row.count = step;
+  const uint16_t last = step ? row.lines[step - 1] : 0;
+  for (; step < steps; ++step) {
+    row.weights[step] = 0;
+    row.lines[step] = last;
+  }
+}
+
+int count_ones(uint64_t x) {
+  x -= x >> 1 & 0x5555555555555555u;
+  x = (x & 0x3333333333333333u) + (x >> 2 & 0x3333333333333333u);
+  return int(((x + (x >> 4)) & 0x0f0f0f0f0f0f0f0fu) * 0x0101010101010101u >> 56);
+}
+
+int shared_lines(const RowSteps& a, const RowSteps& b, int mask_words) {
+  int count = 0;
+  for (int word = 0; word < mask_words; ++word) count += count_ones(a.mask[word] & b.mask[word]);
+  return count;
+}
+
+// The place in `rows` of the row that shares the most lines with the first, or the first that shares `enough`.
+int best_partner(const RowSteps* window, const std::vector<int>& rows, int mask_words, int enough) {
+  int best = 1, most = -1;
+  for (int i = 1; i < int(rows.size()) && most < enough; ++i) {
+    const int shared = shared_lines(window[rows[0]], window[rows[i]], mask_words);
+    if (shared <= most) continue;
+    best = i;
+    most = shared;
+  }
+  return best;
+}
+
+// The order of a row's steps: `count` of those on lines that the other row wants too, then all others. Which steps
+// those are cannot be predicted, so nothing branches on it.
+void shared_first(const RowSteps& row, const RowSteps& other, int steps, int count, int* order) {
+  int shared = 0, separate = count;
+  for (int step = 0; step < row.count; ++step) {
+    const int is_shared = other.wants(row.lines[step]) & int(shared < count);
+    order[is_shared ? shared : separate] = step;
+    shared += is_shared;
+    separate += 1 - is_shared;
+  }
+  for (int step = row.count; step < steps; ++step) order[separate++] = step;
+}
+
+// Writes a pair as packing.h says.
+void write_pair(const RowSteps& first, const RowSteps& second, PairHead head, int steps, int line_bytes, uint8_t* out) {
+  const RowSteps* const rows[2] = {&first, &second};
+  head.shared_chunks = static_cast<uint16_t>(shared_lines(first, second, kMaskWords) / kStepChunk);
+  const int shared = head.shared_chunks * kStepChunk;
+  int order[2][kMostSteps];
+  shared_first(first, second, steps, shared, order[0]);
+  shared_first(second, first, steps, shared, order[1]);
+  uint32_t* weight = reinterpret_cast<uint32_t*>(out);
+  uint16_t* offset = reinterpret_cast<uint16_t*>(out + size_t(steps) * 8);
+  for (int begin = 0; begin < steps; begin += kStepChunk) {
+    for (int r = 0; r < 2; ++r) {
+      for (int i = begin; i < begin + kStepChunk; ++i) {
+        const int step = order[r][i];
+        *weight++ = rows[r]->weights[step];
+        if (r == 0 || begin >= shared) *offset++ = static_cast<uint16_t>(rows[r]->lines[step] * line_bytes);
+      }
+    }
+  }
+  while (reinterpret_cast<uint8_t*>(offset) < out + size_t(steps) * 12) *offset++ = 0;  // not read
+  std::memcpy(out + pair_bytes(steps) - sizeof head, &head, sizeof head);
+}
+
+// The pairs of one window of one block; returns where the next one begins.
+uint8_t* write_window(const Weights24& weights, const StreamLayout& layout, int row, int group_begin, int group_end,
+                      int steps, uint8_t* out) {
+  const int mask_words = (layout.block_depth / 4 * layout.lines_per_group() + 63) / 64;
+  RowSteps window[kWindowRows];
+  std::vector<int> left(std::min(kWindowRows, round_up(weights.rows - row, kStreamRowMultiple)));
+  for (int i = 0; i < int(left.size()); ++i) {
+    left[i] = i;
+    fill(window[i], weights, layout, row + i, group_begin, group_end, steps);
+  }
+  while (!left.empty()) {
+    const int place = best_partner(window, left, mask_words, steps / 2);
+    const PairHead head = {{static_cast<uint16_t>(left[0]), static_cast<uint16_t>(left[place])}, 0, {}};
+    write_pair(window[left[0]], window[left[place]], head, steps, layout.tile_tokens * 4, out);
+    left.erase(left.begin() + place);
+    left.erase(left.begin());
+    out += pair_bytes(steps);
+  }
+  return out;
 }
 
 }  // namespace
 
 size_t stream_bytes(int rows, int depth, const StreamLayout& layout) {
-  size_t steps = 0;
+  size_t bytes = 0;
   for (int begin = 0; begin < depth; begin += layout.block_depth) {
-    steps += stream_steps(depth, begin, layout.block_depth, layout.steps_per_group());
+    bytes += pair_bytes(stream_steps(depth, begin, layout.block_depth, layout.steps_per_group()));
   }
-  return steps * kStepBytes * round_up(rows, kStreamRowMultiple);
+  return bytes * (round_up(rows, kStreamRowMultiple) / 2);
 }
 
 void pack_streams(const Weights24& weights, const StreamLayout& layout, void* packed) {
-  std::memset(packed, 0, stream_bytes(weights.rows, weights.depth, layout));
-  uint8_t* block = static_cast<uint8_t*>(packed);
+  uint8_t* out = static_cast<uint8_t*>(packed);
   for (int begin = 0; begin < weights.depth; begin += layout.block_depth) {
     const int end = std::min(weights.depth, begin + layout.block_depth);
     const int steps = stream_steps(weights.depth, begin, layout.block_depth, layout.steps_per_group());
-    const size_t row_bytes = size_t(steps) * kStepBytes;
-    for (int row = 0; row < weights.rows; ++row) {
-      write_stream(weights, layout, row, begin / 4, end / 4, steps, block + row * row_bytes);
+    for (int window = 0; window < weights.rows; window += kWindowRows) {
+      out = write_window(weights, layout, window, begin / 4, end / 4, steps, out);
     }
-    block += row_bytes * round_up(weights.rows, kStreamRowMultiple);
   }
 }
 
@@ -117,7 +213,7 @@ void pack_panels(const Weights24& weights, Operand operand, int lane_count, int 
         words[(2 * place + 1) * lane_count + lane] = float_bits(group.value[1]);
       } else {
         codes[lane] |= uint32_t(pair_index(group)) << (4 * place);
-        words[place * lane_count + lane] = bfloat16_pair(group);
+        words[place * lane_count + lane] = bfloat16_pair(group.value);
       }
     }
   }

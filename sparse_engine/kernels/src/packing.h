@@ -2,31 +2,50 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "matmul24.h"
 
 namespace sparse_engine {
 
-enum class Operand { kFloat32, kBfloat16 };
+enum class Operand { kFloat32, kBfloat16, kDenseBfloat16 };
 
-// T-lanes: each row is a stream of (weight, byte offset) steps, cut into blocks of the depth whose part of X
-// fits the L1 cache. Within a block, row after row: all weights of the row (4 bytes each), then all offsets
-// (2 bytes each). The offset points at the step's operand in the X tile that the kernel lays out:
+// T-lanes: rows are computed in pairs, each pair a stream of (weight, byte offset) steps. An offset points at a step's
+// operand, a line of the X tile that the kernel lays out:
 //   kFloat32:  one step per kept weight; the tile has one line of `tile_tokens` floats per k.
 //   kBfloat16: one step per group, its weight a pair; the tile has six lines per group, one for each pair
 //              of positions (0,1) (0,2) (0,3) (1,2) (1,3) (2,3), each element a pair of bfloat16.
+//   kDenseBfloat16: two steps and two lines per group, of the pairs (0,1) (2,3). All rows share all lines.
+// Two rows that keep the same k want the same line, and a kernel that loads it once for both has a load to spare. Of 32
+// steps two random rows share 16 (fp32; 5 of 32 groups in bf16), and rows of a window are paired so that they share more.
+//
+// The depth is cut into blocks whose part of X fits the L1 cache. A block has windows of kWindowRows rows; a window has
+// pairs; a pair is, in chunks of kStepChunk steps, shared ones first:
+//   weights: per chunk kStepChunk of the first row, kStepChunk of the second         8 bytes a step
+//   offsets: per shared chunk kStepChunk, per other chunk kStepChunk for each row    4 bytes a step at most
+//   PairHead
 struct StreamLayout {
   Operand operand;
   int tile_tokens;  // a line of the tile is this many 4-byte elements
   int block_depth;  // a multiple of 16
 
-  constexpr SPARSE_ENGINE_INLINE int steps_per_group() const { return operand == Operand::kFloat32 ? 2 : 1; }
-  constexpr SPARSE_ENGINE_INLINE int lines_per_group() const { return operand == Operand::kFloat32 ? 4 : 6; }
+  constexpr SPARSE_ENGINE_INLINE int steps_per_group() const { return operand == Operand::kBfloat16 ? 1 : 2; }
+  constexpr SPARSE_ENGINE_INLINE int lines_per_group() const {
+    return operand == Operand::kFloat32 ? 4 : operand == Operand::kBfloat16 ? 6 : 2;
+  }
 };
 
-constexpr int kStepChunk = 4;           // steps of a row are padded to this: what the kernel reads at once
+struct PairHead {
+  uint16_t rows[2];  // in the window
+  uint16_t shared_chunks;
+  uint16_t unused[5];  // a pair is a multiple of 16 bytes, so that loads of four weights do not straddle cache lines
+};
+
+constexpr int kStepChunk = 4;    // steps of a row are padded to this: what the kernel reads at once
+constexpr int kWindowRows = 64;  // rows that pairs are chosen among, and that are finished together
 constexpr int kStreamRowMultiple = 16;  // rows are padded to this, with weights of zero
-constexpr int kStepBytes = 6;
+constexpr int kMostLines = 256;  // of a block
+constexpr int kMostSteps = 64;   // of a row in a block
 
 // The steps that a row takes in the block that starts at `block_begin`.
 static constexpr SPARSE_ENGINE_INLINE int stream_steps(int depth, int block_begin, int block_depth,
@@ -35,6 +54,8 @@ static constexpr SPARSE_ENGINE_INLINE int stream_steps(int depth, int block_begi
   const int steps = (left < block_depth ? left : block_depth) / 4 * steps_per_group;
   return (steps + kStepChunk - 1) / kStepChunk * kStepChunk;
 }
+
+static constexpr SPARSE_ENGINE_INLINE size_t pair_bytes(int steps) { return size_t(steps) * 12 + sizeof(PairHead); }
 
 size_t stream_bytes(int rows, int depth, const StreamLayout& layout);
 void pack_streams(const Weights24& weights, const StreamLayout& layout, void* packed);

@@ -35,11 +35,20 @@ void check_positions(const Weights24& weights) {
 }  // namespace
 
 MatMul24::MatMul24(const Weights24& weights, Tier tier, Lanes lanes)
-    : weights_(weights), tier_(tier), lanes_(lanes) {
+    : weights_(weights), tier_(tier), lanes_(weights.dense() ? Lanes::kTokens : lanes) {
   check_shape(weights);
-  check_positions(weights);
-  const Tactic& tactic = find_tactic(tier, lanes);
-  if (lanes != Lanes::kAuto) packed_for(tactic);
+  if (!weights.dense()) check_positions(weights);
+  if (lanes_ != Lanes::kAuto) packed_for(tactic(lanes_));
+}
+
+void MatMul24::page_out_weights() const {
+  if (lanes_ == Lanes::kAuto) return;
+  const size_t values = size_t(weights_.rows) * weights_.depth / (weights_.dense() ? 1 : 2);
+  page_out(weights_.values, values * sizeof(float));
+}
+
+const Tactic& MatMul24::tactic(Lanes lanes) const {
+  return weights_.dense() ? find_dense_tactic(tier_) : find_tactic(tier_, lanes);
 }
 
 Lanes MatMul24::lanes_for(size_t tokens) const {
@@ -61,7 +70,7 @@ const void* MatMul24::packed_for(const Tactic& tactic) const {
 void MatMul24::run(const float* input, size_t tokens, float* output, const Epilogue& epilogue, int threads,
                    const ParallelFor& parallel_for) const {
   if (tokens == 0) return;
-  const Tactic& tactic = find_tactic(tier_, lanes_for(tokens));
+  const Tactic& tactic = this->tactic(lanes_for(tokens));
   const Product product = {weights_.rows, weights_.depth, packed_for(tactic), input, output, epilogue};
   const Partition partition(tactic, tokens, product.rows, std::max(1, threads));
   const size_t scratch_bytes = tactic.scratch_bytes(product.depth, partition.most_block_rows());

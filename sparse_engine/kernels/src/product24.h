@@ -15,14 +15,17 @@ using ParallelFor = std::function<void(int workers, const std::function<void()>&
 class MatMul24 {
  public:
   // With kTokens or kRows the weights are packed now, and may then be freed. With kAuto each layout is packed
-  // when it is first needed: the weights must live as long as this object.
-  // Throws Error: kInvalidInput for weights that are not canonical 2:4, kUnsupported for a missing tier.
+  // when it is first needed: the weights must live as long as this object. Dense weights have T-lanes only.
+  // Throws Error: kInvalidInput for weights that are neither, kUnsupported for a missing tier.
   MatMul24(const Weights24& weights, Tier tier, Lanes lanes);
 
   // output[tokens, rows] = activation(input[tokens, depth] * W^T + bias) + residual. Safe to call from
   // several threads at once; the result does not depend on `threads`.
   void run(const float* input, size_t tokens, float* output, const Epilogue& epilogue, int threads,
            const ParallelFor& parallel_for) const;
+
+  // The weights were packed in every layout that will be used, and may leave memory.
+  void page_out_weights() const;
 
   int rows() const { return weights_.rows; }
   int depth() const { return weights_.depth; }
@@ -35,6 +38,7 @@ class MatMul24 {
     std::once_flag once;
     Buffer buffer;
   };
+  const Tactic& tactic(Lanes lanes) const;
   const void* packed_for(const Tactic& tactic) const;
 
   Weights24 weights_;

@@ -1,22 +1,24 @@
 // T-lanes: tokens lie in the lanes. The kernel for more than a dozen tokens.
 //
-//     X tile, transposed          one output row = a stream of steps        sums
-//     k=0  | t0 t1 t2 ... t95 |    (weight, offset of line k) ...            | t0 t1 ... t95 |
-//     k=1  | t0 t1 t2 ... t95 |        |            |
-//     ...                              v            v
-//     k=63 | t0 t1 t2 ... t95 |    sums += weight * line[offset]     one multiply-add per vector of tokens
+//     X tile, transposed          a pair of output rows = a stream of steps      sums of both rows
+//     k=0  | t0 t1 t2 ... t95 |    shared: (two weights, offset of line k)        | t0 t1 ... t95 |
+//     k=1  | t0 t1 t2 ... t95 |            |                  |                   | t0 t1 ... t95 |
+//     ...                                  v                  v
+//     k=63 | t0 t1 t2 ... t95 |    line = tile[offset];  sums of each row += its weight * line
+//                                  then each row's other steps: sums += weight * tile[offset]
 //
 // Each kept weight is broadcast once and multiplied with a line of the tile, whichever line that is: nothing
 // is gathered, and the two weights that are zero cost nothing.
 //
-// Bound: every multiply-add loads its line from L1, and a core with one 512-bit (or two 256-bit) loads per
-// cycle issues as many multiply-adds: load and multiply-add ports are full together, at twice the rate of a
-// dense product that counts the zeros.
+// Bound: a core issues as many vector loads per cycle as multiply-adds (one of 512 bits on Zen 4), and the weights,
+// offsets and sums are loads too. If every multiply-add loaded its line, loads would be the bound, and were: 195 of
+// 236 GFLOP/s. Two rows need the same line for half of their weights, on average (packing.h); loaded once for both,
+// the loads are a quarter fewer, and the bound is the multiply-adds, at twice the rate of a dense product that counts
+// the zeros: the inner loop reaches 227.
 //
 // Included by instruction-set files only (see vector_avx512.h). A Format says how operands are multiplied:
 //   V                   vector words
 //   kLayout             StreamLayout; the tile has kLayout.tile_tokens = kVectors * V::kLanes tokens
-//   kAccumulators       sums kept in registers, to cover the latency of a multiply-add
 //   multiply_add(sum, weight, x)
 //   pack_tile(...)      X -> tile
 #pragma once
@@ -31,11 +33,9 @@ namespace {
 // Depth that is transposed at a time: one KiB of each token's row of X, so that pages and cache lines are
 // visited once, in order.
 constexpr int kPanelDepth = 256;
-// Rows whose sums are finished, and written while still in L1, after the last block of the depth.
-constexpr int kStoreRows = 64;
 
-// How far ahead of the inner loop the streams are fetched: five rows, some 1000 cycles.
-constexpr int kPrefetchBytes = 1024;
+// How far ahead of the inner loop the streams are fetched: five pairs, some 2000 cycles.
+constexpr int kPrefetchBytes = 2048;
 
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -64,6 +64,8 @@ struct TokensInLanes {
   static constexpr int kLineBytes = kTileTokens * 4;
   static constexpr int kTileBlockBytes = kLayout.block_depth / 4 * kLayout.lines_per_group() * kLineBytes;
   static_assert(kTileBlockBytes <= 1 << 16, "an offset has sixteen bits");
+  static_assert(kLayout.block_depth / 4 * kLayout.lines_per_group() <= kMostLines, "a mask has room for all lines");
+  static_assert(kLayout.block_depth / 4 * kLayout.steps_per_group() <= kMostSteps, "so has a row for all steps");
   static_assert(kPanelDepth % kLayout.block_depth == 0, "a panel is whole blocks");
 
   static size_t packed_bytes(int rows, int depth) { return stream_bytes(rows, depth, kLayout); }
@@ -82,11 +84,12 @@ struct TokensInLanes {
     }
   }
 
-  // One tile of tokens: block after block of the depth, the sums resting in L2 between blocks.
+  // One tile of tokens: block after block of the depth, the sums resting in L2 between blocks. After the last block
+  // a window's sums are finished, and are stored while they are still in L1.
   static void run_tile(const Product& product, const Block& block, size_t token, int tokens, uint8_t* tile) {
     float* const sums =
         reinterpret_cast<float*>(tile + size_t(kPanelDepth / kLayout.block_depth) * kTileBlockBytes);
-    const int padded_rows = round_up(product.rows, kStreamRowMultiple);
+    const size_t pairs = round_up(product.rows, kStreamRowMultiple) / 2;
     const float* const input = product.input + token * product.depth;
     const uint8_t* streams = static_cast<const uint8_t*>(product.packed);
     for (int begin = 0; begin < product.depth; begin += kLayout.block_depth) {
@@ -97,29 +100,15 @@ struct TokensInLanes {
       }
       const uint8_t* const lines = tile + size_t(panel_place / kLayout.block_depth) * kTileBlockBytes;
       const int steps = stream_steps(product.depth, begin, kLayout.block_depth, kLayout.steps_per_group());
-      const size_t row_bytes = size_t(steps) * kStepBytes;
-      const uint8_t* const first_row = streams + block.row_begin * row_bytes;
-      const bool first = begin == 0;
-      if (begin + kLayout.block_depth < product.depth) {
-        const int rows = round_up(block.row_end - block.row_begin, kStreamRowMultiple);
-        accumulate(tokens, lines, first_row, steps, sums, rows, first);
-      } else {
-        finish(product, block, token, tokens, lines, first_row, steps, sums, first);
+      const bool last = begin + kLayout.block_depth >= product.depth;
+      for (int row = block.row_begin; row < block.row_end; row += kWindowRows) {
+        const int rows = smaller(kWindowRows, block.row_end - row);
+        const uint8_t* const window = streams + row / 2 * pair_bytes(steps);
+        float* const window_sums = sums + size_t(row - block.row_begin) * kTileTokens;
+        accumulate(tokens, lines, window, steps, window_sums, round_up(rows, kStreamRowMultiple) / 2, begin == 0);
+        if (last) store_sums(product, token, tokens, row, rows, window_sums);
       }
-      streams += row_bytes * padded_rows;
-    }
-  }
-
-  // The last block of the depth: sums are stored as soon as they are complete.
-  static void finish(const Product& product, const Block& block, size_t token, int tokens,
-                     const uint8_t* lines, const uint8_t* streams, int steps, float* sums, bool first) {
-    for (int row = block.row_begin; row < block.row_end; row += kStoreRows) {
-      const int rows = smaller(kStoreRows, block.row_end - row);
-      const int padded_rows = round_up(rows, kStreamRowMultiple);
-      accumulate(tokens, lines, streams, steps, sums, padded_rows, first);
-      store_sums(product, token, tokens, row, rows, sums);
-      streams += size_t(padded_rows) * steps * kStepBytes;
-      sums += size_t(padded_rows) * kTileTokens;
+      streams += pairs * pair_bytes(steps);
     }
   }
 
@@ -148,11 +137,11 @@ struct TokensInLanes {
     if (tokens == V::kLanes) {
 #pragma GCC unroll 16
       for (int i = 0; i < V::kLanes; ++i, index += product.rows) {
-        store_rows<V, A>(product, index, square[i], bias, rows);
+        store_rows<V, kLayout.operand, A>(product, index, square[i], bias, rows);
       }
     } else {
       for (int i = 0; i < tokens; ++i, index += product.rows) {
-        store_rows<V, A>(product, index, square[i], bias, rows);
+        store_rows<V, kLayout.operand, A>(product, index, square[i], bias, rows);
       }
     }
   }
@@ -160,73 +149,94 @@ struct TokensInLanes {
   // Picks the kernel that is as wide as the tile has tokens.
   template <int Vectors = kVectors>
   static void accumulate(int tokens, const uint8_t* lines, const uint8_t* streams, int steps, float* sums,
-                         int rows, bool first) {
+                         int pairs, bool first) {
     if constexpr (Vectors > 1) {
       if (tokens <= (Vectors - 1) * V::kLanes) {
-        return accumulate<Vectors - 1>(tokens, lines, streams, steps, sums, rows, first);
+        return accumulate<Vectors - 1>(tokens, lines, streams, steps, sums, pairs, first);
       }
     }
-    accumulate_rows<Vectors>(lines, streams, steps, sums, rows, first);
+    accumulate_pairs<Vectors>(lines, streams, steps, sums, pairs, first);
   }
 
-  // Rows that are computed together, so that enough independent sums are in flight: a power of two.
-  static constexpr int rows_at_once(int vectors) {
-    int rows = 8;
-    while (rows > 1 && rows * vectors > Format::kAccumulators) rows /= 2;
-    return rows;
-  }
-
-  // The inner loop. sums[row] (+)= weights of the row * lines.
+  // The inner loop. Of each pair of rows: sums[row] (+)= weights of the row * lines.
   template <int Vectors>
-  static __attribute__((noinline)) void accumulate_rows(const uint8_t* lines, const uint8_t* streams,
-                                                        int steps, float* sums, int rows, bool first) {
-    constexpr int kRows = rows_at_once(Vectors);
-    const size_t row_bytes = size_t(steps) * kStepBytes;
-    for (int row = 0; row < rows; row += kRows, streams += kRows * row_bytes, sums += kRows * kTileTokens) {
-      Vector sum[kRows][Vectors];
+  static __attribute__((noinline)) void accumulate_pairs(const uint8_t* lines, const uint8_t* streams, int steps,
+                                                         float* sums, int pairs, bool first) {
+    const size_t bytes = pair_bytes(steps);
+    for (int pair = 0; pair < pairs; ++pair, streams += bytes) {
+      PairHead head;
+      __builtin_memcpy(&head, streams + bytes - sizeof head, sizeof head);
+      prefetch(streams + kPrefetchBytes, bytes);
+      Vector sum[2][Vectors];
+#pragma GCC unroll 2
+      for (int r = 0; r < 2; ++r) {
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
         for (int v = 0; v < Vectors; ++v) {
-          sum[r][v] = first ? V::zero() : V::load(sums + r * kTileTokens + v * V::kLanes);
+          sum[r][v] = first ? V::zero() : V::load(sums + head.rows[r] * kTileTokens + v * V::kLanes);
         }
       }
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) prefetch_row(streams + r * row_bytes, row_bytes);
-      for (int step = 0; step < steps; step += 4) {
-        Vector four_weights[kRows];
-        uint64_t four_offsets[kRows];
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          const uint8_t* const stream = streams + r * row_bytes;
-          four_weights[r] = V::repeat_four(stream + step * 4);
-          four_offsets[r] = load_four_offsets(stream + steps * 4 + step * 2);
-        }
-        unroll<4>([&](auto index) __attribute__((always_inline)) {
-          constexpr int kIndex = decltype(index)::value;
-#pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) {
-            const uint8_t* const line = lines + take_offset(four_offsets[r]);
-            const Vector weight = V::template one_of_four<kIndex>(four_weights[r]);
-#pragma GCC unroll 16
-            for (int v = 0; v < Vectors; ++v) {
-              sum[r][v] = Format::multiply_add(sum[r][v], weight, V::load(line + v * kVectorBytes));
-            }
-          }
-        });
+      const uint8_t* weights = streams;
+      const uint8_t* offsets = streams + size_t(steps) * 8;
+      int chunk = 0;
+      for (; chunk < head.shared_chunks; ++chunk, weights += 8 * kStepChunk, offsets += 2 * kStepChunk) {
+        shared_steps(sum, lines, weights, offsets);
       }
+      for (; chunk < steps / kStepChunk; ++chunk, weights += 8 * kStepChunk, offsets += 4 * kStepChunk) {
+        separate_steps(sum, lines, weights, offsets);
+      }
+#pragma GCC unroll 2
+      for (int r = 0; r < 2; ++r) {
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
-        for (int v = 0; v < Vectors; ++v) V::store(sums + r * kTileTokens + v * V::kLanes, sum[r][v]);
+        for (int v = 0; v < Vectors; ++v) {
+          V::store(sums + head.rows[r] * kTileTokens + v * V::kLanes, sum[r][v]);
+        }
       }
     }
+  }
+
+  // A chunk of steps on lines that both rows want.
+  template <int Vectors>
+  static SPARSE_ENGINE_INLINE void shared_steps(Vector (&sum)[2][Vectors], const uint8_t* lines,
+                                                const uint8_t* weights, const uint8_t* offsets) {
+    const typename V::FourWeights four[2] = {V::FourWeights::load(weights), V::FourWeights::load(weights + 16)};
+    uint64_t four_offsets = load_four_offsets(offsets);
+    unroll<kStepChunk>([&](auto index) __attribute__((always_inline)) {
+      constexpr int kIndex = decltype(index)::value;
+      const uint8_t* const line = lines + take_offset(four_offsets);
+      const Vector weight[2] = {four[0].template get<kIndex>(), four[1].template get<kIndex>()};
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) {
+        const Vector x = V::load_once(line + v * kVectorBytes);
+        sum[0][v] = Format::multiply_add(sum[0][v], weight[0], x);
+        sum[1][v] = Format::multiply_add(sum[1][v], weight[1], x);
+      }
+    });
+  }
+
+  // A chunk of steps of each row, on lines of its own.
+  template <int Vectors>
+  static SPARSE_ENGINE_INLINE void separate_steps(Vector (&sum)[2][Vectors], const uint8_t* lines,
+                                                  const uint8_t* weights, const uint8_t* offsets) {
+    const typename V::FourWeights four[2] = {V::FourWeights::load(weights), V::FourWeights::load(weights + 16)};
+    uint64_t four_offsets[2] = {load_four_offsets(offsets), load_four_offsets(offsets + 8)};
+    unroll<kStepChunk>([&](auto index) __attribute__((always_inline)) {
+      constexpr int kIndex = decltype(index)::value;
+#pragma GCC unroll 2
+      for (int r = 0; r < 2; ++r) {
+        const uint8_t* const line = lines + take_offset(four_offsets[r]);
+        const Vector weight = four[r].template get<kIndex>();
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) {
+          sum[r][v] = Format::multiply_add(sum[r][v], weight, V::load(line + v * kVectorBytes));
+        }
+      }
+    });
   }
 
   // Streams come from L2 or further and are read once per tile. The hardware fetches them too, but not always
   // far enough ahead: 2% at 257 tokens, measured.
-  static SPARSE_ENGINE_INLINE void prefetch_row(const uint8_t* stream, size_t row_bytes) {
-    for (size_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(stream + kPrefetchBytes + byte);
+  static SPARSE_ENGINE_INLINE void prefetch(const uint8_t* stream, size_t bytes) {
+    for (size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(stream + byte);
   }
 
   // Offsets are loaded four at a time and shifted out of a register: a load each would take the port that the
@@ -248,17 +258,17 @@ template <class Format>
 constexpr Tactic tokens_in_lanes(Tier tier) {
   using Kernel = TokensInLanes<Format>;
   return {tier,       Lanes::kTokens,       Format::V::kLanes, Kernel::kTileTokens,
-          kStoreRows, Kernel::packed_bytes, Kernel::pack,      Kernel::scratch_bytes,
+          kWindowRows, Kernel::packed_bytes, Kernel::pack,      Kernel::scratch_bytes,
           Kernel::run};
 }
 
 // fp32 products: a line of the tile is one k, an element one float.
-template <class Vectors, int Accumulators>
+template <class Vectors, int TileVectors>
 struct Float32Streams {
   using V = Vectors;
-  // 96 tokens x 64 k = 24 KiB: the tile of one block leaves a quarter of a 32 KiB L1 to streams and sums.
-  static constexpr StreamLayout kLayout = {Operand::kFloat32, 96, 64};
-  static constexpr int kAccumulators = Accumulators;
+  // 24 KiB: the tile of one block leaves a quarter of a 32 KiB L1 to streams and sums.
+  static constexpr int kTileTokens = TileVectors * V::kLanes;
+  static constexpr StreamLayout kLayout = {Operand::kFloat32, kTileTokens, 24 * 1024 / (kTileTokens * 4)};
 
   static SPARSE_ENGINE_INLINE typename V::Vector multiply_add(typename V::Vector sum,
                                                               typename V::Vector weight,

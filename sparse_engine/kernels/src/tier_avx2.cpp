@@ -10,8 +10,8 @@
 
 namespace sparse_engine {
 
-constexpr Tactic kAvx2Tokens = tokens_in_lanes<Float32Streams<Avx2, 12>>(Tier::kAvx2);
+constexpr Tactic kAvx2Tokens = tokens_in_lanes<Float32Streams<Avx2, 6>>(Tier::kAvx2);
 constexpr Tactic kAvx2Rows = rows_in_lanes<Float32Panels<Avx2, 8, 1>>(Tier::kAvx2);
-constexpr PeakLoop kAvx2Peak = peak_loop<Float32Streams<Avx2, 12>>(1);
+constexpr PeakLoop kAvx2Peak = peak_loop<Float32Streams<Avx2, 6>>(1);
 
 }  // namespace sparse_engine

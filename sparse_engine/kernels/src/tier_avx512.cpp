@@ -11,8 +11,8 @@
 
 namespace sparse_engine {
 
-constexpr Tactic kAvx512Tokens = tokens_in_lanes<Float32Streams<Avx512, 8>>(Tier::kAvx512);
+constexpr Tactic kAvx512Tokens = tokens_in_lanes<Float32Streams<Avx512, 6>>(Tier::kAvx512);
 constexpr Tactic kAvx512Rows = rows_in_lanes<Float32Panels<Avx512, 8, 2>>(Tier::kAvx512);
-constexpr PeakLoop kAvx512Peak = peak_loop<Float32Streams<Avx512, 8>>(1);
+constexpr PeakLoop kAvx512Peak = peak_loop<Float32Streams<Avx512, 6>>(1);
 
 }  // namespace sparse_engine

@@ -21,6 +21,12 @@ struct Avx2 {
   static SPARSE_ENGINE_INLINE Vector set(float x) { return _mm256_set1_ps(x); }
   static SPARSE_ENGINE_INLINE Vector load(const void* p) { return _mm256_load_ps(floats(p)); }
   static SPARSE_ENGINE_INLINE Vector load_unaligned(const void* p) { return _mm256_loadu_ps(floats(p)); }
+  // A load that stays one: the compiler may otherwise make it an operand of each instruction that uses it.
+  static SPARSE_ENGINE_INLINE Vector load_once(const void* p) {
+    Vector x = _mm256_load_ps(floats(p));
+    asm volatile("" : "+x"(x));
+    return x;
+  }
   static SPARSE_ENGINE_INLINE void store(void* p, Vector x) { _mm256_store_ps(static_cast<float*>(p), x); }
 
   // The first `count` lanes (0 .. kLanes); memory beyond them is not touched, lanes beyond them are zero.
@@ -47,6 +53,11 @@ struct Avx2 {
   static SPARSE_ENGINE_INLINE Vector round(Vector x) {
     return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
+  // 1 / x: AVX2's estimate is too coarse to be worth refining.
+  template <bool Refine>
+  static SPARSE_ENGINE_INLINE Vector reciprocal(Vector x) {
+    return set(1.0f) / x;
+  }
   // x * 2^exponent, for an exponent of a normal number: it is written into the bits of a factor.
   static SPARSE_ENGINE_INLINE Vector scale(Vector x, Vector exponent) {
     const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(exponent), _mm256_set1_epi32(127));
@@ -55,6 +66,16 @@ struct Avx2 {
   static SPARSE_ENGINE_INLINE Vector select_negative(Vector sign, Vector if_negative, Vector otherwise) {
     return _mm256_blendv_ps(otherwise, if_negative, sign);
   }
+
+  // Four weights, of which one at a time is put into all lanes: by a load each, since registers are few.
+  struct FourWeights {
+    const float* four;
+    static SPARSE_ENGINE_INLINE FourWeights load(const uint8_t* p) { return {floats(p)}; }
+    template <int I>
+    SPARSE_ENGINE_INLINE Vector get() const {
+      return _mm256_broadcast_ss(four + I);
+    }
+  };
 
   // Four floats, repeated in each 128-bit part; one of them in all lanes (vpermilps: no index register); and
   // a choice among them by the low two bits of each lane.

@@ -20,6 +20,12 @@ struct Avx512 {
   static SPARSE_ENGINE_INLINE Vector load(const void* p) { return _mm512_load_ps(p); }
   static SPARSE_ENGINE_INLINE Vector load_unaligned(const void* p) { return _mm512_loadu_ps(p); }
   static SPARSE_ENGINE_INLINE void store(void* p, Vector x) { _mm512_store_ps(p, x); }
+  // A load that stays one: the compiler may otherwise make it an operand of each instruction that uses it.
+  static SPARSE_ENGINE_INLINE Vector load_once(const void* p) {
+    Vector x = _mm512_load_ps(p);
+    asm volatile("" : "+v"(x));
+    return x;
+  }
 
   // The first `count` lanes (0 .. kLanes); memory beyond them is not touched, lanes beyond them are zero.
   static SPARSE_ENGINE_INLINE Vector load_first(const float* p, int count) {
@@ -41,6 +47,12 @@ struct Avx512 {
   static SPARSE_ENGINE_INLINE Vector round(Vector x) {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
+  // 1 / x within 2^-14, or refined by one step of Newton's to two bits of the last.
+  template <bool Refine>
+  static SPARSE_ENGINE_INLINE Vector reciprocal(Vector x) {
+    const Vector y = _mm512_rcp14_ps(x);
+    return Refine ? y * _mm512_fnmadd_ps(x, y, set(2.0f)) : y;
+  }
   // x * 2^exponent
   static SPARSE_ENGINE_INLINE Vector scale(Vector x, Vector exponent) {
     return _mm512_scalef_ps(x, exponent);
@@ -49,14 +61,9 @@ struct Avx512 {
     return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(sign)), otherwise, if_negative);
   }
 
-  // Four floats, repeated in each 128-bit part; one of them in all lanes (vpermilps: no index register); and
-  // a choice among them by the low two bits of each lane.
+  // Four floats, repeated in each 128-bit part; and a choice among them by the low two bits of each lane.
   static SPARSE_ENGINE_INLINE Vector repeat_four(const void* p) {
     return _mm512_broadcast_f32x4(_mm_loadu_ps(static_cast<const float*>(p)));
-  }
-  template <int I>
-  static SPARSE_ENGINE_INLINE Vector one_of_four(Vector four) {
-    return _mm512_permute_ps(four, I * 0x55);
   }
   static SPARSE_ENGINE_INLINE Vector choose_of_four(Vector four, __m512i code) {
     return _mm512_permutevar_ps(four, code);
@@ -67,6 +74,16 @@ struct Avx512 {
   static SPARSE_ENGINE_INLINE Codes shift_codes(Codes codes) {
     return _mm512_srli_epi32(codes, Bits);
   }
+
+  // Four weights, of which one at a time is put into all lanes.
+  struct FourWeights {
+    Vector four;
+    static SPARSE_ENGINE_INLINE FourWeights load(const uint8_t* p) { return {repeat_four(p)}; }
+    template <int I>
+    SPARSE_ENGINE_INLINE Vector get() const {
+      return _mm512_permute_ps(four, I * 0x55);  // vpermilps: no index register
+    }
+  };
 
   // Sixteen rows of sixteen elements become sixteen columns.
   static SPARSE_ENGINE_INLINE void transpose(Vector (&rows)[16]) {
