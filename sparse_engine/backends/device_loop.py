@@ -1,0 +1,431 @@
+"""The trajectory loop of backends that keep the state on their device: chunks of steps, recorded once and replayed.
+
+A chunk is a few consecutive rows of a trajectory. Its times, coefficients and noise are uploaded together, and its
+steps are enqueued on the device's stream. A chunk that comes for the second time is recorded (a CUDA graph) and from
+then on launched in one call, for every trajectory with the same pattern.
+
+Nothing is copied from step to step: x alternates between two buffers, and the predictions go around three. A step's
+buffers depend on its index modulo ``PERIOD`` alone, so a recording, whose addresses are fixed, is good wherever a chunk
+starts at the same phase; chunks are a multiple of ``PERIOD`` long, and start at phase 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from sparse_engine.errors import BackendError, EngineClosedError, SamplingCancelled
+from sparse_engine.sampling import Trajectory
+
+from .base import IDENTITY_ROW, NO_CLIP, NoiseSource, StepCallback
+
+PERIOD = 6  # x alternates between 2 buffers and the predictions between 3
+CHUNK = 12  # steps: the host's part of a chunk (0.1 ms) disappears behind them
+NOISE_BYTES = 256 << 20  # of a chunk's noise: 12 steps of 64 latents of 4x64x64 take a fifth of it
+IN_FLIGHT = 4  # chunks of noise that the host may be ahead of the device: it waits in page-locked memory
+MAX_STATES, MAX_RECORDINGS = 4, 16  # batch sizes with buffers of their own; recordings of each
+
+B = TypeVar("B")
+
+
+class OutOfDeviceMemoryError(BackendError):
+    """The device has no memory left for a batch; the loop halves it."""
+
+
+class CaptureError(Exception):
+    """Steps cannot be recorded here; the message says why. The loop enqueues them one by one."""
+
+
+@dataclass(frozen=True)
+class StepBuffers(Generic[B]):
+    """The buffers of one solver step; ``docs/engine-file.md`` has its lines.
+
+    ``labels`` [G, B] int64 is None for an unconditional model; ``guidance`` [G], ``coef`` [8] and ``clip`` [2] are
+    float32, ``t`` is float32 [B], all others float32 [B, C, H, W]. The step reads all but ``x_next`` and ``m``, which
+    it writes; none of them overlap.
+    """
+
+    x: B
+    t: B
+    labels: B | None
+    guidance: B
+    coef: B
+    clip: B
+    base: B
+    h1: B
+    h2: B
+    z: B
+    x_next: B
+    m: B
+
+
+class Recording(Protocol):
+    """Recorded work."""
+
+    def launch(self) -> None:
+        """Enqueue it all on the device's stream."""
+        ...
+
+    def release(self) -> None:
+        """Give its memory back."""
+        ...
+
+
+class StepDevice(Protocol[B]):
+    """A device with one stream, on which everything is enqueued in order.
+
+    Any method but ``free`` may raise OutOfDeviceMemoryError, or BackendError for what else goes wrong.
+    """
+
+    def allocate(self, shape: tuple[int, ...], dtype: type[np.generic]) -> B:
+        """A buffer, its contents undefined."""
+        ...
+
+    def free(self, buffer: B) -> None:
+        """Give a buffer back; work that uses it has been waited for."""
+        ...
+
+    def row(self, buffer: B, index: int) -> B:
+        """A view of ``buffer[index]``, valid as long as the buffer."""
+        ...
+
+    def upload(self, buffer: B, array: np.ndarray) -> None:
+        """Enqueue a copy to the front of a buffer; the array may be overwritten as soon as this returns."""
+        ...
+
+    def copy(self, target: B, source: B) -> None:
+        """Enqueue a copy between two buffers of one shape. Recordable."""
+        ...
+
+    def download(self, buffer: B) -> np.ndarray:
+        """Wait for the stream and return a buffer's contents, in memory of their own."""
+        ...
+
+    def share(self, buffer: B) -> Any:
+        """A copy of a buffer that stays on the device, as an object with ``__dlpack__``."""
+        ...
+
+    def step(self, buffers: StepBuffers[B]) -> None:
+        """Enqueue one solver step. Recordable once it has run with buffers of these shapes."""
+        ...
+
+    def capture(self, work: Callable[[], None]) -> Recording:
+        """Record what ``work`` enqueues, without running it. Raises CaptureError."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+        ...
+
+
+@dataclass
+class _State(Generic[B]):
+    """The buffers of one batch size and number of passes, and what has been recorded on them."""
+
+    x: list[B]
+    m: list[B]
+    base: B
+    zeros: B
+    clip: B
+    guidance: B
+    labels: B | None
+    chunk: int
+    t: B  # [chunk, B]
+    coef: B  # [chunk, 8]
+    noise_shape: tuple[int, ...]
+    z: B | None = None  # [chunk, B, C, H, W], once a trajectory draws noise
+    seen: set[Hashable] = field(default_factory=set)
+    recordings: dict[Hashable, Recording] = field(default_factory=dict)
+
+    def buffers(self) -> list[B]:
+        optional = [buffer for buffer in (self.labels, self.z) if buffer is not None]
+        return [*self.x, *self.m, self.base, self.zeros, self.clip, self.guidance, self.t, self.coef, *optional]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows [first, last) of a trajectory."""
+
+    first: int
+    last: int
+    rebase: tuple[bool, ...]
+    stochastic: bool
+
+    @property
+    def phase(self) -> int:
+        return self.first % PERIOD
+
+    @property
+    def pattern(self) -> Hashable:
+        """What a recording depends on."""
+        return self.phase, self.rebase, self.stochastic
+
+
+class DeviceLoop(Generic[B]):
+    """A ``StepRunner`` on a device. Safe to call from several threads: one trajectory runs at a time.
+
+    Args:
+        device: buffers, the step, and recordings.
+        chunk: steps that are enqueued together, a multiple of ``PERIOD``.
+    """
+
+    def __init__(self, device: StepDevice[B], chunk: int = CHUNK) -> None:
+        self._device = device
+        self._chunk = chunk
+        self._lock = threading.RLock()  # a callback may use the engine
+        self._closed = False
+        self._states: dict[tuple[int, int], _State[B]] = {}  # none that is in use
+        self._recorded = 0
+        self._largest: int | None = None  # batch that is known not to exhaust the device's memory
+        self._eager: str | None = None  # why nothing is recorded
+
+    def run(
+        self,
+        trajectory: Trajectory,
+        x: np.ndarray,
+        *,
+        labels: np.ndarray | None,
+        guidance: np.ndarray,
+        noise: NoiseSource,
+        callback: StepCallback | None = None,
+        on_device: bool = False,
+    ) -> Any:
+        """See ``StepRunner.run``.
+
+        With a callback the steps run one at a time, and the state is downloaded after each. A batch that the device
+        has no memory for is split in halves; each part then counts as a batch for the callback. With ``on_device`` the
+        result is an object with ``__dlpack__``, and a batch is never split.
+        """
+
+        def walk(part: slice) -> Any:
+            with self._prepared(x[part], None if labels is None else labels[:, part], guidance) as state:
+                for chunk in self._chunks(trajectory, state, callback):
+                    self._advance(state, trajectory, chunk, lambda draw: noise(draw)[part])
+                    if callback is not None:
+                        self._tell(callback, trajectory, chunk, state)
+                last = state.x[len(trajectory) % 2]
+                return self._device.share(last) if on_device else self._device.download(last)
+
+        with self._lock:
+            if on_device:
+                return walk(slice(0, len(x)))
+            return np.concatenate(self._in_parts(len(x), walk))
+
+    def network(self, x: np.ndarray, t: np.ndarray, *, labels: np.ndarray | None, guidance: np.ndarray) -> np.ndarray:
+        """See ``StepRunner.network``."""
+        device = self._device
+
+        def evaluate(part: slice) -> np.ndarray:
+            with self._prepared(x[part], None if labels is None else labels[:, part], guidance) as state:
+                device.upload(state.clip, NO_CLIP)
+                device.upload(state.t, np.ascontiguousarray(t[part])[None])
+                device.upload(state.coef, IDENTITY_ROW[None])
+                self._enqueue(state, _Chunk(0, 1, (False,), False))
+                return device.download(state.m[0])
+
+        with self._lock:
+            return np.concatenate(self._in_parts(len(x), evaluate))
+
+    def describe(self) -> dict[str, Any]:
+        """How steps are enqueued, and the largest batch where memory has set a limit."""
+        how = f"one by one: {self._eager}" if self._eager else f"recorded, {self._chunk} at a time"
+        return {"steps": how, "recordings": self._recorded, "largest_batch": self._largest}
+
+    def close(self) -> None:
+        """Stop what runs at its next chunk, and give everything back. A second call does nothing."""
+        self._closed = True
+        with self._lock:
+            self._forget()
+
+    def _in_parts(self, size: int, work: Callable[[slice], Any]) -> list[Any]:
+        """Do ``work`` on a batch, or on halves of it where the device's memory does not hold it."""
+        pending, done = [slice(0, size)], []
+        while pending:
+            part = pending.pop(0)
+            count = part.stop - part.start
+            if self._largest is None or count <= self._largest:
+                try:
+                    done.append(work(part))
+                    continue
+                except OutOfDeviceMemoryError:
+                    if self._states:  # of other batch sizes: their memory may be enough
+                        self._forget()
+                        pending.insert(0, part)
+                        continue
+                    if count == 1:
+                        raise
+                    self._largest = count // 2
+            middle = part.start + (count + 1) // 2
+            pending[:0] = [slice(part.start, middle), slice(middle, part.stop)]
+        return done
+
+    @contextlib.contextmanager
+    def _prepared(self, x: np.ndarray, labels: np.ndarray | None, guidance: np.ndarray) -> Iterator[_State[B]]:
+        """The state of a batch for one run, with x and what stays the same over a trajectory in place."""
+        self._check_open()
+        key = (len(x), len(guidance))
+        state = self._states.pop(key, None) or self._allocate(x.shape, len(guidance), labels is not None)
+        try:
+            self._fill(state, x, labels, guidance)
+            yield state
+        except BackendError:
+            self._release(state)  # half-written
+            raise
+        except BaseException:
+            self._keep(key, state)
+            raise
+        self._keep(key, state)
+
+    def _keep(self, key: tuple[int, int], state: _State[B]) -> None:
+        """Keep a state for the next run of its batch size, the last used being the last to go."""
+        present = self._states.pop(key, None)  # a callback's own
+        if present is not None:
+            self._release(present)
+        self._states[key] = state
+        while len(self._states) > (0 if self._closed else MAX_STATES):
+            self._release(self._states.pop(next(iter(self._states))))
+
+    def _fill(self, state: _State[B], x: np.ndarray, labels: np.ndarray | None, guidance: np.ndarray) -> None:
+        device = self._device
+        device.upload(state.x[0], np.ascontiguousarray(x, np.float32))
+        device.copy(state.base, state.x[0])
+        for history in state.m[1:]:  # h2 and h1 of the first step: a diverged run may have left infinities there
+            device.copy(history, state.zeros)
+        device.upload(state.guidance, guidance)
+        if state.labels is not None and labels is not None:
+            device.upload(state.labels, np.ascontiguousarray(labels))
+
+    def _allocate(self, shape: tuple[int, ...], passes: int, conditional: bool) -> _State[B]:
+        device, made = self._device, []
+
+        def buffer(shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> B:
+            made.append(device.allocate(shape, dtype))
+            return made[-1]
+
+        noise_row = 4 * int(np.prod(shape))
+        fitting = NOISE_BYTES // noise_row // PERIOD * PERIOD
+        chunk = max(min(self._chunk, fitting), PERIOD)
+        try:
+            state = _State(
+                x=[buffer(shape) for _ in range(2)],
+                m=[buffer(shape) for _ in range(3)],
+                base=buffer(shape),
+                zeros=buffer(shape),
+                clip=buffer((2,)),
+                guidance=buffer((passes,)),
+                labels=buffer((passes, shape[0]), np.int64) if conditional else None,
+                chunk=chunk,
+                t=buffer((chunk, shape[0])),
+                coef=buffer((chunk, 8)),
+                noise_shape=(chunk, *shape),
+            )
+            device.upload(state.zeros, np.zeros(shape, np.float32))
+        except BackendError:
+            for each in made:
+                device.free(each)
+            raise
+        return state
+
+    def _chunks(self, trajectory: Trajectory, state: _State[B], callback: StepCallback | None) -> list[_Chunk]:
+        """The chunks of a trajectory; also puts its clipping range in place."""
+        self._device.upload(state.clip, np.array(trajectory.clip, np.float32))
+        length = 1 if callback is not None else state.chunk
+        steps = len(trajectory)
+        bounds = [(first, min(first + length, steps)) for first in range(0, steps, length)]
+        rebase = trajectory.rebase.tolist()
+        return [_Chunk(a, b, tuple(rebase[a:b]), trajectory.stochastic) for a, b in bounds]
+
+    def _advance(self, state: _State[B], trajectory: Trajectory, chunk: _Chunk, noise: NoiseSource) -> None:
+        """Upload a chunk's rows and enqueue its steps. The device may still be busy with the chunk before."""
+        self._check_open()
+        device, rows, batch = self._device, slice(chunk.first, chunk.last), state.noise_shape[1]
+        times = trajectory.network_times[rows].astype(np.float32)
+        drawn = {k: noise(chunk.first + k + 1) for k in np.flatnonzero(trajectory.coef[rows, 7]).tolist()}
+        if chunk.stochastic and state.z is None:
+            state.z = device.allocate(state.noise_shape, np.float32)
+            for k in range(state.chunk):
+                device.copy(device.row(state.z, k), state.zeros)  # a row that adds no noise is read all the same
+        if chunk.stochastic and chunk.first % (IN_FLIGHT * state.chunk) == 0:
+            device.synchronize()
+        device.upload(state.t, np.repeat(times[:, None], batch, axis=1))
+        device.upload(state.coef, trajectory.coef[rows].astype(np.float32))
+        for k, array in drawn.items():
+            device.upload(device.row(state.z, k), np.ascontiguousarray(array, np.float32))  # type: ignore[arg-type]
+        self._enqueue(state, chunk)
+
+    def _enqueue(self, state: _State[B], chunk: _Chunk) -> None:
+        """Launch a chunk's recording; the first time enqueue its steps, which also readies them to be recorded."""
+
+        def steps() -> None:
+            for k in range(chunk.last - chunk.first):
+                buffers = self._buffers(state, chunk.phase + k, k, chunk.stochastic)
+                if chunk.rebase[k]:
+                    self._device.copy(buffers.base, buffers.x)
+                self._device.step(buffers)
+
+        recording = state.recordings.pop(chunk.pattern, None)
+        if recording is None and chunk.pattern in state.seen and self._eager is None:
+            recording = self._record(state, steps)
+        if recording is None:
+            state.seen.add(chunk.pattern)
+            steps()
+            return
+        state.recordings[chunk.pattern] = recording  # the last used is the last to go
+        recording.launch()
+
+    def _record(self, state: _State[B], steps: Callable[[], None]) -> Recording | None:
+        if len(state.recordings) >= MAX_RECORDINGS:
+            self._device.synchronize()
+            state.recordings.pop(next(iter(state.recordings))).release()
+        try:
+            recording = self._device.capture(steps)
+        except CaptureError as error:
+            self._eager = str(error)
+            return None
+        self._recorded += 1
+        return recording
+
+    def _buffers(self, state: _State[B], index: int, k: int, stochastic: bool) -> StepBuffers[B]:
+        """The buffers of the step ``index`` of a trajectory (modulo ``PERIOD``), the k-th of its chunk."""
+        row = self._device.row
+        return StepBuffers(
+            x=state.x[index % 2],
+            t=row(state.t, k),
+            labels=state.labels,
+            guidance=state.guidance,
+            coef=row(state.coef, k),
+            clip=state.clip,
+            base=state.base,
+            h1=state.m[(index - 1) % 3],
+            h2=state.m[(index - 2) % 3],
+            z=row(state.z, k) if stochastic and state.z is not None else state.zeros,
+            x_next=state.x[(index + 1) % 2],
+            m=state.m[index % 3],
+        )
+
+    def _tell(self, callback: StepCallback, trajectory: Trajectory, chunk: _Chunk, state: _State[B]) -> None:
+        x = self._device.download(state.x[chunk.last % 2])
+        if callback(chunk.first, float(trajectory.times[chunk.first]), x) is False:
+            raise SamplingCancelled(f"the callback stopped sampling after step {chunk.last} of {len(trajectory)}")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosedError("the engine was closed by another thread", "load it again with SparseEngine.load")
+
+    def _forget(self) -> None:
+        """Give every buffer and recording back."""
+        while self._states:
+            self._release(self._states.popitem()[1])
+
+    def _release(self, state: _State[B]) -> None:
+        with contextlib.suppress(BackendError):  # a device that has failed fails here again
+            self._device.synchronize()
+        for recording in state.recordings.values():
+            recording.release()
+        for buffer in state.buffers():
+            self._device.free(buffer)

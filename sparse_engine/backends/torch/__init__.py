@@ -1,0 +1,84 @@
+"""PyTorch: 2:4 on CUDA through cuSPARSELt and CUTLASS, for GPUs without TensorRT; dense and correct on a CPU."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sparse_engine.artifact import EngineFile
+from sparse_engine.backends.base import Availability, Payload, StepGraph
+from sparse_engine.backends.options import BuildOptions
+from sparse_engine.errors import OptionError, UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .runner import TorchRunner
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+class TorchBackend:
+    """Stores a network's weights, and runs it through PyTorch."""
+
+    name = "torch"
+
+    def availability(self) -> Availability:
+        """Whether PyTorch is there. "auto" takes it where it has a GPU: on a CPU onnxruntime is faster."""
+        if find_spec("torch") is None:
+            return Availability(False, reason="No module named 'torch'", fix="pip install 'sparse-engine[torch]'")
+        import torch
+
+        return Availability(True, version=torch.__version__, automatic=torch.cuda.is_available())
+
+    def check(self, options: BuildOptions) -> None:
+        """See ``Backend.check``."""
+        from .runner import find_device
+
+        if options.precision not in PRECISIONS:
+            raise UnsupportedError(
+                f"precision {options.precision!r} is not supported by the torch backend; "
+                f"expected {', '.join(PRECISIONS)}"
+            )
+        find_device(options.device)
+
+    def graph_precision(self, options: BuildOptions) -> str:
+        """The engine's: what the graph holds in it says what the payload stores in it."""
+        return options.precision
+
+    def build(self, graph: StepGraph, options: BuildOptions, sparse_layers: list[str]) -> Payload:
+        """Store the weights, 2:4 layers packed; which product each gets is decided where the engine is loaded."""
+        from .payload import network_payload
+
+        packable = [name for name in sparse_layers if _is_product(graph.weights[graph.layers[name][0]])]
+        packed = {"chosen": None, "kernel": "chosen where it is loaded"}
+        dense = {"chosen": False, "kernel": "dense"}
+        layers = {name: packed if name in packable else dense for name in graph.layers}
+        return Payload([network_payload(_lowered(graph), packable)], {"name": self.name}, layers)
+
+    def load(self, engine: EngineFile, *, threads: int | None, device: str | None, autotune: bool) -> TorchRunner:
+        """Rebuild the network and choose the products of its 2:4 layers on this machine."""
+        from .runner import TorchRunner, find_device
+
+        if threads is not None and threads < 1:
+            raise OptionError(f"threads = {threads}; expected 1 or more, or None for PyTorch's own choice")
+        return TorchRunner.load(engine, threads, find_device(device), autotune)
+
+
+def _is_product(weight: np.ndarray) -> bool:
+    """A matrix, or the weight of a 1x1 convolution."""
+    return weight.ndim == 2 or weight.shape[2:] == (1, 1)
+
+
+def _lowered(graph: StepGraph) -> dict[str, Tensor]:
+    """The baked weights, each layer's in the type that the step graph has it in."""
+    import torch
+
+    state = {}
+    for name, array in graph.state.items():
+        layer, _, _ = name.rpartition(".")
+        stored = graph.weights[graph.layers[layer][0]].dtype if layer in graph.layers else np.dtype(np.float32)
+        state[name] = torch.from_numpy(np.ascontiguousarray(array)).to(getattr(torch, stored.name))
+    return state

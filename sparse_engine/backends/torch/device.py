@@ -1,0 +1,213 @@
+"""PyTorch as a ``StepDevice``: tensors on one stream, and CUDA graphs of several steps."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparse_engine.backends.device_loop import CaptureError, OutOfDeviceMemoryError, StepBuffers
+from sparse_engine.errors import BackendError, EngineClosedError, SparseEngineError
+
+log = logging.getLogger(__name__)
+
+RECOMPILE_LIMIT = 64  # batch sizes of all engines of a process, past which PyTorch would quietly stop compiling
+_DTYPES = {np.float32: torch.float32, np.int64: torch.int64}
+
+
+class TorchDevice:
+    """A CUDA device, or the CPU, where nothing is compiled or recorded.
+
+    Args:
+        device: with its index where it is CUDA.
+        step: a module that is one solver step, on the device.
+        compiled: hand the step to torch.compile.
+        pool: of memory for the recordings, where several devices that never run at a time are to share one.
+    """
+
+    def __init__(self, device: torch.device, step: nn.Module, compiled: bool, pool: Any = None) -> None:
+        self._device = device
+        self._step: Callable[..., None] | None = _writing(step)
+        self._compiled = torch.compile(self._step, dynamic=False) if compiled else None
+        self._compiler = "torch.compile" if compiled else "none"
+        cuda = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if cuda else None
+        if cuda and pool is None:
+            pool = torch.cuda.graph_pool_handle()
+        self._pool = pool  # for all recordings, which run one at a time and leave nothing in it
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # which has moved the weights
+        self._recording = False
+        self._thread = threading.local()
+
+    def allocate(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Tensor:
+        """See ``StepDevice.allocate``."""
+        with self._current():
+            return torch.empty(shape, dtype=_DTYPES[dtype], device=self._device)  # type: ignore[index]
+
+    def free(self, buffer: Tensor) -> None:
+        """Nothing: a tensor's memory goes with its last reference."""
+
+    def row(self, buffer: Tensor, index: int) -> Tensor:
+        """See ``StepDevice.row``."""
+        return buffer[index]
+
+    def upload(self, buffer: Tensor, array: np.ndarray) -> None:
+        """See ``StepDevice.upload``; by way of pinned memory, which PyTorch keeps until the copy is done."""
+        with self._current():
+            staged = torch.from_numpy(array if array.flags.writeable else array.copy())
+            if self._stream is not None:
+                staged = staged.pin_memory()
+            buffer[: len(array)].copy_(staged, non_blocking=True)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """See ``StepDevice.copy``."""
+        with self._current():
+            target.copy_(source)
+
+    def download(self, buffer: Tensor) -> np.ndarray:
+        """See ``StepDevice.download``."""
+        with self._current():
+            return buffer.to("cpu", copy=True).numpy()
+
+    def share(self, buffer: Tensor) -> Tensor:
+        """See ``StepDevice.share``."""
+        with self._current():
+            shared = buffer.clone()
+        self.synchronize()
+        return shared
+
+    def step(self, buffers: StepBuffers[Tensor]) -> None:
+        """See ``StepDevice.step``. Where torch.compile fails the step runs as PyTorch's own operators from then on."""
+        arguments = vars(buffers)
+        with self._current():
+            if self._compiled is not None:
+                try:
+                    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+                        self._compiled(**arguments)
+                    return
+                except Exception as error:  # compilers raise anything
+                    if self._recording or isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    self._compiled, self._compiler = None, f"none: {_first_line(error)}"
+                    log.warning("torch.compile failed, the network runs uncompiled: %s", _first_line(error))
+            if self._step is None:
+                raise EngineClosedError("the engine is closed", "load it again with SparseEngine.load")
+            self._step(**arguments)
+
+    def capture(self, work: Callable[[], None]) -> _CudaGraph:
+        """See ``StepDevice.capture``."""
+        if self._stream is None:
+            raise CaptureError("no CUDA graphs on the CPU")
+        self._ready_thread()
+        graph, self._recording = torch.cuda.CUDAGraph(), True
+        try:
+            with (
+                self._current(),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                work()
+        except Exception as error:  # whatever cannot be recorded: the loop then enqueues step by step
+            raise CaptureError(_first_line(error)) from error
+        finally:
+            self._recording = False
+        return _CudaGraph(graph, self._current)
+
+    def synchronize(self) -> None:
+        """See ``StepDevice.synchronize``."""
+        with self._current():
+            if self._stream is not None:
+                self._stream.synchronize()
+
+    def describe(self) -> dict[str, Any]:
+        """What compiles the step; where that has failed, why."""
+        return {"compiler": self._compiler}
+
+    def close(self) -> None:
+        """Let go of the network. A second call does nothing."""
+        self._step = self._compiled = None
+
+    @contextlib.contextmanager
+    def _current(self) -> Iterator[None]:
+        """Make the stream PyTorch's current one, and its errors ours."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if self._stream is not None:
+                stack.enter_context(torch.cuda.device(self._device))
+                stack.enter_context(torch.cuda.stream(self._stream))
+            try:
+                yield
+            except (SparseEngineError, CaptureError):
+                raise
+            except torch.OutOfMemoryError as error:
+                raise OutOfDeviceMemoryError(
+                    f"{self._device} has no memory left for this batch", "sample with a smaller batch_size"
+                ) from error
+            except RuntimeError as error:
+                raise BackendError(f"{self._device} failed: {_first_line(error)}") from error
+
+    def _ready_thread(self) -> None:
+        """cuBLAS and cuSPARSELt keep a handle for each thread, and cannot make one while a graph is being recorded."""
+        if getattr(self._thread, "ready", False):
+            return
+        with self._current():
+            identity = torch.eye(64, dtype=torch.float16, device=self._device)  # which is 2:4
+            identity @ identity
+            if torch.backends.cusparselt.is_available() and torch.cuda.get_device_capability(self._device) >= (8, 0):
+                torch._cslt_compress(identity)
+        self.synchronize()
+        self._thread.ready = True
+
+
+class _CudaGraph:
+    """A ``Recording``."""
+
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, current: Callable[[], contextlib.AbstractContextManager[None]]
+    ) -> None:
+        self._graph, self._current = graph, current
+
+    def launch(self) -> None:
+        """See ``Recording.launch``."""
+        with self._current():
+            self._graph.replay()
+
+    def release(self) -> None:
+        """See ``Recording.release``."""
+        with contextlib.suppress(BackendError), self._current():
+            self._graph.reset()
+
+
+def _writing(step: nn.Module) -> Callable[..., None]:
+    """A step that writes into the buffers it is given."""
+
+    def write(
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None,
+        guidance: Tensor,
+        coef: Tensor,
+        clip: Tensor,
+        base: Tensor,
+        h1: Tensor,
+        h2: Tensor,
+        z: Tensor,
+        x_next: Tensor,
+        m: Tensor,
+    ) -> None:
+        conditioning = () if labels is None else (labels, guidance)
+        following, prediction = step(x, t, *conditioning, coef, clip, base, h1, h2, z)
+        x_next.copy_(following)
+        m.copy_(prediction)
+
+    return write
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

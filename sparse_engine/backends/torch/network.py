@@ -1,0 +1,128 @@
+"""A network rebuilt from its family and configuration, its 2:4 layers given the products that were chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_engine.errors import EngineFileError
+from sparse_engine.manifest import Manifest
+
+from .choose import Chooser, nearest
+
+
+def rebuild(manifest: Manifest, state: Mapping[str, Tensor], where: str) -> nn.Module:
+    """The network of an engine, in evaluation mode and the engine's precision.
+
+    Args:
+        manifest: names the family and its configuration. Nothing else of the file says what the network is.
+        state: its weights, under the checkpoint's keys.
+        where: the engine, for messages.
+
+    Raises:
+        EngineFileError: the weights are not those of such a network.
+    """
+    from sparse_engine.export.families import family_named
+    from sparse_engine.export.precision import lower
+
+    family = family_named(manifest.family)
+    with torch.device("meta"):
+        network = family.network(family.config_from_dict(manifest.config))
+    expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    wrong = [name for name in expected.keys() | state.keys() if name not in expected or name not in state]
+    wrong += [name for name in expected.keys() & state.keys() if expected[name].numel() != state[name].numel()]
+    if wrong:
+        raise EngineFileError(
+            f"{where}: {len(wrong)} weights are not those of its {manifest.family} network, such as {sorted(wrong)[0]}",
+            "rebuild it with sparse-engine build",
+        )
+    network.load_state_dict({name: state[name].reshape(shape) for name, shape in expected.items()}, assign=True)
+    return lower(network.eval().requires_grad_(False), family.float32_layers, manifest.precision)
+
+
+def choose_products(
+    network: nn.Module, layers: list[str], chooser: Chooser, progress: Callable[[str], None] = lambda layer: None
+) -> dict[str, dict[str, Any]]:
+    """Replace 2:4 layers of a network by the products that ``chooser`` picks. Returns the report of each."""
+    report = {}
+    for name in layers:
+        progress(name)
+        module = network.get_submodule(name)
+        if is_product(module):
+            weight: Any = module.weight
+            bias: Any = module.bias
+            choice = chooser.choose(name, weight.detach().flatten(1), None if bias is None else bias.detach())
+            kind = TwoFourLinear if isinstance(module, nn.Linear) else TwoFourPointwise
+            network.set_submodule(name, kind(choice.products, weight.dtype))
+            report[name] = choice.to_dict()
+        else:
+            why = f"a {type(module).__name__} that is not 1x1: PyTorch has no 2:4 product for it"
+            report[name] = {"chosen": False, "kernel": "dense", "why": why}
+    return report
+
+
+def choose_attention(network: nn.Module, inputs: tuple[Tensor, ...], chooser: Chooser) -> dict[str, dict[str, Any]]:
+    """Set how each attention of a network runs; one is a module with a method ``attend`` and an attribute ``fused``.
+
+    Args:
+        network: on its device.
+        inputs: of one call with one sample; it is run once, for the shapes.
+        chooser: picks.
+
+    Returns:
+        Shape of q, [H, L, D] in words -> what was chosen, and the milliseconds of each form at the usual batch.
+    """
+    shapes: dict[Any, torch.Size] = {}
+    modules = [module for module in network.modules() if hasattr(module, "attend") and hasattr(module, "fused")]
+    for module in modules:
+
+        def note(q: Tensor, k: Tensor, v: Tensor, module: Any = module) -> Tensor:
+            shapes[module] = q.shape[1:]
+            return v
+
+        module.attend = note  # type: ignore[assignment]
+    with torch.no_grad():
+        network(*inputs)
+    report = {}
+    for module in modules:
+        del module.attend
+        if module in shapes:
+            choice = chooser.attention(module, shapes[module])
+            module.fused = choice.kernel == "fused"  # type: ignore[assignment]
+            report["x".join(map(str, shapes[module]))] = {"kernel": choice.kernel, "milliseconds": choice.milliseconds}
+    return report
+
+
+def is_product(module: nn.Module) -> bool:
+    """Whether a layer is one matrix product: a Linear, or a 1x1 convolution."""
+    if isinstance(module, nn.Conv2d):
+        plain = module.kernel_size == module.stride == module.dilation == (1, 1) and module.groups == 1
+        return plain and module.padding in ((0, 0), "valid")
+    return isinstance(module, nn.Linear)
+
+
+class TwoFourLinear(nn.Module):
+    """A linear layer whose product depends on the number of tokens."""
+
+    def __init__(self, products: Mapping[int, nn.Module], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.tokens = sorted(products)
+        self.products = nn.ModuleList(products[tokens] for tokens in self.tokens)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        rows = x.flatten(0, -2).to(self.dtype)
+        product = self.products[self.tokens.index(nearest(self.tokens, len(rows)))]
+        return product(rows).unflatten(0, x.shape[:-1])
+
+
+class TwoFourPointwise(TwoFourLinear):
+    """A 1x1 convolution: a linear layer over channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, K, H, W] -> [B, N, H, W]."""
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)

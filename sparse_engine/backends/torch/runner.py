@@ -1,0 +1,115 @@
+"""An engine of the torch backend, loaded: a network with its products chosen, on a device, and the shared loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_engine.artifact import EngineFile
+from sparse_engine.backends.device_loop import DeviceLoop
+from sparse_engine.errors import BackendError, UnsupportedError
+from sparse_engine.manifest import Manifest
+
+from .choose import Chooser, device_facts
+from .device import TorchDevice
+from .network import choose_attention, choose_products, rebuild
+from .payload import read_network
+
+
+class TorchRunner(DeviceLoop[torch.Tensor]):
+    """A network on a device, walked by the shared loop.
+
+    Args:
+        network: in the engine's precision, on the device.
+        conditional: whether it takes labels.
+        device: where it runs.
+        report: what was chosen, for ``describe``.
+        threads: of PyTorch's pool, which is the process's own; None leaves it as it is.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        conditional: bool,
+        device: torch.device,
+        report: dict[str, Any],
+        threads: int | None = None,
+    ) -> None:
+        from sparse_engine.export.step_graph import Step, UnconditionalStep
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        step = (Step if conditional else UnconditionalStep)(network)
+        self._torch = TorchDevice(device, step, compiled=device.type == "cuda")
+        super().__init__(self._torch)
+        self._description = {
+            "library": f"torch {torch.__version__}",
+            "threads": threads or torch.get_num_threads(),
+            **device_facts(device),
+            "device": str(device),
+            **report,
+        }
+
+    @classmethod
+    def load(cls, engine: EngineFile, threads: int | None, device: torch.device, autotune: bool) -> TorchRunner:
+        """From an engine file.
+
+        Raises:
+            EngineFileError: its payload is damaged.
+            BackendError: PyTorch fails, for want of memory for one.
+        """
+        state, packed = read_network(engine)
+        network = rebuild(engine.manifest, state, str(engine.path))
+        chooser = chooser_for(engine.manifest, device, autotune)
+        try:
+            network.to(device)
+            report = {
+                "attention": choose_attention(network, _example(engine.manifest, device), chooser),
+                "layers": choose_products(network, packed, chooser),
+            }
+        except RuntimeError as error:
+            raise BackendError(f"{engine.path} cannot be loaded on {device}: {error}") from error
+        return cls(network, bool(engine.manifest.num_classes), device, report, threads)
+
+    def describe(self) -> dict[str, Any]:
+        """See ``StepRunner.describe``."""
+        return {**self._description, **self._torch.describe(), **super().describe()}
+
+    def close(self) -> None:
+        """See ``StepRunner.close``."""
+        super().close()
+        self._torch.close()
+
+
+def chooser_for(manifest: Manifest, device: torch.device, autotune: bool) -> Chooser:
+    """The chooser for an engine's layers and batches."""
+    positions = {layer["name"]: layer["macs"] // layer["parameters"] for layer in manifest.layers}
+    return Chooser(positions, manifest.batch, device, autotune)
+
+
+def _example(manifest: Manifest, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Inputs of one network call with one sample."""
+    x, t = torch.zeros(1, *manifest.data_shape, device=device), torch.zeros(1, device=device)
+    return (x, t, torch.zeros(1, dtype=torch.int64, device=device)) if manifest.num_classes else (x, t)
+
+
+def find_device(name: str | None) -> torch.device:
+    """ "cpu", "cuda" or "cuda:1" -> the device; None is CUDA where there is one. Raises UnsupportedError."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return torch.device("cuda", torch.cuda.current_device()) if count else torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind == "cpu" and not index:
+        return torch.device("cpu")
+    if kind != "cuda" or (index and not index.isdecimal()):
+        raise UnsupportedError(f"device {name!r}: the torch backend runs on cpu, cuda and cuda:N")
+    if not count:
+        built = "is built without CUDA" if torch.version.cuda is None else "finds no GPU"
+        raise UnsupportedError(
+            f"device {name!r}: torch {torch.__version__} {built}", "run on cpu, or install CUDA's torch"
+        )
+    if int(index or 0) >= count:
+        raise UnsupportedError(f"device {name!r}: this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}")
+    return torch.device("cuda", int(index) if index else torch.cuda.current_device())

@@ -1,0 +1,294 @@
+"""Choosing products: what is timed, kept, remembered and reported. Fakes stand in for the GPU and its libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_engine.backends.torch import choose
+from sparse_engine.backends.torch.choose import Chooser, check_product, nearest
+from sparse_engine.backends.torch.network import (
+    TwoFourLinear,
+    TwoFourPointwise,
+    choose_attention,
+    choose_products,
+    is_product,
+)
+from sparse_engine.backends.torch.products import DEFAULT_ALGORITHM, DenseProduct, ObstacleError
+from sparse_engine.backends.torch.recorded import MAX_REPEATS, repeats
+from sparse_engine.export.families.uvit import UViT
+from sparse_engine.tactics import Choice
+from tests.backends.test_torch_packing import two_of_four
+from tests.conftest import TINY
+
+CUDA = torch.device("cuda", 0)
+BATCHES = (1, 4, 16)
+TOKENS = 10  # positions of a layer
+SPEED = {"cusparselt": 2.0, "cusparselt 3 2 1": 1.0, "cutlass": 3.0, "dense": 4.0}  # milliseconds
+
+
+class FakeProduct(DenseProduct):
+    """Computes densely under the name of a sparse product."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__(weight, bias)
+        self.algorithm = DEFAULT_ALGORITHM
+
+
+class FakeCusparselt(FakeProduct):
+    def search(self, x: torch.Tensor) -> tuple[int, int, int]:
+        return 3, 2, 1
+
+
+class FakeCutlass(FakeProduct):
+    pass
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, ...]]:
+    """A GPU on which candidates take the times of ``SPEED``: what was timed together."""
+    calls: list[tuple[str, ...]] = []
+
+    def fastest(candidates: dict[str, Callable[[], object]]) -> Choice:
+        calls.append(tuple(candidates))
+        milliseconds = {name: SPEED[name] for name in candidates}
+        return Choice(min(milliseconds, key=lambda name: milliseconds[name]), milliseconds)
+
+    monkeypatch.setenv("SPARSE_ENGINE_CACHE", str(tmp_path))
+    monkeypatch.setattr("sparse_engine.tactics.fastest", fastest)
+    monkeypatch.setattr(choose, "CusparseltProduct", FakeCusparselt)
+    monkeypatch.setattr(choose, "CutlassProduct", FakeCutlass)
+    monkeypatch.setattr(choose, "Recorded", lambda calls, device, pool: lambda: [call() for call in calls])
+    monkeypatch.setattr(choose, "_calls", lambda product, x, count: [lambda: product(x)] * count)
+    monkeypatch.setattr(choose, "repeats", lambda operations: 2)
+    monkeypatch.setattr(choose, "device_facts", lambda device: {"device": "a GPU"})
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    return calls
+
+
+def chooser(device: torch.device = CUDA, autotune: bool = True) -> Chooser:
+    return Chooser(dict.fromkeys(("fc", "pointwise", "conv"), TOKENS), BATCHES, device, autotune)
+
+
+def layer(dtype: torch.dtype = torch.float16) -> tuple[torch.Tensor, torch.Tensor]:
+    return two_of_four(32, 64, dtype), torch.randn(32).to(dtype)
+
+
+def test_the_fastest_stays_for_each_batch_and_the_report_says_by_how_much(timed: list[tuple[str, ...]]) -> None:
+    choice = chooser().choose("fc", *layer())
+    assert timed == [("cusparselt", "cutlass", "dense", "cusparselt 3 2 1")] * 3
+    assert sorted(choice.products) == [TOKENS * batch for batch in BATCHES]
+    assert {product.algorithm for product in choice.products.values()} == {(3, 2, 1)}
+    report = choice.to_dict()
+    assert (report["chosen"], report["kernel"]) == (True, "cusparselt")
+    at_usual = report["timed_by_tokens"]["40"]
+    assert at_usual["milliseconds"] == {name: value / 2 for name, value in SPEED.items()}  # of one product
+    assert at_usual["fastest"] == "cusparselt 3 2 1"
+    assert at_usual["margin"] == pytest.approx(2.0)
+
+
+def test_choices_are_remembered_with_their_algorithm(timed: list[tuple[str, ...]]) -> None:
+    first = chooser().choose("fc", *layer())
+    again = chooser().choose("fc", *layer())
+    assert len(timed) == 3
+    assert again.to_dict() == first.to_dict()
+    assert {product.algorithm for product in again.products.values()} == {(3, 2, 1)}
+
+
+def test_what_was_remembered_and_is_not_to_be_had_runs_dense(
+    timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chooser().choose("fc", *layer())
+
+    def refuse(self: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(FakeCusparselt, "__init__", refuse)
+    choice = chooser().choose("fc", *layer())
+    assert {type(product) for product in choice.products.values()} == {DenseProduct}
+    assert choice.to_dict()["kernel"] == "dense"
+
+
+def test_a_faster_dense_product_stays(timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SPEED, "dense", 0.5)
+    report = chooser().choose("fc", *layer()).to_dict()
+    assert (report["chosen"], report["kernel"]) == (False, "dense")
+
+
+def test_a_product_that_computes_something_else_is_never_chosen(
+    timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeCusparselt, "forward", lambda self, x: 1.1 * DenseProduct.forward(self, x))
+    choice = chooser().choose("fc", *layer())
+    assert timed == [("cutlass", "dense")] * 3
+    assert choice.kernel == "cutlass"
+
+
+def test_a_library_that_refuses_is_reported_and_left_out(
+    timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        raise RuntimeError("CUDA error: architecture mismatch when calling cusparseLtInit\nmore")
+
+    monkeypatch.setattr(FakeCusparselt, "__init__", refuse)
+    choice = chooser().choose("fc", *layer())
+    assert choice.kernel == "cutlass"
+    assert choice.why == ("faster at the usual batch; CUDA error: architecture mismatch when calling cusparseLtInit")
+
+
+def test_a_failed_search_leaves_the_default_algorithm(
+    timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any, x: torch.Tensor) -> None:
+        raise RuntimeError("no search here")
+
+    monkeypatch.setattr(FakeCusparselt, "search", fail)
+    choice = chooser().choose("fc", *layer())
+    assert choice.kernel == "cusparselt"
+    assert {product.algorithm for product in choice.products.values()} == {DEFAULT_ALGORITHM}
+
+
+def test_a_batch_without_memory_to_time_it_takes_the_product_of_another(
+    timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    randn, limit = torch.randn, 100
+
+    def limited(*shape: int, **options: Any) -> torch.Tensor:
+        if shape[0] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return randn(*shape, **options)
+
+    monkeypatch.setattr(torch, "randn", limited)
+    assert sorted(chooser().choose("fc", *layer()).products) == [TOKENS, 4 * TOKENS]
+    weight = two_of_four(64, 128, torch.float16)
+    limit = 1
+    choice = chooser().choose("fc", weight, None)
+    assert (choice.kernel, choice.why) == ("dense", "no product could be timed")
+
+
+def test_without_timing_sparse_by_default(timed: list[tuple[str, ...]]) -> None:
+    choice = chooser(autotune=False).choose("fc", *layer())
+    assert not timed
+    assert (choice.kernel, choice.why) == ("cusparselt", "not timed: sparse by default")
+
+
+def test_on_a_cpu_dense_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSE_ENGINE_CACHE", str(tmp_path))
+    choice = chooser(torch.device("cpu")).choose("fc", *layer())
+    assert choice.to_dict() == {
+        "chosen": False,
+        "kernel": "dense",
+        "why": "no CUDA: the engine runs on cpu",
+        "timed_by_tokens": {},
+    }
+
+
+@pytest.mark.parametrize("error", [0.0, 0.005, 0.05, float("nan")])
+def test_products_are_held_against_float32(error: float) -> None:
+    weight, bias = layer()
+    x = torch.randn(300, 64).half()
+
+    class Off(DenseProduct):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            y[-1, -1] += error * y.abs().max()
+            return y
+
+    if error in (0.0, 0.005):
+        check_product(Off(weight, bias), weight, bias, x)
+    else:
+        with pytest.raises(ObstacleError, match="computes something else: relative error"):
+            check_product(Off(weight, bias), weight, bias, x)
+
+
+def test_a_timed_graph_is_short_whatever_the_layer() -> None:
+    assert repeats(2 * 257 * 512 * 512) == MAX_REPEATS
+    assert repeats(2 * 65600 * 65536 * 8192) == 1
+
+
+@pytest.mark.parametrize("wanted,found", [(1, 10), (19, 10), (21, 40), (79, 40), (81, 160), (5000, 160)])
+def test_other_batches_take_the_nearest_in_ratio(wanted: int, found: int) -> None:
+    assert nearest((10, 40, 160), wanted) == found
+
+
+class Small(nn.Module):
+    """A linear layer, a 1x1 convolution, and one that is no product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 32)
+        self.pointwise = nn.Conv2d(64, 32, 1)
+        self.conv = nn.Conv2d(64, 32, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.movedim(1, -1)).movedim(-1, 1) + self.pointwise(x) + self.conv(x)
+
+
+def test_layers_are_replaced_and_compute_the_same(
+    timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(choose.TOLERANCE, torch.float32, 1e-5)
+    network = Small().requires_grad_(False)
+    x = torch.randn(2, 64, 5, 5)
+    expected = network(x)
+    report = choose_products(network, ["fc", "pointwise", "conv"], chooser())
+    assert isinstance(network.fc, TwoFourLinear)
+    assert isinstance(network.pointwise, TwoFourPointwise)
+    torch.testing.assert_close(network(x), expected)
+    assert [report[name]["chosen"] for name in ("fc", "pointwise", "conv")] == [True, True, False]
+    assert report["conv"]["why"] == "a Conv2d that is not 1x1: PyTorch has no 2:4 product for it"
+
+
+@pytest.mark.parametrize(
+    "module,expected",
+    [
+        (nn.Linear(4, 4), True),
+        (nn.Conv2d(4, 4, 1), True),
+        (nn.Conv2d(4, 4, 1, stride=2), False),
+        (nn.Conv2d(4, 4, 1, padding=1), False),
+        (nn.Conv2d(4, 4, 1, groups=2), False),
+        (nn.Conv2d(4, 4, 3), False),
+    ],
+    ids=str,
+)
+def test_what_is_one_product(module: nn.Module, expected: bool) -> None:
+    assert is_product(module) == expected
+
+
+def test_a_layer_takes_the_product_for_its_number_of_tokens() -> None:
+    weight = torch.randn(8, 4)
+    linear = TwoFourLinear({10: DenseProduct(weight, None), 160: DenseProduct(2 * weight, None)}, torch.float32)
+    for batch, scale in ((2, 1), (50, 2)):
+        x = torch.randn(batch, 6, 4)
+        torch.testing.assert_close(linear(x), scale * x @ weight.T)
+
+
+@pytest.mark.parametrize("faster", ["fused", "plain"])
+def test_attention_runs_in_the_faster_form(
+    faster: str, timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SPEED, "fused", 1.0 if faster == "fused" else 3.0)
+    monkeypatch.setitem(SPEED, "plain", 2.0)
+    here = Chooser({}, BATCHES, CUDA, autotune=True)
+    here._device = torch.device("cpu")
+    network = UViT(TINY).eval()
+    inputs = (torch.randn(4, 3, 8, 8), torch.full((4,), 500.0))
+    expected = network(*inputs)
+    report = choose_attention(network, inputs, here)
+    assert timed == [("fused", "plain")]  # once: all blocks are alike
+    assert report == {"4x17x8": {"kernel": faster, "milliseconds": {"fused": SPEED["fused"], "plain": 2.0}}}
+    assert network.mid_block.attn.fused == (faster == "fused")
+    torch.testing.assert_close(network(*inputs), expected)
+
+
+def test_attention_on_a_cpu_is_fused(timed: list[tuple[str, ...]]) -> None:
+    network = UViT(TINY).eval()
+    inputs = (torch.randn(4, 3, 8, 8), torch.zeros(4))
+    report = choose_attention(network, inputs, chooser(torch.device("cpu")))
+    assert report == {"4x17x8": {"kernel": "fused", "milliseconds": {}}}
+    assert not timed
