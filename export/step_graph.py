@@ -221,7 +221,7 @@ def check_graph(graph: StepGraph, state: Mapping[str, np.ndarray]) -> None:
         raise BackendError(f"the exported step graph is not valid ONNX: {error}") from error
     for layer, (initializer, axis) in graph.layers.items():
         stored, baked = graph.weights[initializer], state[f"{layer}.weight"]
-        if not np.array_equal(stored if axis else stored.T, baked):
+        if not np.array_equal(stored if axis else stored.T, baked.astype(stored.dtype)):
             raise BackendError(f"{layer}: the exported graph does not hold the weight that was baked")
 
 

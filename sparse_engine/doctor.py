@@ -104,10 +104,21 @@ def _gpu() -> Finding:
     for device in range(count.value):
         name = ctypes.create_string_buffer(128)
         driver.cuDeviceGetName(name, len(name), device)
-        names.append(name.value.decode(errors="replace"))
+        capability = _compute_capability(driver, device)
+        names.append(f"{name.value.decode(errors='replace')} (compute capability {capability})")
     return Finding(
         "NVIDIA GPU", True, f"{', '.join(names)}; driver for CUDA {version.value // 1000}.{version.value % 1000 // 10}"
     )
+
+
+def _compute_capability(driver: ctypes.CDLL, device: int) -> str:
+    """2:4 products need 8.0."""
+    numbers = []
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        number = ctypes.c_int()
+        driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+        numbers.append(str(number.value))
+    return ".".join(numbers)
 
 
 def _version(name: str) -> str | None:
@@ -134,6 +145,9 @@ def _backend(name: str) -> Finding:
     found = backend_named(name).availability()
     if found.usable:
         return Finding(f"backend {name}", True, f"usable, {found.version}")
+    if found.builds:
+        what = f"{found.version} builds engines, but cannot run them here: {found.reason}"
+        return Finding(f"backend {name}", False, what, found.fix)
     return Finding(f"backend {name}", False, found.reason or "not usable", found.fix)
 
 

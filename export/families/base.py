@@ -53,6 +53,8 @@ class Family:
         config_from_dict: the configuration out of a manifest.
         network: configuration -> module with the checkpoint's own key names and forward(x, t, y).
         recipe: configuration -> how the family's published models were trained.
+        float32_layers: globs over module names: the layers that stay float32 in a lower precision. What runs between
+            layers runs in the network's attribute ``dtype``, which ``precision.lower`` sets.
         settings: the names that ``read_config`` understands in ``given``.
         positions: (configuration, layer name) -> how often a layer's weights are applied to one sample.
     """
@@ -65,4 +67,5 @@ class Family:
     network: Callable[[Any], nn.Module]
     recipe: Callable[[Any], Recipe]
     positions: Callable[[Any, str], int]
+    float32_layers: tuple[str, ...]
     settings: frozenset[str]

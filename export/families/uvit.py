@@ -28,6 +28,9 @@ PUBLISHED_HEADS_WITH_DEPTH = {(1152, 28): 16}
 # The layers that SparseDM masks in a U-ViT (its skip_linear, embeddings and head stay dense).
 SPARSE_LAYERS = ("*.attn.qkv", "*.attn.proj", "*.mlp.fc1", "*.mlp.fc2")
 
+# The ends of the network: next to no arithmetic, and every rounding there is one of the picture itself.
+FLOAT32_LAYERS = ("patch_embed.*", "time_embed.*", "decoder_pred", "final_layer")
+
 # The names under which the authors' configuration files have the same settings.
 AUTHORS_NAMES = {"img_size": "image_size", "in_chans": "channels", "num_heads": "heads", "conv": "final_conv"}
 
@@ -85,7 +88,12 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tens
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused q, k, v projection."""
+    """Multi-head self-attention with one fused q, k, v projection.
+
+    ``fused`` may be unset where the products, one by one, are faster than ``scaled_dot_product_attention``.
+    """
+
+    fused = True
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool) -> None:
         super().__init__()
@@ -98,15 +106,14 @@ class Attention(nn.Module):
         length, dim = x.shape[1:]
         split = (-1, length, self.heads, dim // self.heads)
         q, k, v = (part.reshape(split).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))  # [B, H, L, D/H]
-        return self.proj(_attend(q, k, v).transpose(1, 2).reshape(-1, length, dim))
+        return self.proj(self.attend(q, k, v).transpose(1, 2).reshape(-1, length, dim))
 
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, in the plain form for an exported graph: every runtime's pattern matcher knows it."""
-    if torch.compiler.is_exporting():
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(D)) v, [B, H, L, D]; plain in an exported graph: every runtime's matcher knows it."""
+        if self.fused and not torch.compiler.is_exporting():
+            return F.scaled_dot_product_attention(q, k, v)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        return scores.softmax(dim=-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+        return scores.float().softmax(dim=-1).to(v.dtype) @ v
 
 
 class Mlp(nn.Module):
@@ -161,6 +168,7 @@ class UViT(nn.Module):
     def __init__(self, config: UViTConfig) -> None:
         super().__init__()
         self.config = config
+        self.dtype = torch.float32
         dim, half = config.embed_dim, config.depth // 2
         self.patch_embed = PatchEmbed(config)
         self.time_embed = (
@@ -193,7 +201,7 @@ class UViT(nn.Module):
         tokens = [self.time_embed(timestep_embedding(t, self.config.embed_dim))[:, None], self.patch_embed(x)]
         if self.config.num_classes:
             tokens.insert(0, self.label_emb(y)[:, None])
-        h = torch.cat(tokens, dim=1) + self.pos_embed
+        h = (torch.cat(tokens, dim=1) + self.pos_embed).to(self.dtype)
         skips = []
         for block in self.in_blocks:
             h = block(h)
@@ -322,5 +330,6 @@ FAMILY = Family(
     network=UViT,
     recipe=_recipe,
     positions=_positions,
+    float32_layers=FLOAT32_LAYERS,
     settings=frozenset(AUTHORS_NAMES) | {entry.name for entry in dataclasses.fields(UViTConfig)},
 )

@@ -6,10 +6,14 @@ from importlib import import_module
 
 from sparse_engine.errors import OptionError, UnsupportedError
 
-from .base import Availability, Backend, BuildOptions, Payload, PayloadFile, StepGraph, StepRunner
+from .base import Availability, Backend, Payload, PayloadFile, StepGraph, StepRunner
+from .options import BuildOptions, TensorRTOptions
 
 # Name -> "module:class", the fastest first: "auto" takes the first that this machine can run.
 BACKENDS = {
+    "tensorrt": "sparse_engine.backends.tensorrt:TensorRTBackend",
+    "torch": "sparse_engine.backends.torch:TorchBackend",
+    "tensorrt-rtx": "sparse_engine.backends.tensorrt:TensorRTRTXBackend",
     "onnxruntime": "sparse_engine.backends.onnxruntime:OnnxRuntimeBackend",
 }
 
@@ -22,6 +26,7 @@ __all__ = [
     "PayloadFile",
     "StepGraph",
     "StepRunner",
+    "TensorRTOptions",
     "backend_named",
     "usable_backend",
 ]
@@ -36,8 +41,10 @@ def backend_named(name: str) -> Backend:
     return backend
 
 
-def usable_backend(name: str = "auto") -> Backend:
+def usable_backend(name: str = "auto", *, to_build: bool = False) -> Backend:
     """A backend that this machine can run: the one named, or the fastest.
+
+    ``to_build``: one that is named need not run here, so long as it builds.
 
     Raises:
         OptionError: no such backend.
@@ -47,7 +54,9 @@ def usable_backend(name: str = "auto") -> Backend:
     reasons = []
     for backend in candidates:
         found = backend.availability()
-        if found.usable:
+        if found.usable and (found.automatic or name != "auto"):
             return backend
-        reasons.append((f"{backend.name}: {found.reason}", found.fix))
+        if to_build and found.builds and name != "auto":
+            return backend
+        reasons.append((f"{backend.name}: {found.reason or 'only by name'}", found.fix))
     raise UnsupportedError("no backend can run here: " + "; ".join(reason for reason, _ in reasons), reasons[0][1])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from sparse_engine.artifact import EngineFile, PayloadFile
+
+from .options import BuildOptions
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "weights.bin"
 GRAPH_FILE = "step.onnx"
 WEIGHTS_ALIGNMENT = 4096  # a page: each large tensor can be mapped by itself
+IDENTITY_ROW = np.array([0, 1, 1, 0, 0, 0, 0, 0], np.float32)  # of coef: m = the network's output
+NO_CLIP = np.array([-np.inf, np.inf], np.float32)
 NoiseSource = Callable[[int], np.ndarray]
 StepCallback = Callable[[int, float, np.ndarray], object]
 
@@ -30,11 +34,13 @@ class StepGraph:
         proto: the graph. Weights are references into ``weights.bin``, laid out in the order of ``weights``.
         weights: initializer name -> array.
         layers: layer name -> (initializer, reduction axis): where each Linear's and Conv's weight is in the graph.
+        state: the baked weights as float32 under the checkpoint's own keys, for a backend that rebuilds the network.
     """
 
     proto: ModelProto
     weights: dict[str, np.ndarray]
     layers: dict[str, tuple[str, int]]
+    state: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,28 +53,19 @@ class Payload:
 
 
 @dataclass(frozen=True)
-class BuildOptions:
-    """What a build was asked for.
-
-    Attributes:
-        sparse: use sparse kernels where a layer is hardware 2:4 and the kernel is faster.
-        precision: of the network's weights and products; the solver's lines are always float32.
-        batch: (smallest, usual, largest) batch.
-    """
-
-    sparse: bool
-    precision: str = "fp32"
-    batch: tuple[int, int, int] = (1, 16, 64)
-
-
-@dataclass(frozen=True)
 class Availability:
-    """Whether this machine can run a backend, with what, and if not, why not and what to do."""
+    """Whether this machine can run a backend, with what, and if not, why not and what to do.
+
+    ``builds`` is set where it cannot run here, but can build engines for other machines; ``automatic`` is not where it
+    runs here, but only by name, since another backend is faster.
+    """
 
     usable: bool
     version: str | None = None
     reason: str | None = None
     fix: str | None = None
+    builds: bool = False
+    automatic: bool = True
 
 
 class StepRunner(Protocol):
@@ -83,7 +80,8 @@ class StepRunner(Protocol):
         guidance: np.ndarray,
         noise: NoiseSource,
         callback: StepCallback | None = None,
-    ) -> np.ndarray:
+        on_device: bool = False,
+    ) -> Any:
         """Run every row of a trajectory.
 
         Args:
@@ -93,9 +91,11 @@ class StepRunner(Protocol):
             guidance: float32 [G], the weight of each of the G network passes.
             noise: draw index -> float32 of x's shape; asked only where a row adds noise.
             callback: called with (step, time, x) after each step; returning False stops.
+            on_device: leave the result where it was made.
 
         Returns:
-            float32 [B, C, H, W] after the last row.
+            float32 [B, C, H, W] after the last row: a NumPy array, or, with ``on_device``, an object with
+            ``__dlpack__`` in the device's memory.
         """
         ...
 
@@ -125,6 +125,10 @@ class Backend(Protocol):
         """Say before the work, not after it, that these options cannot be built here. Raises UnsupportedError."""
         ...
 
+    def graph_precision(self, options: BuildOptions) -> str:
+        """The precision that the step graph has to be exported in: one that ``export.precision`` lowers to."""
+        ...
+
     def build(self, graph: StepGraph, options: BuildOptions, sparse_layers: list[str]) -> Payload:
         """Turn a step graph into an engine's files.
 
@@ -141,7 +145,7 @@ class Backend(Protocol):
         ...
 
 
-def weight_offsets(weights: dict[str, np.ndarray]) -> tuple[dict[str, int], int]:
+def weight_offsets(weights: Mapping[str, np.ndarray]) -> tuple[dict[str, int], int]:
     """Where each weight lies in ``weights.bin``, and the file's size."""
     offsets, end = {}, 0
     for name, array in weights.items():
@@ -159,7 +163,7 @@ def weights_payload(weights: dict[str, np.ndarray]) -> PayloadFile:
         position = 0
         for name, array in weights.items():
             yield bytes(offsets[name] - position)
-            yield np.ascontiguousarray(array).data.cast("B")
+            yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data  # bytes of any type, bf16 too
             position = offsets[name] + array.nbytes
 
     return PayloadFile(WEIGHTS_FILE, size, chunks, aligned=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from sparse_engine.doctor import diagnose, to_dicts
 
@@ -20,5 +21,5 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
     table = make_table("", "what", "found", "what to do")
     for finding in findings:
         mark = "[green]ok[/]" if finding.ok else "[yellow]--[/]"
-        table.add_row(mark, finding.name, finding.found, finding.fix or "")
+        table.add_row(mark, finding.name, escape(finding.found), escape(finding.fix or ""))
     console.print(table)

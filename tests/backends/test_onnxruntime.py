@@ -12,7 +12,7 @@ from sparse_engine import SparseEngine, kernels
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.onnxruntime import choose
 from sparse_engine.backends.onnxruntime.attention import Attention, fuse_attention
-from sparse_engine.backends.onnxruntime.layers import OP, SparseLayer, _to_nibbles, from_nibbles
+from sparse_engine.backends.onnxruntime.layers import LAYER_OPS, FusedLayer, _to_nibbles, from_nibbles
 from sparse_engine.errors import UnsupportedError
 from sparse_engine.export.families.uvit import UViTConfig
 from sparse_engine.kernels.packing import pack, unpack
@@ -59,7 +59,7 @@ def force(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
 
 def test_engine_stores_packed_weights_and_one_node_a_layer(sparse_file: Path, dense_file: Path) -> None:
     proto = graph_of(sparse_file)
-    layers = {node.name: SparseLayer.of(node) for node in proto.graph.node if node.op_type == OP}
+    layers = {node.name: FusedLayer.of(node) for node in proto.graph.node if node.op_type in LAYER_OPS}
     assert len(layers) == 12
     assert layers["mid_block.mlp.fc1"].activation == "gelu"
     assert layers["mid_block.mlp.fc1"].bias
@@ -132,7 +132,7 @@ def test_without_autotune_the_stated_rule(sparse_file: Path, monkeypatch: pytest
     with SparseEngine.load(sparse_file, autotune=False) as engine:
         layers = [layer for layer in engine.info["layers"] if layer["masked"]]
     assert {layer["kernel"] for layer in layers} == {"auto"}
-    assert {layer["why"] for layer in layers} == {"not timed: sparse by default"}
+    assert {layer["why"] for layer in layers} == {"not timed: ours by default"}
 
 
 def test_without_compiled_kernels_layers_run_dense_with_one_warning(
@@ -152,18 +152,22 @@ def test_without_compiled_kernels_layers_run_dense_with_one_warning(
 
 
 @needs_kernels
-def test_bf16_is_close_and_only_for_sparse_builds(
-    checkpoint: Path, dense_file: Path, build: Callable[..., Path]
+@pytest.mark.parametrize("sparse", [True, False])
+def test_bf16_is_close(
+    checkpoint: Path, dense_file: Path, build: Callable[..., Path], sparse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UnsupportedError, match="precision bf16 on the CPU is that of the sparse kernels"):
-        build(checkpoint, precision="bf16")
-    path = build(checkpoint, sparse=True, precision="bf16")
+    monkeypatch.setattr("sparse_engine.backends.onnxruntime.FEWEST_BF16_WEIGHTS", 8000)
+    path = build(checkpoint, sparse=sparse, mask="auto", precision="bf16")
     if "avx512-bf16" not in kernels.available_tiers():
         with pytest.raises(UnsupportedError, match="bf16"):
             SparseEngine.load(path)
         return
     x = np.random.default_rng(0).standard_normal((4, 3, 8, 8), np.float32)
     with SparseEngine.load(path, autotune=False) as engine, SparseEngine.load(dense_file) as dense:
+        kernels_used = {layer["name"]: layer["kernel"] for layer in engine.info["layers"]}
+        assert kernels_used["mid_block.attn.qkv"] == ("auto" if sparse else "dense-bf16")
+        assert kernels_used["out_blocks.0.skip_linear"] == "dense-bf16"
+        assert kernels_used["decoder_pred"] == "dense"
         found, expected = engine.denoise(x, 0.4), dense.denoise(x, 0.4)
     error = np.abs(found - expected).max() / np.abs(expected).max()
     assert 1e-5 < error < 3e-2

@@ -1,8 +1,10 @@
-"""ONNX Runtime on the CPU: the portable default, with our own kernels for the layers that are 2:4."""
+"""ONNX Runtime: the portable default, on the CPU with our own kernels for the layers that are 2:4."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from sparse_engine import kernels
 from sparse_engine.artifact import EngineFile
@@ -17,14 +19,18 @@ from sparse_engine.backends.base import (
 )
 from sparse_engine.errors import OptionError, UnsupportedError
 
-if TYPE_CHECKING:
-    from .runner import OnnxRuntimeRunner
+from .compute import products_in
+from .cuda import build_cuda, check_cuda, load_cuda, on_gpu
 
-PRECISIONS = ("fp32", "bf16")
+if TYPE_CHECKING:
+    from sparse_engine.backends.base import StepRunner
+
+PRECISIONS = ("fp32", "bf16", "int8")
+FEWEST_BF16_WEIGHTS = 1 << 16  # of a dense layer: a smaller one (the last, say) gains nothing and stays float32
 
 
 class OnnxRuntimeBackend:
-    """Builds and runs step graphs with ONNX Runtime's CPU provider."""
+    """Builds and runs step graphs with ONNX Runtime's CPU provider, or, densely, its CUDA provider."""
 
     name = "onnxruntime"
 
@@ -38,39 +44,66 @@ class OnnxRuntimeBackend:
 
     def check(self, options: BuildOptions) -> None:
         """See ``Backend.check``."""
+        if on_gpu(options.device):
+            check_cuda(options)
+            return
+        if options.device not in (None, "cpu"):
+            raise OptionError(f"device {options.device!r}: the onnxruntime backend runs on cpu and cuda")
         if options.precision not in PRECISIONS:
             raise UnsupportedError(
                 f"precision {options.precision!r} is not supported by the onnxruntime backend; "
                 f"expected {', '.join(PRECISIONS)}",
             )
-        if options.precision == "bf16" and not options.sparse:
-            raise UnsupportedError(
-                "precision bf16 on the CPU is that of the sparse kernels; ONNX Runtime has no dense bf16 product there",
-                "build with --sparse, or in fp32",
-            )
         if kernels.is_available():
-            kernels.best_tier(options.precision)  # type: ignore[arg-type]  # raises where this machine has none
+            kernels.best_tier(products_in(options.precision))  # raises where this machine has none
+
+    def graph_precision(self, options: BuildOptions) -> str:
+        """On a GPU that of the build; on the CPU float32 for our own kernels, which round to bf16 themselves."""
+        return options.precision if on_gpu(options.device) else "fp32"
 
     def build(self, graph: StepGraph, options: BuildOptions, sparse_layers: list[str]) -> Payload:
-        """Store the graph, its 2:4 layers packed; which kernel each gets is decided where the engine is loaded."""
+        """Store the graph, its 2:4 layers packed; which kernel each gets is decided where the engine is loaded.
+
+        Layers in int8 stay as they are: ONNX Runtime's int8 kernels are dense, and faster than our sparse ones.
+        """
         from .layers import compress
 
-        linear = [name for name in sparse_layers if graph.layers[name][1] == 0]
-        if linear:
-            graph = compress(graph, linear)
+        if on_gpu(options.device):
+            return build_cuda(graph)
+        quantised = {name for name, (weight, _) in graph.layers.items() if graph.weights[weight].dtype == np.int8}
+        linear = [name for name in sparse_layers if graph.layers[name][1] == 0 and name not in quantised]
+        others = [name for name in graph.layers if name not in linear and _worth_bf16(graph, name)]
+        others = others if options.precision == "bf16" else []
+        if linear or others:
+            graph = compress(graph, linear, others)
         files = [bytes_payload(GRAPH_FILE, graph.proto.SerializeToString()), weights_payload(graph.weights)]
         opset = next(entry.version for entry in graph.proto.opset_import if entry.domain == "")
-        packed = {"chosen": None, "kernel": "chosen where it is loaded"}
-        dense = {"chosen": False, "kernel": "dense"}
-        layers = {name: packed if name in linear else dense for name in graph.layers}
+        later = "chosen where it is loaded"
+        layers: dict[str, dict[str, Any]] = {name: {"chosen": False, "kernel": "dense"} for name in graph.layers}
+        layers |= {name: {"chosen": False, "kernel": "dense int8"} for name in quantised}
+        layers |= {name: {"chosen": False, "kernel": later} for name in others}
+        layers |= {name: {"chosen": None, "kernel": later} for name in linear}
         return Payload(files, {"name": self.name, "opset": opset, "device": "cpu"}, layers)
 
-    def load(self, engine: EngineFile, *, threads: int | None, device: str | None, autotune: bool) -> OnnxRuntimeRunner:
+    def load(self, engine: EngineFile, *, threads: int | None, device: str | None, autotune: bool) -> StepRunner:
         """Create a session over weights that stay mapped in the engine file."""
         from .runner import OnnxRuntimeRunner
 
-        if device not in (None, "cpu"):
-            raise UnsupportedError(f"device {device!r}: the onnxruntime backend runs on cpu")
+        built_for = engine.manifest.backend["device"]
+        if on_gpu(device or built_for):
+            return load_cuda(engine, device or built_for, threads)
+        if device not in (None, "cpu") or built_for != "cpu":
+            raise UnsupportedError(
+                f"device {device!r}: {engine.path} was built for onnxruntime on {built_for}",
+                f"leave the device out, or build it with --device {device}",
+            )
         if threads is not None and threads < 1:
             raise OptionError(f"threads = {threads}; expected 1 or more, or None for one per core")
         return OnnxRuntimeRunner(engine, threads, autotune)
+
+
+def _worth_bf16(graph: StepGraph, layer: str) -> bool:
+    """Whether a dense layer is a product that our bf16 kernel takes and that is worth it."""
+    initializer, axis = graph.layers[layer]
+    weight = graph.weights[initializer]
+    return weight.ndim == 2 and axis == 0 and weight.shape[0] % 4 == 0 and weight.size >= FEWEST_BF16_WEIGHTS

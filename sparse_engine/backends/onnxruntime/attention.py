@@ -6,14 +6,18 @@ recognise it in graphs that come from ``torch.export``. The pattern:
     Split -> q -> Reshape -> Transpose -> Mul(scale) -> MatMul -> Softmax -> MatMul -> Transpose -> Reshape
              k -> Reshape -> Transpose ---------------/                     /
              v -> Reshape -> Transpose ------------------------------------/
+
+with a Cast before and after the Softmax where the rest is in a lower precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from sparse_engine.backends.onnx_graph import only_consumer
 
 from .layers import DOMAIN
 
@@ -46,8 +50,10 @@ class Attention(NamedTuple):
         return [split, fused]
 
 
-def fuse_attention(model: ModelProto, replace: Callable[[Attention], list[NodeProto]]) -> int:
-    """Replace each attention in place by ``replace``'s nodes; return how many were replaced.
+def fuse_attention(
+    model: ModelProto, replace: Callable[[Attention], list[NodeProto]], domains: Sequence[str] = (MICROSOFT, DOMAIN)
+) -> int:
+    """Replace each attention in place by ``replace``'s nodes, of these ``domains``; return how many were replaced.
 
     Anything that only resembles an attention is left alone.
     """
@@ -59,7 +65,7 @@ def fuse_attention(model: ModelProto, replace: Callable[[Attention], list[NodePr
             graph.node.insert(position + offset, node)
         for node in nodes:
             graph.node.remove(node)
-    for domain in (MICROSOFT, DOMAIN):
+    for domain in domains:
         if found and not any(entry.domain == domain for entry in model.opset_import):
             model.opset_import.append(helper.make_opsetid(domain, 1))
     return len(found)
@@ -68,13 +74,17 @@ def fuse_attention(model: ModelProto, replace: Callable[[Attention], list[NodePr
 def _match(graph: GraphProto, softmax: NodeProto) -> tuple[Attention, list[NodeProto]] | None:
     """The attention around a Softmax, and the nodes that make it up, in an order that ends with the last."""
     producers = {output: node for node in graph.node for output in node.output}
-    scores = _of_type(producers.get(softmax.input[0]), "MatMul")
-    context = _of_type(_only_consumer(graph, softmax.output[0]), "MatMul")
-    if scores is None or context is None or context.input[0] != softmax.output[0]:
+    raised = _of_type(producers.get(softmax.input[0]), "Cast")
+    lowered = _of_type(only_consumer(graph, softmax.output[0]), "Cast")
+    casts = [node for node in (raised, lowered) if node is not None]
+    probabilities = lowered.output[0] if lowered is not None else softmax.output[0]
+    scores = _of_type(producers.get(raised.input[0] if raised is not None else softmax.input[0]), "MatMul")
+    context = _of_type(only_consumer(graph, probabilities), "MatMul")
+    if scores is None or context is None or context.input[0] != probabilities or len(casts) == 1:
         return None
     scaled = _of_type(producers.get(scores.input[0]), "Mul")
-    merged = _of_type(_only_consumer(graph, context.output[0]), "Transpose")
-    out = _of_type(_only_consumer(graph, merged.output[0]), "Reshape") if merged is not None else None
+    merged = _of_type(only_consumer(graph, context.output[0]), "Transpose")
+    out = _of_type(only_consumer(graph, merged.output[0]), "Reshape") if merged is not None else None
     if scaled is None or merged is None or out is None or _permutation(merged) != [0, 2, 1, 3]:
         return None
     constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -91,7 +101,7 @@ def _match(graph: GraphProto, softmax: NodeProto) -> tuple[Attention, list[NodeP
     scale = float(numpy_helper.to_array(constants[scaled.input[1]]).reshape(()))
     _, tokens, heads, head_dim = q.dims
     attention = Attention(split.input[0], out.output[0], tokens, heads, head_dim, scale)
-    return attention, [split, *q.nodes, scaled, *k.nodes, scores, softmax, *v.nodes, context, merged, out]
+    return attention, [split, *q.nodes, scaled, *k.nodes, scores, *casts, softmax, *v.nodes, context, merged, out]
 
 
 class Heads(NamedTuple):
@@ -116,11 +126,6 @@ def _split_heads(
 
 def _of_type(node: NodeProto | None, kind: str) -> NodeProto | None:
     return node if node is not None and node.op_type == kind else None
-
-
-def _only_consumer(graph: GraphProto, name: str) -> NodeProto | None:
-    consumers = [node for node in graph.node if name in node.input]
-    return consumers[0] if len(consumers) == 1 else None
 
 
 def _permutation(transpose: NodeProto) -> list[int]:

@@ -16,12 +16,14 @@ from sparse_engine.manifest import Manifest
 from sparse_engine.tactics import Choice, TacticCache
 
 from .attention import MICROSOFT, Attention
-from .layers import DOMAIN, SparseLayer
+from .compute import attention_in, products_in
+from .layers import DOMAIN, FusedLayer
 
 log = logging.getLogger(__name__)
 
 N_LANES_UP_TO = 64  # tokens: beyond, rows in lanes never won
 ENOUGH_TOKENS = 2048  # more of them take longer and change nothing
+DENSE = ("dense", "dense-bf16")
 ATTENTION_RULE = {"fp32": "onnxruntime", "bf16": "own"}  # without timing
 DEFAULT_RULE = "auto"  # without timing: sparse, its layout by the number of tokens of each call
 
@@ -31,7 +33,8 @@ class LayerChoice:
     """What a layer runs.
 
     Attributes:
-        kernel: "dense", "t-lanes", "n-lanes", or "auto" (sparse, its layout by the number of tokens of each call).
+        kernel: "dense" (ONNX Runtime's, float32), "dense-bf16" (ours); sparse: "t-lanes", "n-lanes", or "auto" (its
+            layout by the number of tokens of each call).
         why: how that was decided.
         measured: tokens -> what was timed.
     """
@@ -46,7 +49,7 @@ class LayerChoice:
             str(tokens): {"milliseconds": choice.milliseconds, "fastest": choice.kernel, "margin": choice.margin}
             for tokens, choice in self.measured.items()
         }
-        return {"chosen": self.kernel != "dense", "kernel": self.kernel, "why": self.why, "timed_by_tokens": timed}
+        return {"chosen": self.kernel not in DENSE, "kernel": self.kernel, "why": self.why, "timed_by_tokens": timed}
 
 
 class Chooser:
@@ -56,7 +59,7 @@ class Chooser:
         import onnxruntime
 
         self._threads, self._autotune = threads, autotune
-        self._compute = manifest.precision
+        self._compute, self._attention_compute = products_in(manifest.precision), attention_in(manifest.precision)
         self._batches = sorted({manifest.batch[0], manifest.batch[1]})
         self._positions = {layer["name"]: layer["macs"] // layer["parameters"] for layer in manifest.layers}
         self._obstacle = self._find_obstacle()
@@ -67,30 +70,30 @@ class Chooser:
             onnxruntime=onnxruntime.__version__,
             kernels=kernels.LIBRARY_PATH.stat().st_mtime_ns if kernels.is_available() else None,
             threads=pool_size(threads),
-            tier=None if self._obstacle else kernels.best_tier(self._compute),  # type: ignore[arg-type]
+            tier=None if self._obstacle else kernels.best_tier(self._compute),
         )
 
     def _find_obstacle(self) -> str | None:
         """Why no sparse kernel can run here."""
         if not kernels.is_available():
             return "the compiled kernels are not installed"
-        if kernels.best_tier(self._compute) == "scalar":  # type: ignore[arg-type]
+        if kernels.best_tier(self._compute) == "scalar":
             return "this processor has no vector unit that the kernels know"
         return None
 
-    def choose(self, layer: SparseLayer) -> LayerChoice:
+    def choose(self, layer: FusedLayer) -> LayerChoice:
         """The kernel for a layer: the fastest at the usual batch."""
         if self._obstacle:
-            return LayerChoice("dense", f"no sparse kernel: {self._obstacle}", {})
+            return LayerChoice("dense", f"no kernel of ours: {self._obstacle}", {})
         if not self._autotune:
-            return LayerChoice(DEFAULT_RULE, "not timed: sparse by default", {})
+            return LayerChoice(DEFAULT_RULE if layer.is_sparse else "dense-bf16", "not timed: ours by default", {})
         measured = {}
         for batch in self._batches:
             tokens = min(batch * self._positions[layer.name], ENOUGH_TOKENS)
             measured[tokens] = self._cache.choose(self._key(layer, tokens), self._candidates(layer, tokens))
         winners = [choice.kernel for choice in measured.values()]
-        if winners[-1] == "dense":
-            return LayerChoice("dense", "faster at the usual batch", measured)
+        if winners[-1] in DENSE:
+            return LayerChoice(winners[-1], "faster at the usual batch", measured)
         lanes = {winner for winner in winners if winner != "dense"}
         return LayerChoice(lanes.pop() if len(lanes) == 1 else "auto", "faster at the usual batch", measured)
 
@@ -99,11 +102,12 @@ class Chooser:
         if self._obstacle:
             return None
         if not self._autotune:
-            return Choice(ATTENTION_RULE[self._compute], {})
+            return Choice(ATTENTION_RULE[self._attention_compute], {})
         batch = max(1, min(self._batches[-1], ENOUGH_TOKENS // attention.tokens))
         shape = f"{attention.tokens} tokens {attention.heads} heads of {attention.head_dim}"
         return self._cache.choose(
-            f"{self._compute} attention batch {batch} {shape}", lambda: self._attention_candidates(attention, batch)
+            f"{self._attention_compute} attention batch {batch} {shape}",
+            lambda: self._attention_candidates(attention, batch),
         )
 
     def _attention_candidates(self, attention: Attention, batch: int) -> Mapping[str, Callable[[], object]]:
@@ -112,17 +116,18 @@ class Chooser:
         feed = {attention.qkv: rng.standard_normal((batch, attention.tokens, 3 * width), np.float32)}
         output = {attention.output: (batch, attention.tokens, width)}
         nodes = {
-            "own": attention.own_node(self._compute, pool_size(self._threads)),
+            "own": attention.own_node(self._attention_compute, pool_size(self._threads)),
             "onnxruntime": attention.runtime_nodes(),
         }
         return {name: _alone(each, feed, output, {}, self._threads) for name, each in nodes.items()}
 
-    def _key(self, layer: SparseLayer, tokens: int) -> str:
+    def _key(self, layer: FusedLayer, tokens: int) -> str:
         residual = "residual" if layer.residual else "no residual"
-        return f"{self._compute} {layer.rows}x{layer.depth} {layer.activation} {residual} tokens {tokens}"
+        weights = "2:4" if layer.is_sparse else "dense"
+        return f"{self._compute} {weights} {layer.rows}x{layer.depth} {layer.activation} {residual} tokens {tokens}"
 
-    def _candidates(self, layer: SparseLayer, tokens: int) -> Callable[[], Mapping[str, Callable[[], object]]]:
-        names = ["dense", "t-lanes", *(["n-lanes"] if tokens <= N_LANES_UP_TO else [])]
+    def _candidates(self, layer: FusedLayer, tokens: int) -> Callable[[], Mapping[str, Callable[[], object]]]:
+        names = ["dense", "t-lanes", *(["n-lanes"] if tokens <= N_LANES_UP_TO else [])] if layer.is_sparse else DENSE
         return lambda: {name: _product(layer, tokens, name, self._compute, self._threads) for name in names}
 
 
@@ -131,16 +136,19 @@ def pool_size(threads: int | None) -> int:
     return threads or max(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 1)
 
 
-def _product(layer: SparseLayer, tokens: int, kernel: str, compute: str, threads: int | None) -> Callable[[], object]:
-    """One layer alone, on random 2:4 weights, with the kernel asked for."""
+def _product(layer: FusedLayer, tokens: int, kernel: str, compute: str, threads: int | None) -> Callable[[], object]:
+    """One layer alone, on random weights, with the kernel asked for."""
     rng = np.random.default_rng(0)
-    values = rng.standard_normal((layer.rows, layer.depth // 2), np.float32)
+    values = rng.standard_normal((layer.rows, layer.depth // 2 if layer.is_sparse else layer.depth), np.float32)
     positions = rng.choice(np.array([4, 8, 12, 9, 13, 14], np.uint8), (layer.rows, layer.depth // 4))
     constants = {layer.bias: rng.standard_normal(layer.rows, np.float32)} if layer.bias else {}
     if kernel == "dense":
         weight = f"{layer.name}.weight"
-        nodes = layer.dense_nodes(weight)
-        constants[weight] = np.ascontiguousarray(kernels.unpack(values, positions).T)
+        nodes = layer.plain_nodes(weight)
+        constants[weight] = np.ascontiguousarray((kernels.unpack(values, positions) if layer.is_sparse else values).T)
+    elif kernel == "dense-bf16":
+        nodes = [layer.node(threads=pool_size(threads))]
+        constants[layer.values] = values
     else:
         nodes = [layer.node(tactic=kernel, threads=pool_size(threads), compute=compute)]
         constants |= {layer.values: values, layer.positions: positions}

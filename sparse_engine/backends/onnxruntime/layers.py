@@ -1,8 +1,9 @@
-"""Linear layers with 2:4 weights in a step graph: to ``sparse_engine.MatMul24`` nodes, and back.
+"""Linear layers in a step graph: to nodes of our own operators, and back.
 
-``compress`` turns MatMul, with the bias, activation and residual add that follow it, into one node over canonical
-packed weights: that is what an engine file stores. ``SparseLayer.dense_nodes`` writes a node out in plain ONNX again,
-for a layer whose dense kernel is faster on the machine at hand, or where the compiled kernels are not there.
+``compress`` turns MatMul, with the bias, activation and residual add that follow it, into one node. Packed 2:4 weights
+become ``sparse_engine.MatMul24``; dense ones to be multiplied in bf16 ``sparse_engine.MatMulBf16``. That
+is what an engine file stores. ``FusedLayer.plain_nodes`` writes a node out in plain ONNX again, for a layer whose plain
+kernel is faster on the machine at hand, or where the compiled kernels are not there.
 """
 
 from __future__ import annotations
@@ -12,19 +13,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, helper
 
-from sparse_engine.backends.base import WEIGHTS_FILE, StepGraph, weight_offsets
+from sparse_engine.backends.base import StepGraph
+from sparse_engine.backends.onnx_graph import only_consumer, refer_to_weights
 from sparse_engine.kernels.packing import pack
 
 DOMAIN = "sparse_engine"
-OP = "MatMul24"
+SPARSE_OP, DENSE_OP = LAYER_OPS = "MatMul24", "MatMulBf16"
 GELU_FORMS = {"none": "gelu", "tanh": "gelu-tanh"}  # ONNX's `approximate` -> the kernels' activation
 
 
 @dataclass(frozen=True)
-class SparseLayer:
-    """A ``MatMul24`` node's inputs and attributes. Absent inputs are empty strings."""
+class FusedLayer:
+    """A node's inputs and attributes. Absent inputs are empty strings: a dense layer has no ``positions``."""
 
     name: str
     rows: int
@@ -38,10 +40,12 @@ class SparseLayer:
     output: str
 
     @classmethod
-    def of(cls, node: NodeProto) -> SparseLayer:
+    def of(cls, node: NodeProto) -> FusedLayer:
         """Read a node."""
         attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
-        x, values, positions, bias, residual = [*node.input, "", ""][:5]
+        x, values, *others = node.input
+        positions = others.pop(0) if node.op_type == SPARSE_OP else ""
+        bias, residual = [*others, "", ""][:2]
         return cls(
             name=node.name,
             rows=attributes["N"],
@@ -55,15 +59,21 @@ class SparseLayer:
             output=node.output[0],
         )
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the weights are 2:4."""
+        return bool(self.positions)
+
     def node(self, **attributes: Any) -> NodeProto:
-        """Write it as a node. Attributes: ``compute``, ``tactic``, ``threads``."""
-        inputs = [self.x, self.values, self.positions, self.bias, self.residual]
+        """Write it as a node. Attributes: ``threads``, and of a sparse one ``compute`` and ``tactic``."""
+        inputs = [self.x, self.values, *([self.positions] if self.is_sparse else []), self.bias, self.residual]
         while not inputs[-1]:
             inputs.pop()
         attributes |= {"N": self.rows, "K": self.depth, "activation": self.activation}
-        return helper.make_node(OP, inputs, [self.output], name=self.name, domain=DOMAIN, **attributes)
+        operator = SPARSE_OP if self.is_sparse else DENSE_OP
+        return helper.make_node(operator, inputs, [self.output], name=self.name, domain=DOMAIN, **attributes)
 
-    def dense_nodes(self, weight: str) -> list[NodeProto]:
+    def plain_nodes(self, weight: str) -> list[NodeProto]:
         """The same in plain ONNX over a dense initializer [K, N]."""
         steps = [("MatMul", [self.x, weight])]
         if self.bias:
@@ -83,50 +93,56 @@ class SparseLayer:
         return nodes
 
 
-def compress(graph: StepGraph, layers: Iterable[str]) -> StepGraph:
-    """The step graph with some layers as ``MatMul24`` over packed weights.
+def compress(graph: StepGraph, sparse: Iterable[str], dense: Iterable[str] = ()) -> StepGraph:
+    """The step graph with some layers as nodes of our own operators.
 
     Args:
         graph: as exported.
-        layers: names of MatMul layers whose weights are 2:4 along the inputs.
+        sparse: names of MatMul layers whose weights are 2:4 along the inputs.
+        dense: names of others, to be multiplied in bf16.
     """
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
     weights = dict(graph.weights)
-    for name in layers:
-        initializer, _ = graph.layers[name]
-        values, positions = pack(np.ascontiguousarray(weights.pop(initializer).T))
+    for name in sparse:
+        weight = np.ascontiguousarray(weights.pop(graph.layers[name][0]).T)
+        values, positions = pack(weight)
         weights[f"{name}.values"] = values
         weights[f"{name}.positions"] = _to_nibbles(positions)
-        _replace_by_sparse(proto, name, *values.shape)
+        _fuse(proto, name, weight.shape, f"{name}.values", f"{name}.positions")
+    for name in dense:
+        weight = np.ascontiguousarray(weights.pop(graph.layers[name][0]).T)
+        weights[f"{name}.values"] = weight
+        _fuse(proto, name, weight.shape, f"{name}.values", "")
     proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-    _refer_to(proto, weights)
-    return StepGraph(proto, weights, graph.layers)
+    refer_to_weights(proto, weights)
+    return StepGraph(proto, weights, graph.layers, graph.state)
 
 
-def _replace_by_sparse(proto: ModelProto, name: str, rows: int, kept: int) -> None:
+def _fuse(proto: ModelProto, name: str, shape: tuple[int, ...], values: str, positions: str) -> None:
+    """Replace a MatMul, and what follows it, by one node over a weight of shape [N, K]."""
     graph = proto.graph
     constants = {tensor.name for tensor in graph.initializer}
     start = next(node for node in graph.node if node.name == name)
     absorbed, activation, bias, residual = [start], "none", "", ""
-    follower = _only_consumer(proto, start.output[0])
+    follower = only_consumer(graph, start.output[0])
     if follower is not None and follower.op_type == "Add" and (other := _other_input(follower, start)) in constants:
         absorbed, bias = [*absorbed, follower], other
-        follower = _only_consumer(proto, follower.output[0])
+        follower = only_consumer(graph, follower.output[0])
     if follower is not None and follower.op_type == "Gelu":
         absorbed, activation = [*absorbed, follower], GELU_FORMS[_approximation(follower)]
     elif follower is not None and follower.op_type == "Add":
         other = _other_input(follower, absorbed[-1])
         if other not in constants:
             absorbed, residual = [*absorbed, follower], other
-    layer = SparseLayer(
+    layer = FusedLayer(
         name=name,
-        rows=rows,
-        depth=2 * kept,
+        rows=shape[0],
+        depth=shape[1],
         activation=activation,
         x=start.input[0],
-        values=f"{name}.values",
-        positions=f"{name}.positions",
+        values=values,
+        positions=positions,
         bias=bias,
         residual=residual,
         output=absorbed[-1].output[0],
@@ -141,29 +157,9 @@ def _approximation(gelu: NodeProto) -> str:
     return next((entry.s.decode() for entry in gelu.attribute if entry.name == "approximate"), "none")
 
 
-def _only_consumer(proto: ModelProto, name: str) -> NodeProto | None:
-    consumers = [node for node in proto.graph.node if name in node.input]
-    outputs = [entry.name for entry in proto.graph.output]
-    return consumers[0] if len(consumers) == 1 and name not in outputs else None
-
-
 def _other_input(add: NodeProto, producer: NodeProto) -> str:
     first, second = add.input
     return second if first == producer.output[0] else first
-
-
-def _refer_to(proto: ModelProto, weights: dict[str, np.ndarray]) -> None:
-    """Point the graph's external initializers at their places in ``weights.bin``."""
-    kept = [tensor for tensor in proto.graph.initializer if tensor.name not in weights]
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)
-    offsets, _ = weight_offsets(weights)
-    for name, array in weights.items():
-        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-        tensor = TensorProto(name=name, dims=array.shape, data_type=kind, data_location=TensorProto.EXTERNAL)
-        for key, value in (("location", WEIGHTS_FILE), ("offset", offsets[name]), ("length", array.nbytes)):
-            tensor.external_data.add(key=key, value=str(value))
-        proto.graph.initializer.append(tensor)
 
 
 def _to_nibbles(positions: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sparse_engine.artifact import EngineFile
-from sparse_engine.backends.base import NoiseSource, StepCallback
+from sparse_engine.backends.base import IDENTITY_ROW, NO_CLIP, NoiseSource, StepCallback
 from sparse_engine.errors import BackendError, EngineClosedError, SparseEngineError
 from sparse_engine.sampling import StepFunction, Trajectory, walk
 
@@ -33,9 +33,6 @@ def _outlive_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_outlive_fork)
-
-IDENTITY_ROW = np.array([0, 1, 1, 0, 0, 0, 0, 0], np.float32)  # m = the network's output
-NO_CLIP = np.array([-np.inf, np.inf], np.float32)
 
 
 class OnnxRuntimeRunner:
@@ -72,8 +69,9 @@ class OnnxRuntimeRunner:
         guidance: np.ndarray,
         noise: NoiseSource,
         callback: StepCallback | None = None,
+        on_device: bool = False,
     ) -> np.ndarray:
-        """See ``StepRunner.run``."""
+        """See ``StepRunner.run``. The device is the CPU, and NumPy's arrays have ``__dlpack__``."""
         return walk(trajectory, self._step(labels, guidance), x, noise=noise, callback=callback)
 
     def network(self, x: np.ndarray, t: np.ndarray, *, labels: np.ndarray | None, guidance: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from sparse_engine.backends.base import GRAPH_FILE, WEIGHTS_FILE
 
 from .attention import Attention, fuse_attention
 from .choose import Chooser, LayerChoice, pool_size
-from .layers import DOMAIN, OP, SparseLayer, from_nibbles
+from .compute import attention_in, products_in
+from .layers import DOMAIN, LAYER_OPS, FusedLayer, from_nibbles
 
 
 @dataclass
@@ -50,27 +52,43 @@ def prepare(engine: EngineFile, threads: int | None, autotune: bool) -> Prepared
         autotune: time the candidates; otherwise the stated default: sparse wherever a vector kernel runs.
     """
     model = onnx.load_model_from_string(engine.read(GRAPH_FILE))
-    spans = _weights_in_place(model, engine)
+    spans = weights_in_place(model, engine)
     prepared = Prepared(model)
     chooser = Chooser(engine.manifest, threads, autotune)
-    _fuse_attentions(prepared, chooser, threads, engine.manifest.precision)
-    for layer in [SparseLayer.of(node) for node in model.graph.node if node.op_type == OP]:
+    _fuse_attentions(prepared, chooser, threads, attention_in(engine.manifest.precision))
+    for layer in [FusedLayer.of(node) for node in model.graph.node if node.op_type in LAYER_OPS]:
         choice = chooser.choose(layer)
-        packed = _mapped(engine.path, spans[layer.positions], np.uint8).reshape(layer.rows, -1)
-        positions = from_nibbles(packed, layer.depth)
+        values = _mapped(engine.path, spans[layer.values], np.float32).reshape(layer.rows, -1)
+        positions = None
+        if layer.is_sparse:
+            packed = _mapped(engine.path, spans[layer.positions], np.uint8).reshape(layer.rows, -1)
+            positions = from_nibbles(packed, layer.depth)
         if choice.kernel == "dense":
-            _make_dense(prepared, engine.path, layer, spans[layer.values], positions)
+            _make_plain(
+                prepared, engine.path, layer, values if positions is None else kernels.unpack(values, positions)
+            )
         else:
-            _make_sparse(prepared, layer, positions, choice, threads, engine.manifest.precision)
+            _make_own(prepared, layer, positions, choice, threads, products_in(engine.manifest.precision))
         prepared.report[layer.name] = choice.to_dict()
     return prepared
 
 
-def create_session(prepared: Prepared, path: Path, threads: int | None) -> Any:
-    """An ``onnxruntime.InferenceSession`` over weights that stay mapped in ``path``."""
+def create_session(
+    prepared: Prepared,
+    path: Path,
+    threads: int | None,
+    profile: Path | None = None,
+    providers: Sequence[Any] = ("CPUExecutionProvider",),
+) -> Any:
+    """An ``onnxruntime.InferenceSession`` over weights that stay mapped in ``path``.
+
+    ``profile`` starts the names of its traces; ``providers`` are ONNX Runtime's, with their options.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -81,7 +99,7 @@ def create_session(prepared: Prepared, path: Path, threads: int | None) -> Any:
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in prepared.overrides.values()]
         options.add_external_initializers(list(prepared.overrides), values)
     data = prepared.model.SerializeToString()
-    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(data, options, providers=list(providers))
 
 
 def _fuse_attentions(prepared: Prepared, chooser: Chooser, threads: int | None, compute: str) -> None:
@@ -95,7 +113,7 @@ def _fuse_attentions(prepared: Prepared, chooser: Chooser, threads: int | None, 
     prepared.attention["fused"] = fused
 
 
-def _weights_in_place(model: ModelProto, engine: EngineFile) -> dict[str, tuple[int, int]]:
+def weights_in_place(model: ModelProto, engine: EngineFile) -> dict[str, tuple[int, int]]:
     """Turn references into ``weights.bin`` to its place inside the engine file; return (offset, bytes) of each."""
     start, _ = engine.span(WEIGHTS_FILE)
     spans = {}
@@ -113,39 +131,42 @@ def _mapped(path: Path, span: tuple[int, int], dtype: type) -> np.ndarray:
     return np.memmap(path, dtype, "r", offset, (size // np.dtype(dtype).itemsize,))
 
 
-def _make_sparse(
+def _make_own(
     prepared: Prepared,
-    layer: SparseLayer,
-    positions: np.ndarray,
+    layer: FusedLayer,
+    positions: np.ndarray | None,
     choice: LayerChoice,
     threads: int | None,
     precision: str,
 ) -> None:
-    """Give a node its tactic, and its positions in the form that the kernel reads."""
+    """Give a node its tactic, and its weights in the form that the kernel reads."""
     graph = prepared.model.graph
-    index = next(i for i, node in enumerate(graph.node) if node.name == layer.name and node.op_type == OP)
-    graph.node[index].CopyFrom(layer.node(tactic=choice.kernel, threads=pool_size(threads), compute=precision))
-    tensor = next(tensor for tensor in graph.initializer if tensor.name == layer.positions)
-    tensor.dims[:] = positions.shape
-    prepared.overrides[layer.positions] = positions
+    tactic = {"tactic": choice.kernel, "compute": precision} if layer.is_sparse else {}
+    graph.node[_index_of(prepared, layer)].CopyFrom(layer.node(threads=pool_size(threads), **tactic))
+    if positions is not None:
+        tensor = next(tensor for tensor in graph.initializer if tensor.name == layer.positions)
+        tensor.dims[:] = positions.shape
+        prepared.overrides[layer.positions] = positions
 
 
-def _make_dense(
-    prepared: Prepared, path: Path, layer: SparseLayer, values: tuple[int, int], positions: np.ndarray
-) -> None:
-    """Write a node out in plain ONNX, its weight unpacked in memory."""
+def _make_plain(prepared: Prepared, path: Path, layer: FusedLayer, weight: np.ndarray) -> None:
+    """Write a node out in plain ONNX, its weight [N, K] transposed in memory."""
     graph = prepared.model.graph
-    index = next(i for i, node in enumerate(graph.node) if node.name == layer.name and node.op_type == OP)
+    index = _index_of(prepared, layer)
     graph.node.remove(graph.node[index])
     name = f"{layer.name}.weight"
-    for offset, node in enumerate(layer.dense_nodes(name)):
+    for offset, node in enumerate(layer.plain_nodes(name)):
         graph.node.insert(index + offset, node)
-    for gone in (layer.values, layer.positions):
+    for gone in filter(None, (layer.values, layer.positions)):
         graph.initializer.remove(next(tensor for tensor in graph.initializer if tensor.name == gone))
-    kept = _mapped(path, values, np.float32).reshape(layer.rows, -1)
-    weight = np.ascontiguousarray(kernels.unpack(kept, positions).T)
+    weight = np.ascontiguousarray(weight.T)
     tensor = TensorProto(name=name, dims=weight.shape, data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL)
     for key, value in (("location", path.resolve().name), ("offset", 0), ("length", weight.nbytes)):
         tensor.external_data.add(key=key, value=str(value))
     graph.initializer.append(tensor)
     prepared.overrides[name] = weight
+
+
+def _index_of(prepared: Prepared, layer: FusedLayer) -> int:
+    nodes = prepared.model.graph.node
+    return next(i for i, node in enumerate(nodes) if node.name == layer.name and node.domain == DOMAIN)

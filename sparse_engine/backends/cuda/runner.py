@@ -1,0 +1,127 @@
+"""A loaded engine: trajectories run on the GPU, their steps replayed from CUDA graphs."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from sparse_engine.backends.base import NoiseSource, StepCallback
+from sparse_engine.backends.device_loop import DeviceLoop
+from sparse_engine.errors import EngineClosedError, UnsupportedError
+from sparse_engine.sampling import Trajectory
+
+from .device import Buffer, CudaDevice
+
+
+class CudaRunner:
+    """A ``StepRunner``. Each lane is a stream with execution contexts of its own; a caller waits for a free one.
+
+    Args:
+        lanes: one device each.
+        profile: (smallest, usual, largest) batch that the engine takes.
+        description: what ``describe`` says.
+        release: called when all is given back.
+    """
+
+    def __init__(
+        self,
+        lanes: list[CudaDevice],
+        profile: tuple[int, int, int],
+        description: dict[str, Any],
+        release: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._devices, self._profile, self._description, self._release = lanes, profile, description, release
+        self._loops: list[DeviceLoop[Buffer]] = [DeviceLoop(device) for device in lanes]
+        self._idle: queue.Queue[DeviceLoop[Buffer]] = queue.Queue()
+        for loop in self._loops:
+            self._idle.put(loop)
+        self._closed = False
+
+    def run(
+        self,
+        trajectory: Trajectory,
+        x: np.ndarray,
+        *,
+        labels: np.ndarray | None,
+        guidance: np.ndarray,
+        noise: NoiseSource,
+        callback: StepCallback | None = None,
+        on_device: bool = False,
+    ) -> Any:
+        """See ``StepRunner.run``.
+
+        A batch beyond the profile runs in parts, each of which counts as a batch for the callback; one below it is
+        filled up.
+        """
+        if on_device and not self._profile[0] <= len(x) <= self._profile[2]:
+            raise UnsupportedError(
+                f"a batch of {len(x)} cannot stay on the device: the engine takes {self._profile[0]} to "
+                f"{self._profile[2]} at once",
+                "set batch_size",
+            )
+
+        def part(loop: DeviceLoop[Buffer], rows: np.ndarray, count: int) -> Any:
+            def tell(step: int, time: float, x: np.ndarray) -> object:
+                return callback(step, time, x[:count]) if callback is not None else None
+
+            return loop.run(
+                trajectory,
+                x[rows],
+                labels=None if labels is None else labels[:, rows],
+                guidance=guidance,
+                noise=lambda draw: noise(draw)[rows],
+                callback=None if callback is None else tell,
+                on_device=on_device,
+            )
+
+        with self._lane() as loop:
+            if on_device:
+                return part(loop, np.arange(len(x)), len(x))
+            return np.concatenate([part(loop, rows, count)[:count] for rows, count in self._parts(len(x))])
+
+    def network(self, x: np.ndarray, t: np.ndarray, *, labels: np.ndarray | None, guidance: np.ndarray) -> np.ndarray:
+        """See ``StepRunner.network``."""
+        with self._lane() as loop:
+            results = []
+            for rows, count in self._parts(len(x)):
+                own = None if labels is None else labels[:, rows]
+                results.append(loop.network(x[rows], t[rows], labels=own, guidance=guidance)[:count])
+            return np.concatenate(results)
+
+    def describe(self) -> dict[str, Any]:
+        """See ``StepRunner.describe``."""
+        return {**self._description, "lanes": len(self._loops), **self._loops[0].describe()}
+
+    def close(self) -> None:
+        """Stop what runs at its next chunk, and give the GPU's memory back. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        for loop, device in zip(self._loops, self._devices, strict=True):
+            loop.close()
+            device.close()
+        self._release()
+
+    @contextlib.contextmanager
+    def _lane(self) -> Iterator[DeviceLoop[Buffer]]:
+        if self._closed:
+            raise EngineClosedError("the engine was closed by another thread", "load it again with SparseEngine.load")
+        loop = self._idle.get()
+        try:
+            yield loop
+        finally:
+            self._idle.put(loop)
+
+    def _parts(self, size: int) -> list[tuple[np.ndarray, int]]:
+        """(rows, how many of them count) of each part of a batch; the last row fills the smallest batch up."""
+        smallest, _, largest = self._profile
+        parts = []
+        for first in range(0, size, largest):
+            rows = np.arange(first, min(first + largest, size))
+            filled = np.concatenate([rows, np.full(max(smallest - len(rows), 0), rows[-1])])
+            parts.append((filled, len(rows)))
+        return parts

@@ -1,0 +1,64 @@
+"""What a build is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+LINEAR_FORMS = ("auto", "matmul", "gemm", "conv1x1")
+
+
+@dataclass(frozen=True)
+class TensorRTOptions:
+    """What only the TensorRT backends take.
+
+    Attributes:
+        linear: the ONNX operator that a Linear becomes: "matmul", "gemm" or "conv1x1" (which of them get sparse kernels
+            differs between TensorRT versions), or "auto", which builds and times them where there is a GPU.
+        static_batch: fix the batch at the usual one; faster to build, and one shape at run time.
+        workspace: bytes that kernels may use beside weights and activations; None is the device's memory.
+        optimization_level: 0 (fast build) to 5 (slow build); TensorRT's default is 3.
+        cache: keep timings and engines in the user's cache folder.
+        hardware_compatible: the plan runs on Ampere and every later GPU, slower.
+        version_compatible: the plan runs on later versions of TensorRT of the same major number.
+        strip_weights: leave the weights out of the plan and put them back when it is loaded.
+        compute_capabilities: GPUs that a TensorRT for RTX plan is for ("8.6", "12.0"); none is the one found here, or,
+            where there is none, any.
+    """
+
+    linear: str = "auto"
+    static_batch: bool = False
+    workspace: int | None = None
+    optimization_level: int = 3
+    cache: bool = True
+    hardware_compatible: bool = False
+    version_compatible: bool = False
+    strip_weights: bool = False
+    compute_capabilities: tuple[str, ...] = ()
+
+
+def _say_nothing(stage: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a build was asked for.
+
+    Attributes:
+        sparse: use sparse kernels where a layer is hardware 2:4 and the kernel is faster.
+        precision: of the network's weights and products; the solver's lines are always float32.
+        batch: (smallest, usual, largest) batch.
+        device: where the engine will run, for a backend that has a choice ("cpu", "cuda:0"); None is its default.
+        require_sparse: raise where a masked layer is known to stay dense.
+        tensorrt: what only the TensorRT backends take.
+        progress: told each stage of the backend's work as it begins.
+    """
+
+    sparse: bool
+    precision: str = "fp32"
+    batch: tuple[int, int, int] = (1, 16, 64)
+    device: str | None = None
+    require_sparse: bool = False
+    tensorrt: TensorRTOptions = field(default_factory=TensorRTOptions)
+    progress: Callable[[str], None] = field(default=_say_nothing, compare=False)

@@ -1,0 +1,94 @@
+"""An engine's plan as a model repository of NVIDIA's Triton Inference Server.
+
+One request to the model is one solver step, as ``docs/engine-file.md`` describes it; the client walks the trajectory,
+for which the manifest, with the schedule, lies beside the configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from .artifact import MANIFEST, EngineFile
+from .errors import OutputError, UnsupportedError
+from .files import UMASK, output_error
+from .manifest import Manifest
+
+PLAN = "step.plan"
+COPY_BYTES = 1 << 24
+
+
+def export_triton(engine: str | Path, repository: str | Path, name: str | None = None) -> Path:
+    """Write ``repository/NAME`` with the plan, ``config.pbtxt`` and the manifest.
+
+    Args:
+        engine: a ``.sengine`` file built by the tensorrt backend.
+        repository: folder of Triton models; made where it is not there.
+        name: of the model; the engine file's own where None.
+
+    Returns:
+        The model's folder.
+
+    Raises:
+        EngineFileError: the file is damaged.
+        UnsupportedError: it holds no plan that Triton can load.
+        OutputError: the model is there already, or cannot be written; nothing is left behind.
+    """
+    file = EngineFile(engine)
+    backend = file.manifest.backend["name"]
+    if backend != "tensorrt":
+        raise UnsupportedError(
+            f"{file.path} is an engine for {backend}; Triton loads plans of TensorRT itself",
+            "build it with --backend tensorrt on the GPU that will serve it",
+        )
+    if file.manifest.backend["flags"]["strip_weights"]:
+        raise UnsupportedError(f"{file.path} has a plan without weights", "build it without --strip-weights")
+    target = Path(repository) / (name or file.path.stem)
+    if target.exists():
+        raise OutputError(f"{target} exists already", "remove it, or give another --name")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            (made / "1").mkdir(parents=True)
+            _copy_plan(file, made / "1" / "model.plan")
+            (made / "config.pbtxt").write_text(configuration(file.manifest, target.name))
+            (made / MANIFEST).write_text(json.dumps(file.manifest.to_dict(), indent=1, sort_keys=True))
+            os.chmod(made, 0o777 & ~UMASK)
+            shutil.move(made, target)
+    except OSError as error:
+        raise output_error(target, error) from error
+    return target
+
+
+def configuration(manifest: Manifest, name: str) -> str:
+    """``config.pbtxt``: every tensor with its shape, the batch and the number of guidance passes left open.
+
+    Triton's own batching is off (``max_batch_size: 0``): the coefficients of a step belong to the batch as a whole.
+    """
+    state = [-1, *manifest.data_shape]
+    inputs = {"x": state, "t": [-1], "coef": [8], "clip": [2], **dict.fromkeys(("base", "h1", "h2", "z"), state)}
+    if manifest.num_classes:
+        inputs |= {"y": [-1, -1], "guidance": [-1]}
+    lines = [f'name: "{name}"', 'platform: "tensorrt_plan"', "max_batch_size: 0"]
+    lines += [_tensor("input", each, dims) for each, dims in inputs.items()]
+    lines += [_tensor("output", each, state) for each in ("x_next", "m")]
+    lines += ["instance_group [ { count: 1 kind: KIND_GPU } ]"]
+    return "\n".join(lines) + "\n"
+
+
+def _tensor(kind: str, name: str, dims: list[int]) -> str:
+    data_type = "TYPE_INT64" if name == "y" else "TYPE_FP32"
+    return f'{kind} [ {{ name: "{name}" data_type: {data_type} dims: [ {", ".join(map(str, dims))} ] }} ]'
+
+
+def _copy_plan(file: EngineFile, target: Path) -> None:
+    offset, remaining = file.span(PLAN)
+    with file.path.open("rb") as source, target.open("wb") as sink:
+        source.seek(offset)
+        while chunk := source.read(min(remaining, COPY_BYTES)):
+            sink.write(chunk)
+            remaining -= len(chunk)
