@@ -10,8 +10,11 @@ from typing import Any
 
 from sparse_engine import __version__
 from sparse_engine.artifact import SUFFIX, write_engine
-from sparse_engine.backends import Backend, BuildOptions, Payload, StepGraph, usable_backend
-from sparse_engine.errors import CheckpointError, OptionError
+from sparse_engine.backends import Backend, BuildOptions, Payload, StepGraph, TensorRTOptions, usable_backend
+from sparse_engine.calibration.apply import Quantisation, Quantised
+from sparse_engine.calibration.collect import CalibrationData
+from sparse_engine.calibration.quantize import QUANTISED_PRECISIONS
+from sparse_engine.errors import CheckpointError, OptionError, UnsupportedError
 from sparse_engine.files import check_writable
 from sparse_engine.manifest import Manifest
 from sparse_engine.sampling import schedule_from_dict
@@ -19,6 +22,8 @@ from sparse_engine.sampling import schedule_from_dict
 from .bake import Baked, bake
 from .masks import TWO_FOUR, Pattern, is_n_of_m
 from .model import Model, load_model
+from .precision import lower
+from .quantise import calibration_of, check_quantisation, describe_quantised, quantise
 from .step_graph import check_graph, export_step_graph
 
 # Share of a layer's weight energy that a mask may remove before the build warns: between the most that a layer trained
@@ -45,6 +50,10 @@ def build_engine(
     backend: str = "auto",
     precision: str = "fp32",
     batch: tuple[int, int, int] = (1, 16, 64),
+    device: str | None = None,
+    require_sparse: bool = False,
+    tensorrt: TensorRTOptions = TensorRTOptions(),  # noqa: B008 - frozen
+    quantisation: Quantisation | None = None,
     family: str | None = None,
     progress: Callable[[str], None] = lambda stage: None,
     **given: Any,
@@ -59,10 +68,14 @@ def build_engine(
         pattern: N:M of the magnitude rule; only 2:4 has sparse kernels.
         mask_layers: globs in place of the family's choice of layers.
         backend: "auto" or a backend's name.
-        precision: of the network's products.
+        precision: of the network's products; "auto" is the fastest that stays within ``quantisation``'s limit.
         batch: (smallest, usual, largest).
+        device: where the engine will run, for a backend that has a choice.
+        require_sparse: raise where a masked layer is known to stay dense.
+        tensorrt: what only the TensorRT backends take.
+        quantisation: calibration data and how to use it, for int8, fp8 and "auto".
         family, **given: as ``load_model`` takes them.
-        progress: told each stage as it begins.
+        progress: told each stage as it begins, the backend's own too.
 
     Returns:
         The path written and its manifest.
@@ -73,35 +86,85 @@ def build_engine(
     """
     path = Path(output) if output is not None else default_output(Path(checkpoint))
     check_writable(path)
-    chosen = usable_backend(backend)
-    options = BuildOptions(sparse, precision, _checked_batch(batch))
-    chosen.check(options)
+    chosen = usable_backend(backend, to_build=True)
+    options = BuildOptions(sparse, precision, _checked_batch(batch), device, require_sparse, tensorrt, progress)
+    check_quantisation(precision, quantisation)
+    if precision != "auto":
+        chosen.check(options)
     progress("reading the checkpoint")
     model = load_model(checkpoint, family, **given)
+    data = calibration_of(model, quantisation) if quantisation else None
     progress("baking masks")
     baked = bake(model, mask or ("auto" if sparse else "none"), pattern, mask_layers)
     if sparse:
         _check_sparse(baked)
-    progress("exporting the step graph")
-    graph = export_baked(model, baked)
+    notes = []
+    if precision == "auto":
+        from .fastest import fastest_within  # which builds engines itself
+
+        best = fastest_within(model, baked, chosen, options, data, quantisation)
+        options, graph, quantised, notes = best.options, best.graph, best.quantised, [best.note]
+    else:
+        graph, quantised = graph_for(model, baked, chosen, options, data, quantisation)
     progress(f"building for {chosen.name}")
     progress(f"writing {path}")
-    return path, write_built(path, model, baked, graph, chosen, options)
+    return path, write_built(path, model, baked, graph, chosen, options, quantised, notes)
 
 
-def export_baked(model: Model, baked: Baked) -> StepGraph:
-    """The step graph of a baked model, checked against what was baked. Raises BackendError."""
-    graph = export_step_graph(model.network(baked.state), model.config)
+def graph_for(
+    model: Model,
+    baked: Baked,
+    backend: Backend,
+    options: BuildOptions,
+    data: CalibrationData | None,
+    quantisation: Quantisation | None,
+    exported: dict[str, StepGraph] | None = None,
+) -> tuple[StepGraph, Quantised | None]:
+    """The step graph that a backend builds from, in its precision; quantised for a precision that asks for it.
+
+    ``exported`` keeps exports from one call to the next, by precision.
+    """
+    known = {} if exported is None else exported
+
+    def export(precision: str) -> StepGraph:
+        if precision not in known:
+            options.progress("exporting the step graph")
+            known[precision] = export_baked(model, baked, precision)
+        return known[precision]
+
+    graph = export(backend.graph_precision(options))
+    if data is None or quantisation is None or options.precision not in QUANTISED_PRECISIONS:
+        return graph, None
+    quantised = quantise(model, baked, export("fp32"), graph, backend, options, data, quantisation)
+    return quantised.graph, quantised
+
+
+def export_baked(model: Model, baked: Baked, precision: str = "fp32") -> StepGraph:
+    """The step graph of a baked model, lowered and checked against what was baked. Raises BackendError."""
+    network = lower(model.network(baked.state), model.family.float32_layers, precision)
+    graph = export_step_graph(network, model.config)
     check_graph(graph, baked.state)
-    return graph
+    return dataclasses.replace(graph, state=baked.state)
 
 
 def write_built(
-    path: Path, model: Model, baked: Baked, graph: StepGraph, backend: Backend, options: BuildOptions
+    path: Path,
+    model: Model,
+    baked: Baked,
+    graph: StepGraph,
+    backend: Backend,
+    options: BuildOptions,
+    quantised: Quantised | None = None,
+    notes: Sequence[str] = (),
 ) -> Manifest:
     """Build a step graph with a backend and write the engine file; errors as ``build_engine``."""
     payload = backend.build(graph, options, _proven_sparse(baked, graph) if options.sparse else [])
     manifest = _manifest(model, baked, graph, payload, options)
+    if quantised is not None:
+        describe_quantised(manifest, quantised)
+    manifest.notes += notes
+    if options.require_sparse:
+        check_all_sparse([layer for layer in manifest.layers if layer["chosen"] is not None])
     manifest.backend["version"] = backend.availability().version
     write_engine(path, manifest, payload.files)
     return manifest
@@ -116,6 +179,17 @@ def _check_sparse(baked: Baked) -> None:
         f"--sparse: none of the {len(baked.layers)} layers can be 2:4 ({why})",
         "build without --sparse, or choose layers with --mask-layers and the pattern 2:4",
     )
+
+
+def check_all_sparse(layers: Sequence[Mapping[str, Any]]) -> None:
+    """Raise UnsupportedError where a masked layer runs a dense kernel. ``layers`` are as in ``engine.info``."""
+    dense = [layer for layer in layers if layer["masked"] and not layer["chosen"]]
+    if dense:
+        why = dense[0].get("why") or dense[0].get("reason") or f"kernel {dense[0].get('kernel') or 'dense'}"
+        raise UnsupportedError(
+            f"--require-sparse: {len(dense)} masked layers stay dense, such as {dense[0]['name']} ({why})",
+            "build without --require-sparse, or leave them out with --mask-layers",
+        )
 
 
 def _proven_sparse(baked: Baked, graph: StepGraph) -> list[str]:

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sparse_engine.backends import TensorRTOptions, backend_named
 from sparse_engine.engine import SparseEngine
-from sparse_engine.errors import OptionError
+from sparse_engine.errors import OptionError, UnsupportedError
 
 from .terminal import console, export_module, parse_globs, print_json, progress
+
+if TYPE_CHECKING:
+    from sparse_engine.calibration.apply import Quantisation
+
+
+def _tensorrt(text: str, *names: str) -> Any:
+    """An option of the TensorRT backends, in a panel of their own."""
+    return typer.Option(*names, help=text, rich_help_panel="TensorRT")
+
+
+def _quantisation(text: str, *names: str) -> Any:
+    """An option of int8 and fp8 builds, in a panel of their own."""
+    return typer.Option(*names, help=text, rich_help_panel="Quantisation")
 
 
 def command(
@@ -24,7 +38,9 @@ def command(
     mask_layers: Annotated[str | None, typer.Option(help="Globs over layer names, comma-separated.")] = None,
     pattern: Annotated[str, typer.Option(help="N:M for the magnitude rule.")] = "2:4",
     backend: Annotated[str, typer.Option(help="auto or a backend's name (see `sparse-engine doctor`).")] = "auto",
-    precision: Annotated[str, typer.Option(help="Precision of the network's products.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="Of the network's products: fp32, tf32, bf16, fp16, int8, fp8 or auto.")
+    ] = "fp32",
     batch: Annotated[str, typer.Option(help="MIN,USUAL,MAX batch.")] = "1,16,64",
     family: Annotated[str | None, typer.Option(help="Model family [default: read off the keys].")] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads, where the weights cannot tell.")] = None,
@@ -34,6 +50,28 @@ def command(
     autotune: Annotated[
         bool, typer.Option("--autotune/--no-autotune", help="Time the kernels on this machine.")
     ] = True,
+    device: Annotated[str | None, typer.Option(help="Where it will run: cpu, cuda, cuda:1.")] = None,
+    require_sparse: Annotated[
+        bool, typer.Option("--require-sparse", help="Fail where a masked layer gets no sparse kernel.")
+    ] = False,
+    linear: Annotated[str, _tensorrt("What a Linear becomes: auto, matmul, gemm or conv1x1.")] = "auto",
+    static_batch: Annotated[bool, _tensorrt("Fix the batch at the usual one.", "--static-batch")] = False,
+    workspace: Annotated[float | None, _tensorrt("GiB that kernels may use [default: all there is].")] = None,
+    optimization_level: Annotated[int, _tensorrt("0 builds fast, 5 searches longest.")] = 3,
+    cache: Annotated[bool, _tensorrt("Keep timings and engines for the next build.", "--cache/--no-cache")] = True,
+    hardware_compatible: Annotated[bool, _tensorrt("Run on every GPU since Ampere.", "--hardware-compatible")] = False,
+    version_compatible: Annotated[bool, _tensorrt("Run on later TensorRT too.", "--version-compatible")] = False,
+    strip_weights: Annotated[bool, _tensorrt("Keep the weights beside the plan.", "--strip-weights")] = False,
+    compute_capabilities: Annotated[str | None, _tensorrt("GPUs a TensorRT for RTX plan is for: 8.6,12.0.")] = None,
+    calib: Annotated[
+        Path | None, _quantisation("What `sparse-engine calibrate` wrote; for int8, fp8 and auto.")
+    ] = None,
+    ranges: Annotated[str, _quantisation("How ranges are found: mse, max, percentile or entropy.")] = "mse",
+    smooth: Annotated[float | None, _quantisation("SmoothQuant's strength, such as 0.5 [default: without].")] = None,
+    keep_float: Annotated[str | None, _quantisation("Layers to leave in float: globs, comma-separated.")] = None,
+    max_quality_loss: Annotated[
+        float | None, _quantisation("Leave as many layers in float as keep the prediction within this, such as 0.02.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest.")] = False,
 ) -> None:
     """Build an engine from a checkpoint."""
@@ -51,6 +89,20 @@ def command(
             backend=backend,
             precision=precision,
             batch=_batch(batch),
+            device=device,
+            require_sparse=require_sparse,
+            tensorrt=TensorRTOptions(
+                linear=linear,
+                static_batch=static_batch,
+                workspace=None if workspace is None else int(workspace * 2**30),
+                optimization_level=optimization_level,
+                cache=cache,
+                hardware_compatible=hardware_compatible,
+                version_compatible=version_compatible,
+                strip_weights=strip_weights,
+                compute_capabilities=tuple(parse_globs(compute_capabilities) or ()),
+            ),
+            quantisation=_wanted(calib, ranges, smooth, keep_float, max_quality_loss),
             family=family,
             heads=heads,
             null_class=null_class,
@@ -59,8 +111,9 @@ def command(
             progress=lambda stage: display.update(task, description=stage),
         )
         display.update(task, description="choosing kernels")
-        with SparseEngine.load(path, autotune=autotune) as engine:
-            info = engine.info
+        info = _report(path, manifest, device, autotune)
+        if require_sparse:
+            _check_all_sparse(builder, path, info["layers"])
     if as_json:
         print_json({"path": str(path), "bytes": path.stat().st_size, **info})
         return
@@ -69,14 +122,47 @@ def command(
     masked = [layer for layer in info["layers"] if layer["masked"]]
     eligible = sum(layer["eligible"] for layer in masked)
     chosen = sum(bool(layer["chosen"]) for layer in masked)
+    where = "on this machine" if "runtime" in info else "as the builder reports"
     backend_line = f"{manifest.backend['name']} {manifest.backend['version']}, {manifest.precision}"
     console.print(
         f"{path}: {path.stat().st_size / 1e6:.1f} MB, {backend_line}; {len(masked)} of {len(manifest.layers)} layers "
-        f"masked, {eligible} of them hardware 2:4, {chosen} run by a sparse kernel on this machine",
+        f"masked, {eligible} of them hardware 2:4, {chosen} run by a sparse kernel {where}",
         markup=False,
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _wanted(
+    calib: Path | None, ranges: str, smooth: float | None, keep_float: str | None, max_quality_loss: float | None
+) -> Quantisation | None:
+    """How to quantise. Raises OptionError where that is said, but not with what calibration data."""
+    from sparse_engine.calibration.apply import Quantisation  # which loads onnx
+
+    if calib is not None:
+        return Quantisation(calib, ranges, smooth, tuple(parse_globs(keep_float) or ()), max_quality_loss)
+    if smooth is not None or keep_float is not None or max_quality_loss is not None:
+        raise OptionError(
+            "--smooth, --keep-float and --max-quality-loss need --calib", "sparse-engine calibrate CHECKPOINT"
+        )
+    return None
+
+
+def _report(path: Path, manifest: Any, device: str | None, autotune: bool) -> dict[str, Any]:
+    """What each layer runs here; where the engine is for another machine, what its builder said."""
+    if not backend_named(manifest.backend["name"]).availability().usable:
+        return manifest.to_dict()
+    with SparseEngine.load(path, device=device, autotune=autotune) as engine:
+        return engine.info
+
+
+def _check_all_sparse(builder: Any, path: Path, layers: list[dict[str, Any]]) -> None:
+    """An engine that is not what was required is not left behind."""
+    try:
+        builder.check_all_sparse(layers)
+    except UnsupportedError:
+        path.unlink()
+        raise
 
 
 def _batch(text: str) -> tuple[int, int, int]:

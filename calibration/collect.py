@@ -1,0 +1,282 @@
+"""Calibration data: what the network is given along sampling trajectories.
+
+A diffusion network's activations change with time, so inputs drawn at one time, or noise put on images, calibrate it
+badly. The float engine's own sampler is run, and every few steps of each image are kept, in such a way that each step
+is kept equally often.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparse_engine import sampling
+from sparse_engine.engine import SparseEngine
+from sparse_engine.errors import InputError, OptionError
+from sparse_engine.files import replacing
+from sparse_engine.manifest import Manifest
+
+EVERY = 4  # of this many steps of an image one is kept: neighbouring states of one trajectory say much the same
+MIN_SAMPLES = 32
+HELD_OUT = 5  # one sample of this many measures quality, and is not calibrated on
+FORMAT = "sparse-engine-calibration/1"
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationData:
+    """Inputs of the network, in the order of time, latest first.
+
+    Attributes:
+        x: float32 [N, C, H, W], states of sampling trajectories.
+        times: float64 [N], schedule times.
+        network_times: float32 [N], what the network is given for them.
+        labels: int64 [N], the null class too where guidance was on; None for an unconditional model.
+        guidance: float32 [N], the weight that each trajectory was sampled with.
+        facts: where they come from: "checkpoint_sha256", "seed", "sampler", "steps", "images".
+    """
+
+    x: np.ndarray
+    times: np.ndarray
+    network_times: np.ndarray
+    labels: np.ndarray | None
+    guidance: np.ndarray
+    facts: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, indices: np.ndarray) -> CalibrationData:
+        """Some of the samples."""
+        labels = None if self.labels is None else self.labels[indices]
+        return dataclasses.replace(
+            self,
+            x=self.x[indices],
+            times=self.times[indices],
+            network_times=self.network_times[indices],
+            labels=labels,
+            guidance=self.guidance[indices],
+        )
+
+    def split(self) -> tuple[CalibrationData, CalibrationData]:
+        """(what ranges are found on, what quality is measured on); both spread over all times."""
+        held_out = np.arange(len(self)) % HELD_OUT == HELD_OUT // 2
+        return self.take(np.flatnonzero(~held_out)), self.take(np.flatnonzero(held_out))
+
+    def batches(self, size: int) -> Iterator[CalibrationData]:
+        """The samples in order, at most ``size`` at once."""
+        for first in range(0, len(self), size):
+            yield self.take(np.arange(first, min(first + size, len(self))))
+
+    def save(self, path: Path) -> None:
+        """Write ``.npz``, whole or not at all. Raises OutputError."""
+        arrays = {name: getattr(self, name) for name in ARRAYS if getattr(self, name) is not None}
+        with replacing(path) as stream:
+            np.savez(stream, facts=np.array(json.dumps({"format": FORMAT, **self.facts})), **arrays)
+
+
+ARRAYS = ("x", "times", "network_times", "labels", "guidance")
+
+
+def collect(
+    engine: SparseEngine,
+    *,
+    images: int = 64,
+    steps: int = 20,
+    sampler: str | None = None,
+    guidance: Sequence[float] | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> CalibrationData:
+    """Sample with a float engine and keep what its network was given.
+
+    Args:
+        engine: of a float precision.
+        images: how many trajectories; ``images * steps / 4`` samples are kept.
+        steps: network evaluations of each, at times of equal distance.
+        sampler: as ``SparseEngine.sample`` takes it.
+        guidance: weights; the images take them in turn. None is 1, and 2 where the model has a null class. Where the
+            weight is not 1, half of what is kept is the pass without label.
+        seed: of the noise and of the order of labels.
+        progress: told (steps done, steps in all).
+
+    Raises:
+        OptionError: the engine is quantised itself, or there are too few samples.
+    """
+    manifest = engine.manifest
+    if manifest.quantisation is not None:
+        raise OptionError(
+            f"the engine is {manifest.precision}; calibration needs the ranges of the float model",
+            "calibrate the checkpoint, or an engine built in fp32",
+        )
+    if images < 1 or steps < 1 or images * (steps // EVERY) < MIN_SAMPLES:
+        raise OptionError(
+            f"{images} images of {steps} steps leave fewer than {MIN_SAMPLES} calibration samples",
+            "take more images, or more steps; 64 images of 20 steps are a good start",
+        )
+    weights = tuple(guidance) if guidance else ((1.0,) if manifest.null_class is None else (1.0, 2.0))
+    labels = _labels(manifest, images, seed)
+    trajectory = engine.trajectory(steps, sampler, spacing="time-uniform")
+    groups = list(_groups(images, weights, manifest.batch[1]))
+    kept = []
+    for index, (weight, chosen) in enumerate(groups):
+
+        def count(step: int, index: int = index) -> None:
+            progress(index * steps + step + 1, len(groups) * steps)
+
+        y = None if labels is None else labels[chosen]
+        states = _states(engine, chosen, y, weight, steps, sampler, seed, count)
+        kept.append(_keep(states, chosen // len(weights), trajectory, y, weight, manifest.null_class))
+    facts = {
+        "checkpoint_sha256": manifest.checkpoint_sha256,
+        "seed": seed,
+        "sampler": sampler or manifest.sampler,
+        "steps": steps,
+        "images": images,
+    }
+    joined = {name: _joined([getattr(part, name) for part in kept]) for name in ARRAYS}
+    data = CalibrationData(**joined, facts=facts)
+    return data.take(np.argsort(-data.times, kind="stable"))
+
+
+def _labels(manifest: Manifest, images: int, seed: int) -> np.ndarray | None:
+    """Every class equally often, in random order; of more classes than images, some. None without labels."""
+    if not manifest.num_classes:
+        return None
+    classes = np.delete(np.arange(manifest.num_classes), [] if manifest.null_class is None else [manifest.null_class])
+    rng = np.random.default_rng(seed)
+    return rng.permutation(np.resize(rng.permutation(classes), images))
+
+
+def _groups(images: int, weights: Sequence[float], batch: int) -> Iterator[tuple[float, np.ndarray]]:
+    """(guidance weight, images that are sampled together)."""
+    for turn, weight in enumerate(weights):
+        mine = np.arange(turn, images, len(weights))
+        for first in range(0, len(mine), batch):
+            yield weight, mine[first : first + batch]
+
+
+def _states(
+    engine: SparseEngine,
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    weight: float,
+    steps: int,
+    sampler: str | None,
+    seed: int,
+    progress: Callable[[int], None],
+) -> list[np.ndarray]:
+    """x at each network evaluation of some images: [steps][B, C, H, W]."""
+    states = [sampling.normal(seed, images, 0, engine.manifest.data_shape)]
+
+    def keep_state(step: int, t: float, x: np.ndarray) -> None:
+        states.append(np.array(x))
+        progress(step)
+
+    engine.sample(
+        len(images),
+        steps=steps,
+        sampler=sampler,
+        spacing="time-uniform",
+        noise=states[0],
+        seed=seed,
+        labels=labels,
+        guidance=weight,
+        batch_size=len(images),
+        output="float",
+        callback=keep_state,
+    )
+    return states[:-1]
+
+
+def _keep(
+    states: list[np.ndarray],
+    turns: np.ndarray,
+    trajectory: sampling.Trajectory,
+    labels: np.ndarray | None,
+    weight: float,
+    null_class: int | None,
+) -> CalibrationData:
+    """Each image's own share of its steps: ``turns`` [B] are its places among the images of the same weight."""
+    step, column = np.nonzero((np.arange(len(states))[:, None] + turns[None, :]) % EVERY == 0)
+    y = None
+    if labels is not None:
+        y = labels[column].astype(np.int64)
+        if weight != 1.0 and null_class is not None:
+            y[1::2] = null_class
+    return CalibrationData(
+        np.stack(states)[step, column],
+        trajectory.times[step],
+        trajectory.network_times[step].astype(np.float32),
+        y,
+        np.full(len(step), weight, np.float32),
+        {},
+    )
+
+
+def _joined(parts: list[np.ndarray | None]) -> Any:
+    return None if parts[0] is None else np.concatenate([part for part in parts if part is not None])
+
+
+def load_calibration(path: Path, *, checkpoint_sha256: str, data_shape: Sequence[int], classes: int) -> CalibrationData:
+    """Read calibration data and hold it against the model that it is for.
+
+    Args:
+        path: what ``CalibrationData.save`` wrote.
+        checkpoint_sha256, data_shape, classes: the model's; ``classes`` are the rows of its label table.
+
+    Raises:
+        InputError: no calibration file, damaged, of another model, too few samples, or samples that are all alike.
+    """
+    data = _read(path)
+    found = data.facts.get("checkpoint_sha256")
+    if data.x.shape[1:] != tuple(data_shape):
+        raise InputError(
+            f"{path} holds samples of shape {list(data.x.shape[1:])}; the model takes {list(data_shape)}", _AGAIN
+        )
+    if found != checkpoint_sha256:
+        raise InputError(
+            f"{path} is of another model: its checkpoint's sha256 is {str(found)[:12]}..., "
+            f"expected {checkpoint_sha256[:12]}...",
+            _AGAIN,
+        )
+    if (data.labels is None) != (classes == 0) or (data.labels is not None and data.labels.max(initial=0) >= classes):
+        raise InputError(f"{path}: its labels do not fit a model of {classes} classes", _AGAIN)
+    if len(data) < MIN_SAMPLES:
+        raise InputError(f"{path} holds {len(data)} samples; expected at least {MIN_SAMPLES}", _AGAIN)
+    if np.ptp(data.x, axis=0).max() == 0 or np.ptp(data.times) == 0:
+        raise InputError(f"{path}: all of its samples are the same: they say nothing of activation ranges", _AGAIN)
+    return data
+
+
+_AGAIN = "make it for this model: sparse-engine calibrate CHECKPOINT -o calib.npz"
+
+
+def _read(path: Path) -> CalibrationData:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            facts = json.loads(str(archive["facts"]))
+            arrays = {name: archive.get(name) for name in ARRAYS}
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist", _AGAIN) from error
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is no calibration file: {error}", _AGAIN) from error
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise InputError(f"{path} is no calibration file of the format {FORMAT}", _AGAIN)
+    x = arrays["x"]
+    if x is None or x.ndim != 4:
+        raise InputError(f"{path} is incomplete: it holds no x [N, C, H, W]", _AGAIN)
+    for name, array in arrays.items():
+        if array is None and name == "labels":
+            continue
+        if array is None or len(array) != len(x):
+            raise InputError(f"{path} is incomplete: {name} is missing or cut short", _AGAIN)
+        if not np.isfinite(array).all():
+            raise InputError(f"{path}: {name} holds NaN or infinite values", _AGAIN)
+    return CalibrationData(**arrays, facts=facts)

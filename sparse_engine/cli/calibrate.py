@@ -1,0 +1,86 @@
+"""``sparse-engine calibrate``: calibration data for int8 and fp8 builds."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparse_engine.artifact import SUFFIX, EngineFile
+from sparse_engine.calibration.collect import CalibrationData, collect
+from sparse_engine.engine import SparseEngine
+from sparse_engine.errors import OptionError
+from sparse_engine.files import check_writable
+
+from .terminal import errors, export_module, progress
+
+
+def command(
+    model: Annotated[Path, typer.Argument(help="A checkpoint, or an engine built in a float precision.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")] = Path("calib.npz"),
+    images: Annotated[int, typer.Option(help="Trajectories; of every four steps one is kept.")] = 64,
+    steps: Annotated[int, typer.Option(help="Network evaluations of each.")] = 20,
+    sampler: Annotated[str | None, typer.Option(help="Sampler [default: the model's own].")] = None,
+    guidance: Annotated[
+        str | None, typer.Option(help="Guidance weights, taken in turn [default: 1, and 2 with a null class].")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    sparse: Annotated[
+        bool, typer.Option("--sparse", help="Of a checkpoint: with its 2:4 masks, as build does.")
+    ] = False,
+    family: Annotated[str | None, typer.Option(help="Model family [default: read off the keys].")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads, where the weights cannot tell.")] = None,
+    null_class: Annotated[int | None, typer.Option(help="Label that stands for 'no label'.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Noise schedule the model was trained on.")] = None,
+    prediction: Annotated[str | None, typer.Option(help="What the network predicts: eps, x0 or v.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw what each layer is given against time to a PNG.")] = None,
+) -> None:
+    """Collect what the network is given along its own sampling trajectories."""
+    weights = _weights(guidance)
+    for path in (output, plot):
+        if path is not None:
+            check_writable(path)
+    with tempfile.TemporaryDirectory() as folder, progress(bar=True) as display:
+        task = display.add_task("building a float engine", total=None)
+
+        def advance(done: int, total: int) -> None:
+            display.update(task, completed=done, total=total)
+
+        engine_file = model
+        if model.suffix != SUFFIX:
+            given = {"heads": heads, "null_class": null_class, "schedule": schedule, "prediction": prediction}
+            build = export_module("build").build_engine
+            temporary = Path(folder) / f"float{SUFFIX}"
+            engine_file, _ = build(model, temporary, sparse=sparse, backend="onnxruntime", family=family, **given)
+        display.update(task, description="sampling")
+        with SparseEngine.load(engine_file) as engine:
+            data = collect(
+                engine, images=images, steps=steps, sampler=sampler, guidance=weights, seed=seed, progress=advance
+            )
+        data.save(output)
+        if plot is not None:
+            display.update(task, description="observing layers", completed=0)
+            _plot(engine_file, data, plot, advance)
+    errors.print(f"{len(data)} samples: {output}", highlight=False, markup=False)
+
+
+def _plot(engine: Path, data: CalibrationData, path: Path, progress: Callable[[int, int], None]) -> None:
+    from sparse_engine.calibration.engine_graph import step_graph_of  # which load onnx
+    from sparse_engine.calibration.observe import layer_inputs, observe
+    from sparse_engine.calibration.plot import plot_ranges
+
+    graph = step_graph_of(EngineFile(engine))
+    plot_ranges(observe(graph, data, layer_inputs(graph.proto, list(graph.layers)), progress), data, path)
+
+
+def _weights(text: str | None) -> list[float] | None:
+    """ "1,2.5" -> [1.0, 2.5]."""
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise OptionError(f"--guidance {text!r}: expected numbers", "for example --guidance 1,2") from error
