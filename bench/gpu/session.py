@@ -1,0 +1,132 @@
+"""What the steps share: the device, the sizes, the time that is left, and the file that each writes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_engine.bench.grid import PRESETS, Preset
+from sparse_engine.bench.results_file import describe_run, read_results, write_results
+from sparse_engine.errors import SparseEngineError
+from sparse_engine.export.families.uvit import UViTConfig
+
+Row = dict[str, Any]
+# The cells of the grid in the order in which they are wanted most: those where the paper won first.
+GRID = [(1, 4), (1, 8), (2, 8), (2, 4), (4, 8), (4, 4), (1, 2), (2, 2), (4, 2), (1, 1), (2, 1), (4, 1)]
+WORDS = 300  # characters of an error that are kept
+REHEARSED = Preset(embed_dim=64, depth=2, heads=2, batch=2)  # in place of every preset, where it is only rehearsed
+REHEARSED_CELL = (4, 4)  # patch and mlp_ratio
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run of the script.
+
+    Attributes:
+        device: where everything runs.
+        rehearsal: small sizes, and results marked as a rehearsal's.
+        folder: for results.
+        budget: seconds that a step may begin new measurements in.
+        compiled: use torch.compile.
+        command: as it was typed, for the results.
+    """
+
+    device: torch.device
+    rehearsal: bool
+    folder: Path
+    budget: float
+    compiled: bool
+    command: str
+
+    def preset(self, name: str) -> Preset:
+        """A preset's size, or the rehearsal's."""
+        return REHEARSED if self.rehearsal else PRESETS[name]
+
+    def uvit_s(self) -> UViTConfig:
+        """U-ViT-S."""
+        return self.preset("uvit-s").config(*(REHEARSED_CELL if self.rehearsal else (2, 4)))
+
+    def cells(self) -> list[tuple[int, int]]:
+        """(patch, mlp_ratio) of the paper's grid."""
+        return [REHEARSED_CELL] if self.rehearsal else GRID
+
+    @property
+    def seconds(self) -> float:
+        """Of timing in each of a measurement's repeats."""
+        return 0.05 if self.rehearsal else 2.0
+
+    def batches(self, *sizes: int) -> tuple[int, ...]:
+        """Batch sizes, or the rehearsal's one."""
+        return (REHEARSED.batch,) if self.rehearsal else sizes
+
+    def results(self, step: str) -> Results:
+        """The file of a step."""
+        prefix = "rehearsal" if self.rehearsal else "gpu"
+        device = "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        slug = "-".join(device.lower().replace("/", " ").split())
+        header = {**describe_run(self.command, None), "kind": "gpu", "step": step}
+        header |= {"rehearsal": self.rehearsal, "device": device, "rows": []}
+        return Results(self.folder / f"{prefix}-{slug}-{step}.json", header, self.budget)
+
+
+class Results:
+    """A step's results: rows by their keys, written after each. Rows that the file had already are not measured again.
+
+    Args:
+        path: of the file.
+        header: everything but the rows.
+        budget: seconds until no new row is begun.
+    """
+
+    def __init__(self, path: Path, header: Row, budget: float) -> None:
+        self.path, self._results = path, header
+        self._ends = time.monotonic() + budget
+        if path.is_file():
+            self._results["rows"] = [row for row in read_results(path)["rows"] if "failed" not in row]
+
+    @property
+    def rows(self) -> list[Row]:
+        """Every row so far."""
+        rows: list[Row] = self._results["rows"]
+        return rows
+
+    def wants(self, **key: Any) -> bool:
+        """Whether a row is still to be measured, and there is time to begin it."""
+        return not self._has(key) and time.monotonic() < self._ends
+
+    @contextlib.contextmanager
+    def row(self, **key: Any) -> Iterator[Row]:
+        """A row to fill in. It is written when the block ends, with the words of its error where it failed."""
+        row: Row = dict(key)
+        started = time.perf_counter()
+        try:
+            yield row
+        except Exception as error:  # a failure is a result, and the next row may do better
+            row["failed"] = failure(error)
+        row["seconds"] = time.perf_counter() - started
+        self._results["rows"] = [each for each in self.rows if not _is(each, key)] + [row]
+        self.write()
+
+    def write(self) -> None:
+        """Write the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_results(self.path, self._results)
+
+    def _has(self, key: Mapping[str, Any]) -> bool:
+        return any(_is(row, key) for row in self.rows)
+
+
+def _is(row: Row, key: Mapping[str, Any]) -> bool:
+    return all(row.get(name) == value for name, value in key.items())
+
+
+def failure(error: Exception) -> str:
+    """An error's words, cut where they become a dump."""
+    what = error.what if isinstance(error, SparseEngineError) else f"{type(error).__name__}: {error}"
+    return what if len(what) <= WORDS else f"{what[:WORDS]}..."

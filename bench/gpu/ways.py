@@ -1,0 +1,280 @@
+"""Steps 3 and 4: one network run four ways, checked for the same outputs, then timed in turn.
+
+dense, eager                what PyTorch does when nothing is done
+dense, compiled, recorded   torch.compile in a CUDA graph: the fairest opponent
+CUTLASS, eager              how SparseDM's published inference runs its 2:4 layers
+ours                        products chosen by timing, compiled between, recorded
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparse_engine import sampling
+from sparse_engine.backends.base import IDENTITY_ROW
+from sparse_engine.backends.device_loop import CaptureError, DeviceLoop, StepBuffers
+from sparse_engine.backends.torch.choose import Chooser
+from sparse_engine.backends.torch.device import TorchDevice
+from sparse_engine.backends.torch.network import choose_attention, choose_products
+from sparse_engine.bench.grid import PAPER, PAPER_SAMPLER, PAPER_STEPS
+from sparse_engine.bench.peers.torch_semi_structured import make_sparse
+from sparse_engine.bench.statistics import speedup, spread
+from sparse_engine.bench.timing import interleave
+from sparse_engine.export.families.uvit import FAMILY, SPARSE_LAYERS, UViT, UViTConfig
+from sparse_engine.export.precision import lower
+from sparse_engine.export.step_graph import UnconditionalStep
+from sparse_engine.images import psnr
+
+from .ceilings import keep_two_of_four
+from .session import Results, Row, Session, failure
+
+EAGER, COMPILED, CUTLASS, OURS = "dense, eager", "dense, compiled, recorded", "CUTLASS, eager", "ours"
+STEPS_PER_RUN = 4  # in a row, so that launching a graph and waiting for it is shared
+REFERENCE_IMAGES = 4  # of the batch, in float32
+NETWORK_TIME = 500.0
+TOLERANCE = {"fp16": 3e-2, "bf16": 1e-1}
+
+
+def run_uvit_s(session: Session, results: Results) -> None:
+    """Step 3: U-ViT-S at several batches and both 16-bit types."""
+    config = session.uvit_s()
+    for precision, batch in itertools.product(("fp16", "bf16"), session.batches(16, 1, 64)):
+        if results.wants(precision=precision, batch=batch):
+            with results.row(precision=precision, batch=batch) as row:
+                measure(session, config, precision, batch, row, samples=batch == session.batches(16)[0])
+        _give_back()
+
+
+def run_paper(session: Session, results: Results) -> None:
+    """Step 4: the paper's grid."""
+    preset = session.preset("paper")
+    for patch, mlp_ratio in session.cells():
+        if results.wants(patch=patch, mlp_ratio=mlp_ratio):
+            with results.row(patch=patch, mlp_ratio=mlp_ratio) as row:
+                row |= {"paper": PAPER[patch, mlp_ratio], "precision": "fp16", "batch": preset.batch}
+                measure(session, preset.config(patch, mlp_ratio), "fp16", preset.batch, row)
+        _give_back()
+
+
+def measure(
+    session: Session, config: UViTConfig, precision: str, batch: int, row: Row, *, samples: bool = False
+) -> None:
+    """Fill a row: outputs of the four ways against float32, and their times.
+
+    Args:
+        session: the device.
+        config: of a network with random weights, its 2:4 layers masked.
+        precision: "fp16" or "bf16".
+        batch: samples of a step.
+        row: to fill in.
+        samples: compare a whole trajectory, too.
+    """
+    network = masked_network(config, session.device)
+    x = torch.from_numpy(sampling.normal(0, np.arange(batch), 0, config.data_shape)).to(session.device)
+    with torch.no_grad():
+        time = torch.full((REFERENCE_IMAGES,), NETWORK_TIME, device=session.device)
+        expected = network(x[:REFERENCE_IMAGES], time[: len(x)])
+    expected_samples = sample(network, config, session, compiled=False) if samples else None
+    ways = Ways(session, lower(network, FAMILY.float32_layers, precision), config, batch, x)
+    row |= {"config": vars(config), "skipped": ways.skipped, "parity": {}}
+    for name, arm in list(ways.arms.items()):
+        try:
+            row["parity"][name] = error = relative_error(arm.prediction()[: len(expected)], expected)
+            if not error <= TOLERANCE[precision]:
+                raise ValueError(f"computes something else: relative error {error:.1e}")
+        except Exception as reason:  # an opponent that fails is left out, with its words
+            ways.drop(name, reason)
+    row |= {"layers": ways.layers, "attention": ways.attention, "how": {n: a.how() for n, a in ways.arms.items()}}
+    if expected_samples is not None:
+        found = sample(ways.networks[OURS], config, session, session.compiled)
+        pixels = (float(expected_samples.min()), float(expected_samples.max()))
+        row["psnr"] = psnr(found, expected_samples, pixels)
+    _time(ways.arms, session.seconds, row)
+
+
+def _time(arms: dict[str, Arm], seconds: float, row: Row) -> None:
+    timings = interleave(arms, repeats=3, seconds=seconds)
+    runs = {name: values / STEPS_PER_RUN for name, values in timings.runs.items()}
+    row["warmup_milliseconds"] = {name: 1e3 * value for name, value in timings.warmup.items()}
+    row["milliseconds"] = {name: spread(values).to_dict() for name, values in runs.items()}
+    others = {name: values for name, values in runs.items() if name != OURS}
+    row["speedups"] = {name: speedup(values, runs[OURS]).to_dict() for name, values in others.items()}
+    if torch.cuda.is_initialized():
+        row["peak_memory"] = torch.cuda.max_memory_allocated()
+
+
+def masked_network(config: UViTConfig, device: torch.device) -> UViT:
+    """A U-ViT of random weights in float32, the layers that SparseDM masks holding 2:4 weights."""
+    torch.manual_seed(0)
+    with device:
+        network = UViT(config).eval().requires_grad_(False)
+    for name in sparse_layers(network):
+        layer: Any = network.get_submodule(name)
+        layer.weight.copy_(keep_two_of_four(layer.weight))
+    return network
+
+
+def sparse_layers(network: nn.Module) -> list[str]:
+    """Names of the layers that SparseDM masks."""
+    endings = tuple(glob.removeprefix("*") for glob in SPARSE_LAYERS)
+    return [name for name, _ in network.named_modules() if name.endswith(endings)]
+
+
+def shapes_of(network: nn.Module) -> dict[tuple[int, int], str]:
+    """[N, K] -> the first of SparseDM's layers of that shape."""
+    first: dict[tuple[int, int], str] = {}
+    for name in sparse_layers(network):
+        layer: Any = network.get_submodule(name)
+        first.setdefault(tuple(layer.weight.shape), name)
+    return first
+
+
+class Arm:
+    """A network as solver steps on one batch; a call runs several and waits.
+
+    Args:
+        network: float32 or lowered, on the device.
+        session: where it runs.
+        x: float32 [B, C, H, W].
+        compiled: hand the step to torch.compile.
+        recorded: run it from a CUDA graph.
+        pool: of memory for the graph.
+    """
+
+    def __init__(
+        self, network: nn.Module, session: Session, x: torch.Tensor, compiled: bool, recorded: bool, pool: Any
+    ) -> None:
+        self._device = TorchDevice(session.device, UnconditionalStep(network), compiled, pool)
+        zeros = torch.zeros_like(x)
+        coef = torch.from_numpy(IDENTITY_ROW).to(x.device)
+        self._buffers = StepBuffers(
+            x=x,
+            t=torch.full((len(x),), NETWORK_TIME, device=x.device),
+            labels=None,
+            guidance=torch.ones(1, device=x.device),
+            coef=coef,
+            clip=torch.tensor([-1e30, 1e30], device=x.device),
+            **{name: zeros.clone() for name in ("base", "h1", "h2", "z", "x_next", "m")},
+        )
+        self._recording: Any = None
+        self._record = recorded
+        self._why_not_recorded = "not asked for"
+
+    def prediction(self) -> torch.Tensor:
+        """The network's own output, float32 [B, C, H, W]; the steps are recorded after it where that was asked for."""
+        self._device.step(self._buffers)
+        self._device.synchronize()
+        if self._record and self._recording is None:
+            try:
+                self._recording = self._device.capture(self._steps)
+            except CaptureError as error:
+                self._why_not_recorded = str(error)
+        return self._buffers.m.clone()
+
+    def __call__(self) -> None:
+        """``STEPS_PER_RUN`` steps."""
+        if self._recording is None:
+            self._steps()
+        else:
+            self._recording.launch()
+        self._device.synchronize()
+
+    def how(self) -> dict[str, Any]:
+        """Whether it is compiled and recorded, and if not, why."""
+        recorded = "yes" if self._recording is not None else self._why_not_recorded
+        return {**self._device.describe(), "recorded": recorded}
+
+    def _steps(self) -> None:
+        for _ in range(STEPS_PER_RUN):
+            self._device.step(self._buffers)
+
+
+class Ways:
+    """The four arms of one cell.
+
+    Attributes:
+        arms, skipped: name -> arm, or why there is none.
+        networks: name -> its network.
+        layers, attention: what was chosen for ours; one layer of each shape.
+    """
+
+    def __init__(self, session: Session, network: nn.Module, config: UViTConfig, batch: int, x: torch.Tensor) -> None:
+        self._session, self._x = session, x
+        self._pool = torch.cuda.graph_pool_handle() if session.device.type == "cuda" else None
+        self.arms: dict[str, Arm] = {}
+        self.networks: dict[str, nn.Module] = {}
+        self.skipped: dict[str, str] = {}
+        names = sparse_layers(network)
+        positions = {name: FAMILY.positions(config, name) for name in names}
+        chooser = Chooser(positions, (batch, batch, batch), session.device, autotune=True)
+        self.attention = choose_attention(network, (x[:1], torch.zeros(1, device=x.device)), chooser)
+        ours, cutlass = copy.deepcopy(network), copy.deepcopy(network)  # all four with the same attention
+        shapes = shapes_of(network)
+        report = choose_products(ours, names, chooser)
+        self.layers = [
+            {"layer": name, "shape": list(shape), "tokens": batch * positions[name], **report[name]}
+            for shape, name in shapes.items()
+        ]
+        self._add(OURS, lambda: ours, compiled=session.compiled, recorded=True)
+        self._add(COMPILED, lambda: network, compiled=session.compiled, recorded=True)
+        self._add(EAGER, lambda: network, compiled=False, recorded=False)
+        self._add(CUTLASS, lambda: _with_cutlass(cutlass, names), compiled=False, recorded=False)
+
+    def _add(self, name: str, make: Callable[[], nn.Module], *, compiled: bool, recorded: bool) -> None:
+        try:
+            self.networks[name] = make()
+            network = self.networks[name]
+            self.arms[name] = Arm(network, self._session, self._x, compiled, recorded, self._pool)
+        except Exception as error:  # an opponent that cannot be made is left out, with its words
+            self.drop(name, error)
+
+    def drop(self, name: str, error: Exception) -> None:
+        """Leave an opponent out. Ours is what is measured: its failure is the row's."""
+        if name == OURS:
+            raise error
+        self.skipped[name] = failure(error)
+        self.arms.pop(name, None)
+
+
+def _with_cutlass(network: nn.Module, names: list[str]) -> nn.Module:
+    step = UnconditionalStep(network)
+    with warnings.catch_warnings(action="ignore"):  # that the interface is a prototype
+        make_sparse(step, tuple(names), torch.sparse.SparseSemiStructuredTensorCUTLASS.from_dense)
+    return network
+
+
+def sample(network: nn.Module, config: UViTConfig, session: Session, compiled: bool) -> np.ndarray:
+    """A trajectory of the paper's sampler from the seed's noise, float32 [B, C, H, W]."""
+    images = np.arange(REFERENCE_IMAGES)
+
+    def noise(draw: int) -> np.ndarray:
+        return sampling.normal(0, images, draw, config.data_shape)
+
+    trajectory = sampling.make_trajectory(PAPER_SAMPLER, sampling.VPLinear(), PAPER_STEPS)
+    loop = DeviceLoop(TorchDevice(session.device, UnconditionalStep(network), compiled))
+    found: np.ndarray = loop.run(trajectory, noise(0), labels=None, guidance=np.ones(1, np.float32), noise=noise)
+    loop.close()
+    return found
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest error over the largest value."""
+    return float((found.float() - expected).abs().max() / expected.abs().max())
+
+
+def _give_back() -> None:
+    """Return a cell's memory before the next."""
+    gc.collect()
+    torch._dynamo.reset()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

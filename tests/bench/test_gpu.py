@@ -1,0 +1,209 @@
+"""The script for a GPU, rehearsed on a CPU: the same code at small sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_engine.bench.gpu import __main__ as script
+from sparse_engine.bench.gpu import ceilings, engines, ways, where
+from sparse_engine.bench.gpu.session import GRID, Results, Session, failure
+from sparse_engine.bench.gpu.table import section
+from sparse_engine.bench.grid import PAPER
+from sparse_engine.errors import OptionError, UnsupportedError
+from sparse_engine.export.masks import magnitude_mask
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+REHEARSE = ["--device", "cpu", "--rehearse", "--no-compile", "--here"]
+
+
+def rehearse(folder: Path, steps: str, *options: str) -> int:
+    return script.main([*REHEARSE, "--steps", steps, "-o", str(folder), *options])
+
+
+def rows(folder: Path, step: str) -> list[dict[str, Any]]:
+    results = json.loads((folder / "rehearsal" / f"rehearsal-cpu-{step}.json").read_text())
+    assert results["rehearsal"] is True
+    assert results["kind"] == "gpu"
+    found: list[dict[str, Any]] = results["rows"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Steps 1, 4 and 8."""
+    folder = tmp_path_factory.mktemp("gpu")
+    assert rehearse(folder, "1,4,8") == 0
+    return folder
+
+
+def test_ceilings(measured: Path) -> None:
+    found = {row["name"]: row for row in rows(measured, "device")}
+    assert found["copy"]["gigabytes_per_second"] > 0
+    dense = found["fp16 dense"]
+    assert dense["relative_error"] < 1e-2
+    assert dense["tera_operations"] == pytest.approx(2 * 256**3 / dense["milliseconds"] / 1e9)
+    assert found["fp16 cusparselt"]["failed"] == "ObstacleError: no CUDA: the engine runs on cpu"
+    assert set(found["attention"]["milliseconds"]) == {"fused", "plain"}
+
+
+def test_the_four_ways_are_checked_and_timed(measured: Path) -> None:
+    (cell,) = rows(measured, "paper")
+    assert (cell["patch"], cell["mlp_ratio"], cell["paper"]) == (4, 4, 0.98)
+    assert set(cell["milliseconds"]) == {ways.OURS, ways.COMPILED, ways.EAGER}
+    assert set(cell["speedups"]) == {ways.COMPILED, ways.EAGER}
+    assert all(0 < error < 1e-2 for error in cell["parity"].values())
+    assert "Only CUDA tensors are currently supported" in cell["skipped"][ways.CUTLASS]
+    assert {layer["why"] for layer in cell["layers"]} == {"no CUDA: the engine runs on cpu"}
+    assert [tuple(layer["shape"]) for layer in cell["layers"]] == [(192, 64), (64, 64), (256, 64), (64, 256)]
+
+
+def test_tables_for_the_readme(measured: Path, tmp_path: Path) -> None:
+    file = measured / "rehearsal" / "rehearsal-cpu-paper.json"
+    assert section(file.parent) == ""  # a rehearsal is no evidence
+    (tmp_path / "gpu-a-gpu-paper.json").write_text(file.read_text())
+    title, headers, rule, row = section(tmp_path).replace("\n\n", "\n").splitlines()
+    assert "on one cpu" in title
+    assert headers.startswith("| patch | mlp_ratio | dense, eager, ms |")
+    assert headers.count("|") == rule.count("|") == row.count("|")
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    (cell,) = rows(measured, "paper")
+    assert cells[:2] == ["4", "4"]
+    assert cells[4] == cells[7] == "-"  # CUTLASS did not run
+    assert cells[5] == f"{cell['milliseconds'][ways.OURS]['median']:.2f}"
+    assert cells[-1] == "0.98"
+
+
+def test_where_the_time_goes(measured: Path) -> None:
+    found = rows(measured, "where")
+    assert [row["which"] for row in found] == ["slowest", "best"]
+    for row in found:
+        assert (
+            row["layers"][0]["bounds"]["sparse"]["milliseconds"] < row["layers"][0]["bounds"]["dense"]["milliseconds"]
+        )
+        assert row[f"kernels of {ways.OURS}"]["milliseconds_of_a_step"] > 0
+
+
+def test_whole_trajectories_are_compared_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ways, "PAPER_STEPS", 4)
+    assert rehearse(tmp_path, "3") == 0
+    found = rows(tmp_path, "uvit-s")
+    assert [row["precision"] for row in found] == ["fp16", "bf16"]
+    assert all(row["psnr"] > 30 for row in found)
+
+
+def test_end_to_end(tmp_path: Path) -> None:
+    assert rehearse(tmp_path, "7") == 0
+    sparse, dense, *others = rows(tmp_path, "end-to-end")
+    for row in (sparse, dense):
+        assert row["images_per_second"] == pytest.approx(row["images"] / row["seconds_of_all"])
+        assert row["runtime"]["device"] == "cpu"
+    assert {row["backend"] for row in others} == {"tensorrt", "tensorrt-rtx"}
+
+
+def test_another_backends_engines_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of TensorRT: the torch backend, through the same code."""
+    monkeypatch.setattr(engines, "RTX", "torch")
+    monkeypatch.setattr(engines, "CAPABILITIES", (None,))
+    assert rehearse(tmp_path, "5") == 0
+    (row,) = rows(tmp_path, "tensorrt-rtx")
+    assert row["sparse_parity"] < 1e-5
+    assert row["speedup"]["low"] <= row["speedup"]["median"] <= row["speedup"]["high"]
+    assert set(row["sparse_kernels"].values()) == {"dense"}
+
+
+def test_a_step_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    assert rehearse(tmp_path, "1", "--budget", "0") == 0
+    assert not (tmp_path / "rehearsal").exists()
+    results = session(tmp_path).results("x")
+    with results.row(name="good") as row:
+        row["value"] = 1
+    with results.row(name="bad") as row:
+        row["value"] = 2
+        raise UnsupportedError("this GPU has no such unit", "another GPU")
+    assert [row.get("failed") for row in rows(tmp_path, "x")] == [None, "this GPU has no such unit"]
+    again = session(tmp_path).results("x")
+    assert not again.wants(name="good")
+    assert again.wants(name="bad")  # a failure may be mended
+    with again.row(name="bad") as row:
+        row["value"] = 3
+    assert [(row["name"], row["value"]) for row in rows(tmp_path, "x")] == [("good", 1), ("bad", 3)]
+
+
+def session(folder: Path) -> Session:
+    return Session(torch.device("cpu"), True, folder / "rehearsal", 60.0, False, "a command")
+
+
+def test_a_step_that_fails_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert rehearse(tmp_path, "8") == 1
+    assert "step 8, where: RuntimeError: no cell has been measured yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--device", "cpu"], "there is no GPU to measure"),
+        (["--device", "cpu", "--steps", "9"], "--steps '9': expected some of 1 to 8"),
+        (["--device", "cpu", "--steps", "all"], "--steps 'all'"),
+        (["--device", "gpu"], "device 'gpu'"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert script.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_cannot_be_measured_is_cut_short() -> None:
+    assert failure(OptionError("what", "fix")) == "what"
+    assert failure(ValueError("x" * 1000)) == f"ValueError: {'x' * 288}..."
+
+
+def test_the_grid_is_the_papers() -> None:
+    assert set(GRID) == set(PAPER)
+    assert len(GRID) == len(PAPER)
+
+
+def test_masks_on_the_device_are_sparsedms() -> None:
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    mask, _ = magnitude_mask(weight.numpy())
+    assert np.array_equal(ceilings.keep_two_of_four(weight).numpy(), np.where(mask, weight.numpy(), 0))
+
+
+@pytest.mark.parametrize(
+    "tokens,by,dense,sparse",
+    [(8192, "arithmetic", 2 * 8192 * 4096 * 4096 / 1e14, 8192 * 4096 * 4096 / 1e14), (1, "memory", 3.357e-5, 1.889e-5)],
+)
+def test_a_layers_bound(tokens: int, by: str, dense: float, sparse: float) -> None:
+    timed = {str(tokens): {"milliseconds": {"dense": 4e3 * dense, "cusparselt 3 1 -1": 2e3 * sparse}}}
+    layer = {"shape": [4096, 4096], "tokens": tokens, "timed_by_tokens": timed}
+    found = where.layer_against_bound(layer, (1e14, 1e12))
+    assert found["bounds"]["dense"]["by"] == found["bounds"]["sparse"]["by"] == by
+    assert found["bounds"]["dense"]["milliseconds"] == pytest.approx(1e3 * dense, rel=1e-3)
+    assert found["bounds"]["sparse"]["milliseconds"] == pytest.approx(1e3 * sparse, rel=1e-3)
+    assert found["of_bound"] == pytest.approx({"dense": 0.25, "cusparselt 3 1 -1": 0.5}, rel=1e-3)
+
+
+def test_an_arm_repeats_its_steps(tmp_path: Path) -> None:
+    class Counting(torch.nn.Module):
+        calls = 0
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return 2 * x
+
+    network = Counting()
+    arm = ways.Arm(network, session(tmp_path), torch.ones(2, 3, 4, 4), compiled=False, recorded=True, pool=None)
+    assert torch.equal(arm.prediction(), 2 * torch.ones(2, 3, 4, 4))
+    arm()
+    assert network.calls == 1 + ways.STEPS_PER_RUN
+    assert arm.how() == {"compiler": "none", "recorded": "no CUDA graphs on the CPU"}
+
+
+def test_results_of_another_device_are_another_file(tmp_path: Path) -> None:
+    assert isinstance(session(tmp_path).results("device"), Results)
+    assert session(tmp_path).results("device").path.name == "rehearsal-cpu-device.json"
