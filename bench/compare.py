@@ -2,198 +2,255 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 
-from sparse_engine.backends import BuildOptions, StepGraph, backend_named
-from sparse_engine.backends.base import GRAPH_FILE, WEIGHTS_FILE, weights_payload
-from sparse_engine.engine import SparseEngine
-from sparse_engine.export.bake import Baked, bake
-from sparse_engine.export.build import export_baked, write_built
-from sparse_engine.export.model import Model, load_model
-from sparse_engine.export.step_graph import Step, UnconditionalStep
+from sparse_engine.errors import VerificationError
+from sparse_engine.export.model import Model
 
-from .peers import PEERS, Feed, PeerUnavailableError, Run, Subject
-from .statistics import speedup, spread
+from .arms import DENSE, Arm, build_arms
+from .layers import amdahl_limit, profile_step
+from .memory import peak_memory
+from .peers import PEERS, PLAIN, Feed, Peer, PeerRunner, PeerUnavailableError
+from .peers.torch_dense import torch_runner
+from .products import product_flops
+from .quality import Judge, measure_quality
+from .settings import TOLERANCE, Settings
+from .statistics import noise, speedup, spread
 from .timing import Timings, interleave
+from .workload import Workload
 
-SPARSE, DENSE = "2:4 sparse", "dense"  # our own engines: same graph, same fusions, the kernels of the 2:4 layers differ
-# A runtime may differ from torch's fp32 by this share of the largest value before it is said to compute something else.
-TOLERANCE = {"fp32": 1e-4, "bf16": 1e-1}
 Progress = Callable[[str], None]
+Candidate = Arm | PeerRunner
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How to measure.
-
-    Attributes:
-        precision: of our sparse engine and of each peer that has it; our dense engine is fp32.
-        threads: for every runtime; None is one per core.
-        repeats, seconds: as ``interleave`` takes them.
-        peers: time the other runtimes too.
-    """
-
-    precision: str = "fp32"
-    threads: int | None = None
-    repeats: int = 3
-    seconds: float = 3.0
-    peers: bool = True
-
-
-def compare_checkpoint(
-    checkpoint: Path, batches: list[int], settings: Settings, progress: Progress = lambda stage: None, **given: Any
-) -> dict[str, Any]:
-    """Time one solver step of a checkpoint at several batch sizes; see ``compare_model``.
+def compare_model(
+    model: Model,
+    batches: Sequence[int],
+    settings: Settings,
+    progress: Progress = lambda stage: None,
+    judges: Sequence[Judge] = (),
+) -> Iterator[dict[str, Any]]:
+    """Time one solver step of a model, its masks baked, and a whole sample where the settings ask for it.
 
     Args:
-        checkpoint, **given: as ``load_model`` takes them.
+        model: what ``load_model`` read, or ``random_model`` made.
         batches: batch sizes.
         settings: how to measure.
         progress: told each stage as it begins.
+        judges: what samples of a trained model are held against, beside the fp32 reference.
+
+    Yields:
+        One row per batch, as ``docs/bench-results.md`` describes them; the quality of a trained model is in the last.
+
+    Raises:
+        UnsupportedError, BackendError: the first backend cannot build or run this.
+        VerificationError: one of our own engines does not compute what torch computes.
     """
-    progress("exporting")
-    return compare_model(load_model(checkpoint, **given), batches, settings, progress)
-
-
-def compare_model(model: Model, batches: list[int], settings: Settings, progress: Progress) -> dict[str, Any]:
-    """Time one solver step of a model, its masks baked.
-
-    Returns:
-        {"model", "precision", "rows": [...]}; one row per batch with milliseconds and speed-ups.
-    """
-    baked = bake(model)
-    graph = export_baked(model, baked)
-    rows = []
+    workload = Workload(model)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _write_onnx(folder, graph)
+        progress("exporting")
+        if settings.peers:
+            workload.write_onnx(folder)
         for batch in batches:
-            progress(f"batch {batch}")
-            rows.append(_compare_batch(folder, model, baked, graph, batch, settings, progress))
-    layers = [layer for layer in baked.layers if layer.masked]
-    return {
-        "model": {
-            "family": model.family.name,
-            "config": vars(model.config),
-            "masked_layers": len(layers),
-            "macs": sum(layer.macs for layer in baked.layers),
-        },
-        "precision": settings.precision,
-        "rows": rows,
-    }
+            with _Comparison(folder, workload, batch, settings, progress) as comparison:
+                yield comparison.row(judges if workload.trained and batch == batches[-1] else None)
 
 
-def _compare_batch(
-    folder: Path,
-    model: Model,
-    baked: Baked,
-    graph: StepGraph,
-    batch: int,
-    settings: Settings,
-    progress: Progress,
-) -> dict[str, Any]:
-    backend = backend_named("onnxruntime")
-    feed = _feed(model, batch)
-    runs: dict[str, Callable[[], np.ndarray]] = {}
-    skipped: dict[str, str] = {}
-    engines = []
-    for name, sparse, kind in ((SPARSE, True, settings.precision), (DENSE, False, "fp32")):
-        path = folder / f"{name.replace(':', '')}-{batch}.sengine"
-        write_built(path, model, baked, graph, backend, BuildOptions(sparse, kind, (batch, batch, batch)))
-        engines.append(SparseEngine.load(path, threads=settings.threads))
-        runs[name] = _engine_run(engines[-1], feed)
-    expected = runs[DENSE]()
-    if settings.peers:
-        step: torch.nn.Module = (Step if model.config.num_classes else UnconditionalStep)(model.network(baked.state))
-        subject = Subject(step, folder / GRAPH_FILE, settings.threads or torch.get_num_threads(), settings.precision)
-        found, skipped = _prepare_peers(subject, feed, expected, lambda peer: progress(f"batch {batch}: {peer}"))
-        runs |= found
-    _check_output(runs[SPARSE](), expected, settings.precision)
-    relative_error = float(np.abs(runs[SPARSE]() - expected).max() / np.abs(expected).max())
-    progress(f"batch {batch}: timing {len(runs)} runtimes")
-    timings = interleave(runs, repeats=settings.repeats, seconds=settings.seconds)
-    chosen = [layer["kernel"] for layer in engines[0].info["layers"] if layer["masked"]]
-    for engine in engines:
-        engine.close()
-    return {
-        "batch": batch,
-        "relative_error": relative_error,
-        "kernels": {kernel: chosen.count(kernel) for kernel in dict.fromkeys(chosen)},
-        "skipped": skipped,
-        **summarise(timings),
-    }
+class _Comparison:
+    """All candidates at one batch size."""
+
+    def __init__(self, folder: Path, workload: Workload, batch: int, settings: Settings, progress: Progress) -> None:
+        self._workload, self._batch, self._settings, self._folder = workload, batch, settings, folder
+        self._progress = lambda stage: progress(f"batch {batch}: {stage}")
+        self._skipped: dict[str, str] = {}
+        self._peer_facts: dict[str, dict[str, Any]] = {}
+        self._feed = workload.feed(np.arange(batch))
+        self._progress("building")
+        self._arms = build_arms(folder, workload, batch, settings, self._skipped)
+        self._ours, self._dense, *_ = self._arms.values()
+        self._threads = settings.threads or torch.get_num_threads()
+        with self._reference() as reference:
+            self._expected = reference.step(self._feed)
+        self._errors = {arm.name: self._check_arm(arm) for arm in self._arms.values()}
+        self._peers = self._prepare_peers() if settings.peers else {}
+
+    def __enter__(self) -> _Comparison:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for arm in self._arms.values():
+            arm.engine.close()
+            arm.path.unlink()
+        self._arms, self._peers = {}, {}
+        _free_memory()
+
+    def row(self, judges: Sequence[Judge] | None) -> dict[str, Any]:
+        """Everything that is measured. Judges: None leaves quality out."""
+        row: dict[str, Any] = {
+            "batch": self._batch,
+            "model": self._workload.describe(),
+            "candidates": self._described(),
+            "relative_error": self._errors[self._ours.name],
+            "kernels": self._ours.kernels(),
+            "skipped": self._skipped,
+        }
+        self._progress(f"timing {len(self._candidates())} candidates")
+        row |= self._timed(lambda candidate: candidate.step(self._feed))
+        flops = sum(product_flops(self._workload.graph(), self._batch).values())
+        row["gflop"] = flops / 1e9
+        row["gflops"] = {name: flops / 1e6 / each["median"] for name, each in row["milliseconds"].items()}
+        if not self._settings.self_test:
+            row |= self._layers(row["speedup"]["median"])
+        self._progress("peak memory")
+        paths = {name: arm.path for name, arm in self._arms.items()}
+        row["peak_memory_mib"] = peak_memory(paths, self._batch, self._settings.threads)
+        if self._settings.steps:
+            row["end_to_end"] = self._end_to_end(self._settings.steps)
+        if judges is not None:
+            self._progress("quality")
+            row["quality"] = self._quality(judges)
+        return row
+
+    def _candidates(self) -> dict[str, Candidate]:
+        return {**self._arms, **self._peers}
+
+    def _described(self) -> dict[str, dict[str, Any]]:
+        ours = {name: arm.describe() for name, arm in self._arms.items()}
+        return ours | {name: self._peer_facts[name] for name in self._peers}
+
+    @contextmanager
+    def _reference(self) -> Iterator[PeerRunner]:
+        """Torch in fp32, on the device that our engine runs on, for as long as it is needed."""
+        subject = self._workload.subject(self._folder, self._ours.device, self._threads, "fp32")
+        yield torch_runner(subject.step("fp32").to(subject.device), subject)
+        _free_memory()
+
+    def _check_arm(self, arm: Arm) -> float:
+        error = relative_error(arm.step(self._feed), self._expected)
+        if not error <= TOLERANCE[arm.precision]:
+            raise VerificationError(
+                f"{arm.name} ({arm.backend}, {arm.precision}) differs from torch fp32 by {error:.1e} of the largest "
+                f"value; expected at most {TOLERANCE[arm.precision]:.0e}"
+            )
+        return error
+
+    def _prepare_peers(self) -> dict[str, PeerRunner]:
+        """The peers that compute the same, each in our precision and in the one it is best at."""
+        runners: dict[str, PeerRunner] = {}
+        for peer in PEERS:
+            wanted = peer.wanted(self._ours.device, self._settings.precision)
+            if not wanted:
+                self._skipped[peer.name] = f"does not run on {self._ours.device}"
+            for precision in wanted:
+                name = peer.name if precision == self._settings.precision else f"{peer.name}, {precision}"
+                self._progress(name)
+                try:
+                    runners[name] = self._prepare(peer, precision)
+                    self._peer_facts[name] = {"peer": peer.name, "precision": precision, "device": self._ours.device}
+                except PeerUnavailableError as error:
+                    self._skipped[name] = str(error)
+                except Exception as error:  # another runtime's failure is its own: the others are still measured
+                    self._skipped[name] = f"failed: {type(error).__name__}: {error}"[:200]
+        return runners
+
+    def _prepare(self, peer: Peer, precision: str) -> PeerRunner:
+        runner = peer.prepare(self._workload.subject(self._folder, self._ours.device, self._threads, precision))
+        error = relative_error(runner.step(self._feed), self._expected)
+        if not error <= TOLERANCE[precision]:
+            raise PeerUnavailableError(f"computes something else: relative error {error:.1e}")
+        return runner
+
+    def _timed(self, run: Callable[[Candidate], np.ndarray]) -> dict[str, Any]:
+        runs = {name: _bound(run, candidate) for name, candidate in self._candidates().items()}
+        settings = self._settings
+        timings = interleave(runs, repeats=settings.repeats, seconds=settings.seconds, renew=self._reload)
+        peers = {name: str(self._peer_facts[name]["precision"]) for name in self._peers}
+        return summarise(timings, self._ours.name, self._ours.precision, peers)
+
+    def _reload(self) -> None:
+        for arm in self._arms.values():
+            arm.reload()
+
+    def _layers(self, achieved: float) -> dict[str, Any]:
+        """Times by layer of both engines, and Amdahl's limit; nothing where the backend does not tell."""
+        self._progress("profiling")
+        layers = {
+            arm.name: profile_step(arm.path, self._feed, self._workload.graph().layers, self._settings.threads)
+            for arm in (self._dense, self._ours)
+        }
+        dense, ours = layers[self._dense.name], layers[self._ours.name]
+        if dense is None or ours is None:
+            return {}
+        limit = amdahl_limit(dense, self._workload.sparse_layers)
+        return {
+            "amdahl": {"share": limit.share, "limit": limit.limit, "reached": limit.reached(achieved)},
+            "layers": {name: [entry.to_dict() for entry in times or ()] for name, times in layers.items()},
+        }
+
+    def _end_to_end(self, steps: int) -> dict[str, Any]:
+        self._progress(f"timing whole samples of {steps} steps")
+        sampler = self._ours.engine.manifest.sampler
+        found = self._timed(lambda candidate: self._sample(candidate, self._feed, steps, sampler))
+        rates = {name: 1e3 * self._batch / each["median"] for name, each in found["milliseconds"].items()}
+        return {"steps": steps, "sampler": sampler, "images_per_second": rates, **found}
+
+    def _sample(self, candidate: Candidate, feed: Feed, steps: int, sampler: str) -> np.ndarray:
+        if isinstance(candidate, Arm):
+            return candidate.sample(feed, steps, sampler)
+        trajectory = self._ours.engine.trajectory(steps, sampler)
+        return candidate.sample(trajectory, feed, self._workload.noise(np.arange(len(feed["x"]))))
+
+    def _quality(self, judges: Sequence[Judge]) -> dict[str, Any]:
+        with self._reference() as reference:
+            candidates = {"torch fp32": reference, **self._candidates()}
+            return measure_quality(candidates, self._sample, self._workload, self._batch, judges)
 
 
-def _prepare_peers(
-    subject: Subject, feed: Feed, expected: np.ndarray, progress: Progress
-) -> tuple[dict[str, Run], dict[str, str]]:
-    """(peers that compute the same, why the others are skipped)."""
-    runs: dict[str, Run] = {}
-    skipped: dict[str, str] = {}
-    for peer in PEERS:
-        progress(peer.name)
-        try:
-            if subject.precision not in peer.precisions:
-                raise PeerUnavailableError(f"has no {subject.precision} on this device")
-            run = peer.prepare(subject, feed)
-            _check_output(run(), expected, subject.precision)
-            runs[peer.name] = run
-        except PeerUnavailableError as error:
-            skipped[peer.name] = str(error)
-        except Exception as error:  # another runtime's failure is its own: the others are still measured
-            skipped[peer.name] = f"failed: {type(error).__name__}: {error}"[:200]
-    return runs, skipped
+def _bound(run: Callable[[Candidate], np.ndarray], candidate: Candidate) -> Callable[[], np.ndarray]:
+    return lambda: run(candidate)
 
 
-def summarise(timings: Timings) -> dict[str, Any]:
-    """Milliseconds of each candidate and our speed-up over each, and over the best of the others."""
-    ours = timings.runs[SPARSE]
-    others = {name: runs for name, runs in timings.runs.items() if name != SPARSE}
-    peers = {name: float(np.median(runs)) for name, runs in others.items() if name != DENSE}
-    best = min(peers, key=lambda name: peers[name]) if peers else None
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference as a share of the largest expected value; NaN where either has one."""
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def summarise(timings: Timings, ours: str, precision: str, peers: Mapping[str, str]) -> dict[str, Any]:
+    """What a results file says of a set of timings.
+
+    Args:
+        timings: of our engine, our dense one, and others.
+        ours, precision: the candidate that every ratio is of.
+        peers: other runtimes among the candidates -> their precision.
+    """
+    fast = timings.runs[ours]
+    ratios = {name: speedup(runs, fast).to_dict() for name, runs in timings.runs.items() if name != ours}
+    medians = {name: float(np.median(runs)) for name, runs in timings.runs.items()}
+    alike = [name for name, found in peers.items() if found == precision]
     return {
         "milliseconds": {name: spread(runs).to_dict() for name, runs in timings.runs.items()},
+        "runs_milliseconds": {name: (1e3 * runs).round(4).tolist() for name, runs in timings.runs.items()},
         "warmup_milliseconds": {name: 1e3 * value for name, value in timings.warmup.items()},
-        "speedup": {name: speedup(runs, ours).to_dict() for name, runs in others.items()},
-        "best_peer": best,
-        "rounds": list(ours.shape),
+        "speedup": ratios[DENSE],
+        "speedups": ratios,
+        "best_peer": min(alike, key=medians.__getitem__, default=None),
+        "best_peer_in_any_precision": min(peers, key=medians.__getitem__, default=None),
+        "plain_onnxruntime": next((name for name in peers if name.startswith(PLAIN.name)), None),
+        "noise": noise(timings.runs[DENSE]).to_dict(),
+        "rounds": list(fast.shape),
     }
-
-
-def _feed(model: Model, batch: int) -> Feed:
-    """A fixed step in the order of the graph's inputs: x, t [, y, guidance], coef, clip, base, h1, h2, z."""
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((batch, *model.config.data_shape), np.float32)
-    feed: Feed = {"x": x, "t": np.full(batch, 500.0, np.float32)}
-    if model.config.num_classes:
-        labels = np.zeros((1, batch), np.int64)
-        feed |= {"y": labels, "guidance": np.ones(1, np.float32)}
-    feed |= {"coef": np.array([0, 1, 1, 0, 0, 0, 0, 0], np.float32), "clip": np.array([-1e30, 1e30], np.float32)}
-    return feed | {name: np.zeros_like(x) for name in ("base", "h1", "h2", "z")}
-
-
-def _engine_run(engine: SparseEngine, feed: Mapping[str, np.ndarray]) -> Callable[[], np.ndarray]:
-    t = (float(feed["t"][0]) - engine.schedule.time_shift) / engine.schedule.time_scale
-    labels = feed["y"][0] if "y" in feed else None
-    return lambda: engine.predict(feed["x"], t, labels=labels)
-
-
-def _check_output(found: np.ndarray, expected: np.ndarray, precision: str) -> None:
-    error = float(np.abs(found - expected).max() / np.abs(expected).max())
-    if not error <= TOLERANCE[precision]:
-        raise PeerUnavailableError(f"computes something else: relative error {error:.1e}")
-
-
-def _write_onnx(folder: Path, graph: StepGraph) -> None:
-    onnx.save_model(graph.proto, folder / GRAPH_FILE)
-    with (folder / WEIGHTS_FILE).open("wb") as stream:
-        for chunk in weights_payload(graph.weights).chunks():
-            stream.write(chunk)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +12,15 @@ from typing import Any
 
 import torch
 
-from sparse_engine.errors import OptionError
+from sparse_engine.errors import OptionError, SparseEngineError, UnsupportedError
 from sparse_engine.export.checkpoint import Checkpoint
 from sparse_engine.export.families.uvit import FAMILY, UViT, UViTConfig
 from sparse_engine.export.model import Model
 
-from .compare import Progress, Settings, compare_model
+from .arms import runs_on_gpu
+from .compare import Progress, compare_model
+from .memory import available_bytes
+from .settings import Settings
 
 PATCHES, MLP_RATIOS = (1, 2, 4), (1, 2, 4, 8)
 # The authors' speed-ups on four A40 through CUTLASS (arXiv 2404.10445): (patch, mlp_ratio) -> ratio.
@@ -25,6 +30,12 @@ PAPER = {
     (1, 4): 1.23, (2, 4): 1.10, (4, 4): 0.98,
     (1, 8): 1.22, (2, 8): 1.17, (4, 8): 1.08,
 }  # fmt: skip
+PAPER_SAMPLER, PAPER_STEPS = "euler-sde", 50
+# What the memory estimate multiplies, held against the measured peaks of a cell of large weights and of one of many
+# tokens. Weights: as drawn, baked, traced, exported, and in engines. Activations: of two engines, one more while it is
+# profiled, and the torch reference.
+COPIES_OF_WEIGHTS, ENGINES = 7, 4
+ACTIVATIONS_PER_TOKEN = 8  # times embed_dim: residual, normalised, q, k, v, attended, and a skip
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,9 @@ class Preset:
     batch: int
 
     def config(self, patch: int, mlp_ratio: int) -> UViTConfig:
-        """The network of one cell."""
+        """The network of one cell. Raises OptionError where the heads do not divide the embedding."""
+        if self.embed_dim % self.heads:
+            raise OptionError(f"heads = {self.heads} does not divide embed_dim = {self.embed_dim}")
         return UViTConfig(32, patch, 3, self.embed_dim, self.depth, self.heads, mlp_ratio=float(mlp_ratio))
 
 
@@ -49,10 +62,40 @@ PRESETS = {
 
 
 def run_cell(preset: Preset, patch: int, mlp_ratio: int, settings: Settings, progress: Progress) -> dict[str, Any]:
-    """Time one cell. Returns a row of ``compare_model`` with the cell's place and the paper's number."""
-    result = compare_model(random_model(preset.config(patch, mlp_ratio)), [preset.batch], settings, progress)
-    place = {"patch": patch, "mlp_ratio": mlp_ratio, "paper": PAPER[patch, mlp_ratio]}
-    return {**place, "model": result["model"], **result["rows"][0]}
+    """Time one cell.
+
+    Returns:
+        A row of ``compare_model`` with the cell's place and the paper's number; in place of the measurements
+        {"failed": why} where the cell cannot be built or run here, or would not fit into memory.
+    """
+    cell = {"patch": patch, "mlp_ratio": mlp_ratio, "paper": PAPER[patch, mlp_ratio], "batch": preset.batch}
+    try:
+        config = preset.config(patch, mlp_ratio)
+        check_memory(config, preset.batch, on_gpu=runs_on_gpu(settings.backends[0]))
+        (row,) = compare_model(random_model(config), [preset.batch], settings, progress)
+        return {**cell, **row}
+    except SparseEngineError as error:
+        return {**cell, "failed": error.what}
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return {**cell, "failed": f"out of memory: {error}"[:200]}
+
+
+def check_memory(config: UViTConfig, batch: int, *, on_gpu: bool) -> None:
+    """Say before the work that it would not fit into the host's memory. Raises UnsupportedError.
+
+    What does not fit on a GPU is found where it runs out: how much an engine takes there depends on its backend.
+    """
+    needed, available = estimate_bytes(config, 0 if on_gpu else batch), available_bytes()
+    if available is not None and needed > available:
+        raise UnsupportedError(f"needs about {needed / 2**30:.1f} GiB of memory, and {available / 2**30:.1f} are free")
+
+
+def estimate_bytes(config: UViTConfig, batch: int) -> int:
+    """Memory that comparing two engines takes, from the sizes of weights and activations; see the constants above."""
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in UViT(config).parameters())
+    activations = batch * config.tokens * config.embed_dim * (ACTIVATIONS_PER_TOKEN + 2 * math.ceil(config.mlp_ratio))
+    return 4 * (COPIES_OF_WEIGHTS * weights + ENGINES * activations)
 
 
 def random_model(config: UViTConfig) -> Model:
@@ -60,7 +103,8 @@ def random_model(config: UViTConfig) -> Model:
     torch.manual_seed(0)
     state = {name: tensor.numpy() for name, tensor in UViT(config).state_dict().items()}
     checkpoint = Checkpoint(Path("random"), state, {}, {}, sha256="0" * 64)
-    return Model(checkpoint, FAMILY, config, FAMILY.recipe(config), [])
+    recipe = dataclasses.replace(FAMILY.recipe(config), sampler=PAPER_SAMPLER)
+    return Model(checkpoint, FAMILY, config, recipe, [])
 
 
 def parse_cells(text: str | None) -> list[tuple[int, int]]:

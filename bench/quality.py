@@ -1,12 +1,71 @@
-"""How good samples are: distances between sets of images, and between trajectories."""
+"""How good samples are: distances between sets of images, and what a runtime's arithmetic costs."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from sparse_engine.images import psnr
 
-__all__ = ["frechet_distance", "psnr"]
+from .workload import Workload
+
+__all__ = ["Judge", "frechet_distance", "measure_quality", "psnr"]
+
+STEPS, SAMPLER = 25, "dpm-solver++"
+PSNR_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Something that samples are held against.
+
+    Attributes:
+        images: how many samples it takes.
+        judge: (float32 [n, C, H, W] in the model's range, labels int64 [n] or None) -> name -> value.
+    """
+
+    images: int
+    judge: Callable[[np.ndarray, np.ndarray | None], dict[str, float]]
+
+
+def measure_quality(
+    candidates: Mapping[str, Any],
+    sample: Callable[[Any, Any, int, str], np.ndarray],
+    workload: Workload,
+    batch: int,
+    judges: Sequence[Judge],
+) -> dict[str, Any]:
+    """Draw the same seeds with every candidate, without guidance.
+
+    Args:
+        candidates: name -> runtime; the first is the fp32 reference.
+        sample: (runtime, feed, steps, sampler) -> float32 [batch, C, H, W].
+        workload: gives the starting noise and the labels.
+        batch: of each call.
+        judges: what the samples are held against, beside the reference's.
+
+    Returns:
+        {"steps", "sampler", "images", "rows": {name: {"psnr": dB against the reference's samples (None for the
+        reference and where there is no difference), ...}}}
+    """
+    images = max([PSNR_IMAGES, *(judge.images for judge in judges)])
+    starts = range(0, images, batch)
+    labels = workload.labels(images)
+    rows: dict[str, dict[str, float | None]] = {}
+    expected: np.ndarray | None = None
+    for name, candidate in candidates.items():
+        feeds = (workload.feed(np.arange(start, start + batch)) for start in starts)
+        drawn = np.concatenate([sample(candidate, feed, STEPS, SAMPLER) for feed in feeds])[:images]
+        expected = drawn if expected is None else expected
+        value_range = workload.model.recipe.value_range or (float(expected.min()), float(expected.max()))
+        distance = psnr(drawn, expected, value_range)
+        rows[name] = {"psnr": distance if np.isfinite(distance) else None}
+        for judge in judges:
+            rows[name] |= judge.judge(drawn, labels)
+    return {"steps": STEPS, "sampler": SAMPLER, "images": images, "rows": rows}
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .gpu.table import section as gpu_section
 from .report import markdown
 from .results_file import read_results
 
@@ -30,7 +31,7 @@ def section(folder: Path) -> str:
         versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
         parts.append(f"{title} (`{results['command']}`; {machine}, {threads}; {versions}):")
         parts.append(markdown(results))
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, [*parts, gpu_section(folder)]))
 
 
 def _processor(facts: str) -> str:

@@ -15,8 +15,9 @@ from sparse_engine.errors import InputError
 from sparse_engine.files import replacing
 from sparse_engine.tactics import processor_name
 
-SCHEMA = "sparse-engine-bench/1"
-PACKAGES = ("numpy", "onnxruntime", "openvino", "torch")
+SCHEMA = "sparse-engine-bench/2"  # docs/bench-results.md describes it
+FIRST_SCHEMA = "sparse-engine-bench/1"  # still read
+PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "torch")
 
 
 def describe_run(command: str, threads: int | None) -> dict[str, Any]:
@@ -45,15 +46,42 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Read a results file. Raises InputError where it is none, or of another schema."""
+    """Read a results file, one of the first schema too. Raises InputError where it is none, or of another schema."""
     try:
         results = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is no results file: {error}") from error
     found = results.get("schema") if isinstance(results, dict) else None
-    if found != SCHEMA:
+    if found not in (SCHEMA, FIRST_SCHEMA):
         raise InputError(f"{path} has schema {found!r}; expected {SCHEMA!r}", "run the bench again")
+    if found == FIRST_SCHEMA:
+        for row in rows_of(results):
+            _upgrade(row, str(results.get("precision")))
     return dict(results)
+
+
+def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was measured: the cells of a grid, or a model's batches. Cells that could not be built are among them."""
+    if results["kind"] == "kernels":
+        return []
+    rows: list[dict[str, Any]] = results["cells" if results["kind"] == "grid" else "rows"]
+    return rows
+
+
+def place(results: dict[str, Any], row: dict[str, Any]) -> str:
+    """Which cell or batch a row is, in words."""
+    if results["kind"] == "grid":
+        return f"patch {row['patch']}, mlp_ratio {row['mlp_ratio']}"
+    return f"batch {row['batch']}"
+
+
+def _upgrade(row: dict[str, Any], precision: str) -> None:
+    """A row of the first schema, whose ``speedup`` was one ratio per candidate and whose dense engine was fp32."""
+    row["speedups"] = row["speedup"]
+    row["speedup"] = row["speedups"]["dense"]
+    row["candidates"] = {
+        name: {"precision": "fp32" if name == "dense" else precision, "device": "cpu"} for name in row["milliseconds"]
+    }
 
 
 def _commit() -> str | None:

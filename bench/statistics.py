@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 2000
+CONFIDENCE = 0.99
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def spread(seconds: np.ndarray) -> Spread:
     return Spread(*(float(value) for value in values))
 
 
-def speedup(slow: np.ndarray, fast: np.ndarray, confidence: float = 0.99) -> Ratio:
+def speedup(slow: np.ndarray, fast: np.ndarray, confidence: float = CONFIDENCE) -> Ratio:
     """How many times faster: the median of paired ratios, with a bootstrap interval.
 
     Args:
@@ -68,3 +69,26 @@ def speedup(slow: np.ndarray, fast: np.ndarray, confidence: float = 0.99) -> Rat
     tail = 50 * (1 - confidence)
     low, high = np.percentile(medians, [tail, 100 - tail])
     return Ratio(float(np.median(ratios)), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What the timings of one candidate say of the machine.
+
+    Attributes:
+        same: the first call of each turn against the second: 1 but for noise.
+        drift: the slowest repeat's median over the fastest's.
+    """
+
+    same: Ratio
+    drift: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As results files hold it."""
+        return {"same": self.same.to_dict(), "drift": self.drift}
+
+
+def noise(seconds: np.ndarray) -> Noise:
+    """Of [repeats, calls] seconds, the calls in turns of two."""
+    repeats = np.median(seconds, axis=1)
+    return Noise(speedup(seconds[:, 0::2], seconds[:, 1::2]), float(repeats.max() / repeats.min()))

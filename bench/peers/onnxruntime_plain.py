@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from .base import Feed, Peer, PeerUnavailableError, Run, Subject
+from typing import Any
+
+from .base import Peer, PeerRunner, PeerUnavailableError, Subject
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-def _prepare(subject: Subject, feed: Feed) -> Run:
+def _prepare(subject: Subject) -> PeerRunner:
     try:
         import onnxruntime
     except ImportError as error:
         raise PeerUnavailableError("onnxruntime is not installed") from error
+    provider = PROVIDERS[subject.device]
+    if provider not in onnxruntime.get_available_providers():
+        raise PeerUnavailableError(f"this onnxruntime has no {provider}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = subject.threads
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(subject.onnx, options, providers=["CPUExecutionProvider"])
-    return lambda: session.run(["m"], feed)[0]
+    session = onnxruntime.InferenceSession(subject.onnx, options, providers=[provider])
+
+    def call(feed: dict[str, Any]) -> tuple[Any, Any]:
+        x_next, m = session.run(["x_next", "m"], feed)
+        return x_next, m
+
+    return PeerRunner(call)
 
 
-PLAIN = Peer("ONNX Runtime", ("fp32",), _prepare)
+PLAIN = Peer("ONNX Runtime", {"cpu": ("fp32",), "cuda": ("fp32",)}, _prepare)

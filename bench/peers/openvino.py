@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from .base import Feed, Peer, PeerUnavailableError, Run, Subject
+from .base import Peer, PeerRunner, PeerUnavailableError, Subject
+
+HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
-def _prepare(subject: Subject, feed: Feed) -> Run:
+def _prepare(subject: Subject) -> PeerRunner:
     try:
         import openvino
     except ImportError as error:
         raise PeerUnavailableError("openvino is not installed") from error
     core = openvino.Core()
-    model = core.read_model(subject.onnx)
-    model.reshape({name: list(array.shape) for name, array in feed.items()})
+    if subject.precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise PeerUnavailableError("this processor has no bf16 that OpenVINO uses")
     options = {
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[subject.precision],
+        "INFERENCE_PRECISION_HINT": HINTS[subject.precision],
         "INFERENCE_NUM_THREADS": str(subject.threads),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    request = core.compile_model(model, "CPU", options).create_infer_request()
+    model = core.read_model(subject.onnx)
+    requests: dict[tuple[int, ...], Any] = {}  # one for each shape of x
 
-    def run() -> np.ndarray:
-        m: np.ndarray = request.infer(feed, share_inputs=True, share_outputs=True)["m"]
-        return m
+    def call(feed: dict[str, Any]) -> tuple[Any, Any]:
+        shape = feed["x"].shape
+        if shape not in requests:
+            model.reshape({name: list(array.shape) for name, array in feed.items()})
+            requests[shape] = core.compile_model(model, "CPU", options).create_infer_request()
+        outputs = requests[shape].infer(feed, share_inputs=True)
+        return outputs["x_next"], outputs["m"]
 
-    return run
+    return PeerRunner(call)
 
 
-OPENVINO = Peer("OpenVINO", ("fp32", "bf16"), _prepare)
+OPENVINO = Peer("OpenVINO", {"cpu": ("fp32", "bf16")}, _prepare)

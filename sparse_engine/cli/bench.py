@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from sparse_engine.errors import OptionError
 from sparse_engine.files import check_writable
 
-from .terminal import bench_module, console, print_json, progress
+from .terminal import bench_module, console, errors, print_json, progress
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
 def command(
@@ -22,93 +24,135 @@ def command(
     kernels: Annotated[bool, typer.Option("--kernels", help="The CPU kernels alone, product by product.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="Your own model instead of the grid.")] = None,
     random: Annotated[str | None, typer.Option(help="Random weights of a preset's size: patch 2, mlp_ratio 4.")] = None,
+    earlier: Annotated[Path | None, typer.Option("--results", help="Show an earlier run's file: no measuring.")] = None,
     preset: Annotated[str, typer.Option(help="Size of the grid's networks: quick, uvit-s or paper.")] = "quick",
     cells: Annotated[str | None, typer.Option(help="Part of the grid, such as patch=1,mlp=4.")] = None,
-    batch: Annotated[str, typer.Option(help="Batch sizes for --checkpoint and --random.")] = "1,4,16",
+    batch: Annotated[str | None, typer.Option(help="Batch sizes [default: the preset's, else 1,4,16].")] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads, where the weights cannot tell.")] = None,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    backend: Annotated[
+        str, typer.Option(help="Backends, the one that counts first, such as onnxruntime,torch.")
+    ] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32, tf32, fp16 or bf16.")] = "fp32",
     threads: Annotated[int | None, typer.Option(help="CPU threads [default: one per core].")] = None,
-    repeat: Annotated[int, typer.Option(help="Repeats, each of several seconds.")] = 3,
-    seconds: Annotated[float, typer.Option(help="Timing per repeat.")] = 1.5,
+    repeat: Annotated[int, typer.Option(help="Repeats, the engines loaded afresh in each.")] = 5,
+    seconds: Annotated[float, typer.Option(help="Timing per repeat.")] = 0.4,
+    end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Time whole samples too.")] = False,
+    steps: Annotated[int, typer.Option(help="Of a whole sample.")] = 50,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time the other runtimes too.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time goes, by layer and kernel.")] = False,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Dense against dense: what the noise alone does.")
+    ] = False,
+    quality: Annotated[Path | None, typer.Option(help="Folder of reference images, for FID.")] = None,
+    samples: Annotated[int, typer.Option(help="Images that quality is judged by.")] = 500,
+    report: Annotated[Path | None, typer.Option(help="Folder for a page and its figures.")] = None,
+    compare_to: Annotated[
+        Path | None, typer.Option(help="An earlier run's file: what became faster or slower.")
+    ] = None,
+    max_loss: Annotated[float, typer.Option(help="With --compare-to: exit 1 past this loss.")] = 0.1,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the results to a JSON file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure 2:4 sparse against dense: interleaved, with intervals."""
-    if sum((compare_dense, kernels, checkpoint is not None, random is not None)) != 1:
-        raise OptionError("bench: expected one of --compare-dense, --checkpoint FILE, --random PRESET, --kernels")
-    if precision not in ("fp32", "bf16"):
-        raise OptionError(f"--precision {precision!r}: expected fp32 or bf16")
-    if repeat < 1 or not seconds > 0:
-        raise OptionError(f"--repeat {repeat} --seconds {seconds}: expected 1 or more, and more than 0")
+    compare_dense |= self_test and checkpoint is None and random is None
+    if sum((compare_dense, kernels, checkpoint is not None, random is not None, earlier is not None)) != 1:
+        raise OptionError(
+            "bench: expected one of --compare-dense, --checkpoint FILE, --random PRESET, --kernels, --results FILE"
+        )
+    _check_numbers(repeat=repeat, seconds=seconds, steps=steps, samples=samples, max_loss=max_loss)
+    if quality is not None and checkpoint is None:
+        raise OptionError("--quality goes with --checkpoint: random weights draw nothing that could be judged")
+    files, known = bench_module("results_file"), bench_module("settings")
+    if precision not in known.PRECISIONS:
+        raise OptionError(f"--precision {precision!r}: expected one of {', '.join(known.PRECISIONS)}")
     if output is not None:
         check_writable(output)
-    files = bench_module("results_file")
+    if report is not None:
+        bench_module("report.page").check_folder(report)
+    old = files.read_results(compare_to) if compare_to is not None else None
     results = files.describe_run("sparse-engine " + " ".join(sys.argv[1:]), threads)
+
+    def save(done: dict[str, Any]) -> None:
+        if output is not None:
+            files.write_results(output, done)
+
     if kernels:
-        products = bench_module("kernels")
-        measured = _products(products, precision, (threads,) if threads else (1, 2), seconds)
-        results |= {"kind": "kernels", "precision": precision, "cells": [products.summary(cell) for cell in measured]}
-        table = products.table(measured)
+        table = _products(results, precision, (threads,) if threads else (1, 2), seconds)
+        save(results)
+        print_json(results) if as_json else console.print(table)
+        return
+    if earlier is not None:
+        results = files.read_results(earlier)
     else:
-        settings = bench_module("compare").Settings(precision, threads, repeat, seconds, peers)
-        if compare_dense:
-            results |= _grid(preset, cells, settings)
-        else:
-            results |= _model(checkpoint, random, batch, heads, settings)
-        table = bench_module("report").rich_table(results)
-    if output is not None:
-        files.write_results(output, results)
+        whole = steps if end_to_end else None
+        backends = tuple(name.strip() for name in backend.split(","))
+        settings = known.Settings(precision, threads, repeat, seconds, peers, backends, whole, self_test)
+        with progress() as display:
+            task = display.add_task("", total=None)
+
+            def show(stage: str) -> None:
+                display.update(task, description=stage)
+
+            run = bench_module("run")
+            if checkpoint is not None:
+                judged = {"quality": quality, "samples": samples, "heads": heads}
+                run.run_checkpoint(results, checkpoint, batch, settings, save, show, **judged)
+            elif random is not None:
+                run.run_random(results, random, batch, settings, save, show)
+            else:
+                run.run_grid(results, preset, cells, settings, save, show, batch=batch, heads=heads)
+    if report is not None:
+        bench_module("report.page").write_report(report, results)
+    _show(results, as_json, profile)
+    if results.get("interrupted") and earlier is None:
+        raise typer.Exit(EXIT_INTERRUPTED)
+    failed = results.get("self_test") and not bench_module("report").self_test_verdict(files.rows_of(results))[0]
+    if failed or (old is not None and _lost(old, results, max_loss)):
+        raise typer.Exit(1)
+
+
+def _check_numbers(*, repeat: int, seconds: float, steps: int, samples: int, max_loss: float) -> None:
+    for name, value, least in (("repeat", repeat, 1), ("steps", steps, 1), ("samples", samples, 2)):
+        if value < least:
+            raise OptionError(f"--{name} {value}: expected {least} or more")
+    if not seconds > 0:
+        raise OptionError(f"--seconds {seconds}: expected more than 0")
+    if not max_loss >= 0:
+        raise OptionError(f"--max-loss {max_loss}: expected 0 or more, such as 0.1 for a tenth")
+
+
+def _products(results: dict[str, Any], precision: str, threads: tuple[int, ...], seconds: float) -> Table:
+    if precision not in ("fp32", "bf16"):
+        raise OptionError(f"--kernels --precision {precision}: the CPU kernels compute in fp32 or bf16")
+    products = bench_module("kernels")
+    with progress() as display:
+        task = display.add_task("timing products", total=None)
+        measured = []
+        for cell in products.measure(threads=threads, compute=precision, seconds_per_cell=seconds):
+            measured.append(cell)
+            display.update(task, description=f"{len(measured)} products timed")
+    results |= {"kind": "kernels", "precision": precision, "cells": [products.summary(cell) for cell in measured]}
+    table: Table = products.table(measured)
+    return table
+
+
+def _show(results: dict[str, Any], as_json: bool, profile: bool = False) -> None:
+    """Tables and what they do not say; or JSON."""
     if as_json:
         print_json(results)
         return
-    console.print(table)
+    tables = bench_module("report")
+    for table in [*tables.rich_tables(results), *(tables.profile_tables(results) if profile else [])]:
+        console.print(table)
+    for line in tables.remarks(results):
+        console.print(line, markup=False, highlight=False)
 
 
-def _products(products: ModuleType, precision: str, threads: tuple[int, ...], seconds: float) -> list[Any]:
-    with progress() as display:
-        task = display.add_task("timing products", total=None)
-        cells = []
-        for cell in products.measure(threads=threads, compute=precision, seconds_per_cell=seconds):
-            cells.append(cell)
-            display.update(task, description=f"{len(cells)} products timed")
-    return cells
-
-
-def _grid(preset: str, cells: str | None, settings: Any) -> dict[str, Any]:
-    grid, size = bench_module("grid"), _preset(preset)
-    wanted, done = grid.parse_cells(cells), []
-    with progress() as display:
-        task = display.add_task("", total=None)
-        for index, (patch, mlp_ratio) in enumerate(wanted):
-            place = f"cell {index + 1} of {len(wanted)}, patch {patch}, mlp_ratio {mlp_ratio}"
-
-            def show(stage: str, place: str = place) -> None:
-                display.update(task, description=f"{place}: {stage}")
-
-            done.append(grid.run_cell(size, patch, mlp_ratio, settings, show))
-    return {"kind": "grid", "preset": preset, "precision": settings.precision, "cells": done}
-
-
-def _model(checkpoint: Path | None, random: str | None, batch: str, heads: int | None, settings: Any) -> dict[str, Any]:
-    sizes = batch.split(",")
-    if not all(size.strip().isdecimal() and int(size) for size in sizes):
-        raise OptionError(f"--batch {batch!r}: expected whole numbers of 1 or more", "for example --batch 1,4,16")
-    batches, compare = [int(size) for size in sizes], bench_module("compare")
-    with progress() as display:
-        task = display.add_task("", total=None)
-
-        def show(stage: str) -> None:
-            display.update(task, description=stage)
-
-        if checkpoint is not None:
-            return {"kind": "model", **compare.compare_checkpoint(checkpoint, batches, settings, show, heads=heads)}
-        model = bench_module("grid").random_model(_preset(random).config(patch=2, mlp_ratio=4))
-        return {"kind": "model", "random": random, **compare.compare_model(model, batches, settings, show)}
-
-
-def _preset(name: str | None) -> Any:
-    presets = bench_module("grid").PRESETS
-    if name not in presets:
-        raise OptionError(f"preset {name!r} is not known; expected one of {', '.join(presets)}")
-    return presets[name]
+def _lost(old: dict[str, Any], new: dict[str, Any], allowed: float) -> bool:
+    """Show what changed on the error stream, which JSON leaves free; whether anything became slower than allowed."""
+    changes = bench_module("changes").compare_results(old, new, allowed)
+    errors.print(bench_module("report").change_table(changes))
+    lost = [change for change in changes if change.lost]
+    if lost:
+        errors.print(f"slower by more than {allowed:.0%}: {', '.join(change.where for change in lost)}", markup=False)
+    return bool(lost)

@@ -1,0 +1,35 @@
+"""How to measure: what the command line asks for, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# A runtime may differ from our dense fp32 engine by this share of the largest value before it is said to compute
+# something else.
+TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 3e-2, "bf16": 1e-1}
+PRECISIONS = tuple(TOLERANCE)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        precision: of our own engines. Where a backend has no dense engine in it, the dense one is fp32, and said to be.
+        threads: for every runtime; None is one per core.
+        repeats: how often everything is loaded afresh and timed for ``seconds``.
+        seconds: of timing in a repeat, for one batch of one model, all candidates together.
+        peers: time the other runtimes too.
+        backends: names as ``--backend`` takes them; ratios are of the first.
+        steps: of a whole sample, where that is timed beside the single step; None leaves it out.
+        self_test: time the dense engine against itself in place of the sparse one.
+    """
+
+    precision: str = "fp32"
+    threads: int | None = None
+    repeats: int = 5
+    seconds: float = 0.4
+    peers: bool = True
+    backends: tuple[str, ...] = ("auto",)
+    steps: int | None = None
+    self_test: bool = False

@@ -1,0 +1,102 @@
+"""What is measured: one model, its masks baked, in the form that each runtime takes."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from torch import nn
+
+from sparse_engine import sampling
+from sparse_engine.backends import StepGraph
+from sparse_engine.backends.base import GRAPH_FILE, WEIGHTS_FILE, NoiseSource, weights_payload
+from sparse_engine.export.bake import bake
+from sparse_engine.export.build import export_baked
+from sparse_engine.export.model import Model
+from sparse_engine.export.precision import lower
+from sparse_engine.export.step_graph import Step, UnconditionalStep
+
+from .peers import Feed, Subject
+
+NETWORK_TIME = 500.0  # any: the work of a step does not depend on it
+SEED = 0
+
+
+class Workload:
+    """A baked model; graphs are exported when they are first asked for."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.baked = bake(model)
+        self._graphs: dict[str, StepGraph] = {}
+
+    def graph(self, precision: str | None = None) -> StepGraph:
+        """The step graph, its network in a precision; None takes any, where shapes are all that matters."""
+        if precision is None:
+            precision = next(iter(self._graphs), "fp32")
+        if precision not in self._graphs:
+            self._graphs[precision] = export_baked(self.model, self.baked, precision)
+        return self._graphs[precision]
+
+    def torch_step(self, precision: str = "fp32") -> nn.Module:
+        """The same as a torch module, a fresh one."""
+        network = lower(self.model.network(self.baked.state), self.model.family.float32_layers, precision)
+        return (Step if self.model.config.num_classes else UnconditionalStep)(network)
+
+    @cached_property
+    def sparse_layers(self) -> tuple[str, ...]:
+        """Names of the layers that are 2:4."""
+        return tuple(layer.name for layer in self.baked.sparse_layers)
+
+    @property
+    def trained(self) -> bool:
+        """Whether the weights come from a file: random ones have no quality to lose."""
+        return self.model.checkpoint.path.exists()
+
+    def subject(self, folder: Path, device: str, threads: int, precision: str) -> Subject:
+        """What a peer is given; ``write_onnx`` has filled the folder."""
+        return Subject(self.torch_step, folder / GRAPH_FILE, device, threads, precision, self.sparse_layers)
+
+    def write_onnx(self, folder: Path) -> None:
+        """Write the float32 step graph as any runtime reads it."""
+        graph = self.graph("fp32")
+        onnx.save_model(graph.proto, folder / GRAPH_FILE)
+        with (folder / WEIGHTS_FILE).open("wb") as stream:
+            for chunk in weights_payload(graph.weights).chunks():
+                stream.write(chunk)
+
+    def labels(self, n: int) -> np.ndarray | None:
+        """Every class in turn, int64 [n]; None for an unconditional model."""
+        null = self.model.recipe.null_class
+        classes = [label for label in range(self.model.config.num_classes) if label != null]
+        return np.resize(np.array(classes, np.int64), n) if classes else None
+
+    def feed(self, images: np.ndarray) -> Feed:
+        """A fixed step from the seed's noise of some images, in the order of the graph's inputs.
+
+        x, t [, y, guidance], coef, clip, base, h1, h2, z; m is the network's own output.
+        """
+        batch = len(images)
+        x = sampling.normal(SEED, images, 0, self.model.config.data_shape)
+        feed: Feed = {"x": x, "t": np.full(batch, NETWORK_TIME, np.float32)}
+        labels = self.labels(int(images[-1]) + 1)
+        if labels is not None:
+            feed |= {"y": np.ascontiguousarray(labels[images][None]), "guidance": np.ones(1, np.float32)}
+        feed |= {"coef": np.array([0, 1, 1, 0, 0, 0, 0, 0], np.float32), "clip": np.array([-1e30, 1e30], np.float32)}
+        return feed | {name: np.zeros_like(x) for name in ("base", "h1", "h2", "z")}
+
+    def noise(self, images: np.ndarray) -> NoiseSource:
+        """What a stochastic sampler draws for these images, the same for every runtime."""
+        return lambda index: sampling.normal(SEED, images, index, self.model.config.data_shape)
+
+    def describe(self) -> dict[str, Any]:
+        """As results files hold it."""
+        return {
+            "family": self.model.family.name,
+            "config": vars(self.model.config),
+            "masked_layers": sum(layer.masked for layer in self.baked.layers),
+            "macs": sum(layer.macs for layer in self.baked.layers),
+        }

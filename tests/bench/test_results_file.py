@@ -1,0 +1,41 @@
+"""Files of this schema, of the first, and of others."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sparse_engine.bench.arms import DENSE, SPARSE
+from sparse_engine.bench.results_file import SCHEMA, read_results, rows_of, write_results
+from sparse_engine.errors import InputError
+
+RATIO = {"median": 1.5, "low": 1.4, "high": 1.6, "tie": False}
+
+
+def test_the_first_schema_is_still_read(tmp_path: Path) -> None:
+    times = {name: {"median": 1.0, "p5": 1.0, "p95": 1.0, "p99": 1.0} for name in (SPARSE, DENSE, "OpenVINO")}
+    row = {"batch": 1, "milliseconds": times, "speedup": {DENSE: RATIO, "OpenVINO": RATIO}, "skipped": {}}
+    old = {"schema": "sparse-engine-bench/1", "kind": "model", "precision": "bf16", "rows": [row]}
+    write_results(tmp_path / "old.json", old)
+    (found,) = rows_of(read_results(tmp_path / "old.json"))
+    assert found["speedup"] == RATIO
+    assert found["speedups"]["OpenVINO"] == RATIO
+    assert [found["candidates"][name]["precision"] for name in (SPARSE, DENSE, "OpenVINO")] == ["bf16", "fp32", "bf16"]
+
+
+def test_the_committed_results_are_read() -> None:
+    files = sorted((Path(__file__).parents[2] / "bench" / "results").glob("cpu-*.json"))
+    assert files
+    for file in files:
+        assert all("median" in row["speedup"] for row in rows_of(read_results(file)) if "failed" not in row)
+
+
+def test_results_of_another_schema_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps({"schema": "other/2"}))
+    with pytest.raises(InputError, match=f"has schema 'other/2'; expected '{SCHEMA}'"):
+        read_results(file)
+    for text in ("{", "[]"):
+        file.write_text(text)
+        with pytest.raises(InputError, match=r"x\.json"):
+            read_results(file)
