@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DIGITS := examples/digits
+GPU_PYTHON ?= $(PYTHON)
+GPU_ARGS ?=
 
-.PHONY: demo test lint format clean
+.PHONY: demo test gpu-check lint format clean
 
 demo: $(READY)
 	mkdir -p out
@@ -25,6 +27,14 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# Runs from the checkout with any Python that has torch with CUDA, numpy and onnx: nothing is installed.
+# make gpu-check GPU_ARGS="--steps 1,3 --budget 200"
+gpu-check:
+	rm -rf out/path
+	mkdir -p out/path/sparse_engine
+	ln -s $(CURDIR)/sparse_engine/* $(CURDIR)/export $(CURDIR)/calibration $(CURDIR)/bench out/path/sparse_engine
+	PYTHONPATH=$(CURDIR)/out/path $(GPU_PYTHON) -P -m sparse_engine.bench.gpu $(GPU_ARGS)
+
 format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
@@ -33,7 +43,7 @@ format: $(READY)
 $(READY): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cpu,export,bench,examples,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cpu,export,bench,examples,dev,tensorrt-rtx]'
 	touch $@
 
 clean:

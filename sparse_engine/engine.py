@@ -19,7 +19,7 @@ from sparse_engine.manifest import Manifest
 Callback = Callable[[int, float, np.ndarray], object]
 Labels = int | Sequence[int] | np.ndarray
 Decoder = Callable[[np.ndarray], np.ndarray]
-OUTPUTS = ("uint8", "float")
+OUTPUTS = ("uint8", "float", "dlpack")
 TRAJECTORY_OPTIONS = ("t_start", "t_end", "spacing", "eta", "variance", "order", "denoise_to_zero")
 
 
@@ -101,7 +101,9 @@ class SparseEngine:
             guidance: classifier-free guidance weight w, eps = w eps(y) + (1 - w) eps(null). None or 1 is without.
                 SparseDM's and U-ViT's scale s is w = 1 + s.
             batch_size: samples per network call; None is the build's usual batch.
-            output: "uint8" for [n, H, W, C], "float" for float32 [n, C, H, W] in the model's own range.
+            output: "uint8" for [n, H, W, C], "float" for float32 [n, C, H, W] in the model's own range, "dlpack" for
+                the same, one batch, left on the device that made it: an object with ``__dlpack__`` (a tensor for the
+                torch backend).
             noise: float32 [n, C, H, W] to start from in place of the seed's.
             init: float32 [n, C, H, W] in the model's range: start from these, noised to ``t_start``.
             t_start: the schedule time to start from; None is the schedule's end.
@@ -132,6 +134,13 @@ class SparseEngine:
             decoder=decoder,
             **options,
         )
+        if output == "dlpack":
+            if n > (size := batch_size or self.manifest.batch[1]):
+                raise OptionError(
+                    f'output="dlpack" is one batch, and n = {n} is more than batch_size = {size}',
+                    "use stream(), or pass batch_size=n",
+                )
+            return next(batches)
         return np.concatenate(list(batches))
 
     def stream(
@@ -170,8 +179,9 @@ class SparseEngine:
             for first in range(0, n, size):
                 images = np.arange(first, min(first + size, n))
                 x = self._start(trajectory, seed, images, noise, init)
+                labels_of = y[:, images] if y is not None else None
                 yield finish(
-                    self._walk(trajectory, seed, images, x, y[:, images] if y is not None else None, weights, callback)
+                    self._walk(trajectory, seed, images, x, labels_of, weights, callback, on_device=output == "dlpack")
                 )
 
         return batches()
@@ -298,12 +308,15 @@ class SparseEngine:
         y: np.ndarray | None,
         weights: np.ndarray,
         callback: Callback | None,
+        on_device: bool,
     ) -> np.ndarray:
         def draw(index: int) -> np.ndarray:
             return sampling.normal(seed, images, index, self.manifest.data_shape)
 
         y = None if y is None else np.ascontiguousarray(y)
-        return self._live().run(trajectory, x, labels=y, guidance=weights, noise=draw, callback=callback)
+        options: dict[str, Any] = {"labels": y, "guidance": weights, "noise": draw, "callback": callback}
+        found: np.ndarray = self._live().run(trajectory, x, on_device=on_device, **options)
+        return found
 
     def _start(
         self,
@@ -377,6 +390,12 @@ class SparseEngine:
         if output not in OUTPUTS:
             raise OptionError(f"output = {output!r}; expected one of {', '.join(OUTPUTS)}")
         value_range = self.manifest.value_range
+        if output == "dlpack":
+            if decoder is not None:
+                raise OptionError(
+                    'a decoder takes NumPy arrays, and output="dlpack" makes none', "decode what it returns"
+                )
+            return lambda x: x
         if decoder is not None:
             value_range = (-1.0, 1.0)
         elif output == "uint8" and value_range is None:

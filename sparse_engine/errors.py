@@ -42,6 +42,10 @@ class OptionError(InputError, ValueError):
     """An argument has a value that cannot be used."""
 
 
+class QualityLimitError(OptionError):
+    """Quantisation costs more quality than was allowed, whatever stays float."""
+
+
 class OutputError(InputError):
     """A result cannot be written where it was asked for."""
 

@@ -33,6 +33,7 @@ class Manifest:
         batch: (smallest, usual, largest).
         checkpoint_sha256, graph_sha256: of the file built from, and of the step graph.
         notes: what the build said aloud.
+        quantisation: of an int8 or fp8 engine, how it was calibrated and what that cost; None for others.
         files: payload name -> {"size", "sha256"}.
     """
 
@@ -56,6 +57,7 @@ class Manifest:
     graph_sha256: str
     notes: list[str]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    quantisation: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,6 +81,7 @@ class Manifest:
                 "upgrade sparse-engine, or rebuild the engine with this version",
             )
         names = {entry.name: entry for entry in dataclasses.fields(cls)}
+        values.setdefault("quantisation", None)  # files of tool version 0.1.0 have no such entry
         missing = [name for name in names if name not in values]
         if missing or not isinstance(values["files"], dict):
             raise EngineFileError(f"{where}: its manifest lacks {', '.join(missing) or 'files'}", "rebuild the engine")

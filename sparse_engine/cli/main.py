@@ -11,7 +11,7 @@ import typer
 from sparse_engine import __version__
 from sparse_engine.errors import SparseEngineError
 
-from . import bench, build, doctor, inspect, sample, samplers, verify
+from . import bench, build, calibrate, doctor, export_triton, inspect, sample, samplers, verify
 from .terminal import errors
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -24,8 +24,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for module in (build, inspect, sample, verify, bench, samplers, doctor):
-    app.command(module.__name__.rpartition(".")[2])(module.command)
+for module in (build, calibrate, inspect, sample, verify, bench, export_triton, samplers, doctor):
+    app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)
 
 
 def _version(wanted: bool) -> None:

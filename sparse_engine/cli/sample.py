@@ -32,6 +32,7 @@ def command(
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance weight w; 1 is without.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per network call.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads [default: one per core].")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1 [default: the backend's own].")] = None,
     check: Annotated[bool, typer.Option("--check", help="Hash the engine's weights first.")] = False,
     autotune: Annotated[
         bool, typer.Option("--autotune/--no-autotune", help="Time the kernels on this machine.")
@@ -53,7 +54,10 @@ def command(
     if output.suffix in (".png", ".npz"):
         check_writable(output)
     as_array = output.suffix == ".npz"
-    with SparseEngine.load(engine, threads=threads, check=check, autotune=autotune) as loaded, progress() as display:
+    with (
+        SparseEngine.load(engine, threads=threads, device=device, check=check, autotune=autotune) as loaded,
+        progress() as display,
+    ):
         size = batch_size or loaded.manifest.batch[1]
         task = display.add_task("sampling", total=math.ceil(max(n, 1) / max(size, 1)) * steps)
         batches = loaded.stream(
@@ -73,7 +77,7 @@ def command(
             variance=variance,
             order=order,
             clip=clip,
-            callback=lambda *_: display.advance(task),
+            callback=(lambda *_: display.advance(task)) if errors.is_terminal else None,  # it costs a GPU its pace
         )
         written = write_samples(output, batches)
     errors.print(f"{written} samples: {output}", highlight=False, markup=False)

@@ -13,7 +13,15 @@ from typing import Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from sparse_engine.errors import MissingDependencyError
@@ -59,9 +67,10 @@ def _finite(value: Any) -> Any:
 
 
 @contextmanager
-def progress() -> Iterator[Progress]:
-    """A progress display on the error stream; silent where that is no terminal."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+def progress(bar: bool = False) -> Iterator[Progress]:
+    """A progress display on the error stream, with a bar for work of known length; silent where that is no terminal."""
+    bars = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn()) if bar else ()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), *bars, TimeElapsedColumn())
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as display:
         yield display
 
