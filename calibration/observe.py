@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto
 
+from sparse_engine.backends.attention import fuse_attention
 from sparse_engine.backends.base import IDENTITY_ROW, NO_CLIP, StepGraph
-from sparse_engine.backends.onnxruntime.attention import Attention, fuse_attention
+from sparse_engine.backends.onnxruntime.attention import runtime_nodes
 from sparse_engine.errors import BackendError, InputError
 
 from .collect import CalibrationData
@@ -145,7 +146,7 @@ def _session(graph: StepGraph, tensors: Sequence[str]) -> Any:
 
     model = onnx.ModelProto()
     model.CopyFrom(graph.proto)
-    fuse_attention(model, Attention.runtime_nodes)
+    fuse_attention(model, runtime_nodes)
     known = {entry.name for entry in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in known)
     options = onnxruntime.SessionOptions()

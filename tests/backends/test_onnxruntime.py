@@ -10,8 +10,9 @@ import pytest
 
 from sparse_engine import SparseEngine, kernels
 from sparse_engine.artifact import EngineFile
+from sparse_engine.backends.attention import fuse_attention
 from sparse_engine.backends.onnxruntime import choose
-from sparse_engine.backends.onnxruntime.attention import Attention, fuse_attention
+from sparse_engine.backends.onnxruntime.attention import runtime_nodes
 from sparse_engine.backends.onnxruntime.layers import LAYER_OPS, FusedLayer, _to_nibbles, from_nibbles
 from sparse_engine.errors import UnsupportedError
 from sparse_engine.export.families.uvit import UViTConfig
@@ -177,13 +178,13 @@ def test_attention_is_fused_and_lookalikes_are_left_alone(dense_file: Path) -> N
     proto = graph_of(dense_file)
     other = onnx.ModelProto()
     other.CopyFrom(proto)
-    assert fuse_attention(proto, Attention.runtime_nodes) == 3
+    assert fuse_attention(proto, runtime_nodes) == 3
     assert [node.op_type for node in proto.graph.node].count("MultiHeadAttention") == 3
     assert "Softmax" not in {node.op_type for node in proto.graph.node}
     onnx.checker.check_model(_bare(proto))
     merge = next(node for node in other.graph.node if node.op_type == "Softmax")
     merge.op_type = "LogSoftmax"
-    assert fuse_attention(other, Attention.runtime_nodes) == 2
+    assert fuse_attention(other, runtime_nodes) == 2
 
 
 def _bare(proto: onnx.ModelProto) -> onnx.ModelProto:

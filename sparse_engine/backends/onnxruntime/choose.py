@@ -12,10 +12,11 @@ import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from sparse_engine import __version__, kernels
+from sparse_engine.backends.attention import Attention
 from sparse_engine.manifest import Manifest
 from sparse_engine.tactics import Choice, TacticCache
 
-from .attention import MICROSOFT, Attention
+from .attention import MICROSOFT, own_node, runtime_nodes
 from .compute import attention_in, products_in
 from .layers import DOMAIN, FusedLayer
 
@@ -116,8 +117,8 @@ class Chooser:
         feed = {attention.qkv: rng.standard_normal((batch, attention.tokens, 3 * width), np.float32)}
         output = {attention.output: (batch, attention.tokens, width)}
         nodes = {
-            "own": attention.own_node(self._attention_compute, pool_size(self._threads)),
-            "onnxruntime": attention.runtime_nodes(),
+            "own": own_node(attention, self._attention_compute, pool_size(self._threads)),
+            "onnxruntime": runtime_nodes(attention),
         }
         return {name: _alone(each, feed, output, {}, self._threads) for name, each in nodes.items()}
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 
 from sparse_engine.artifact import EngineFile
+from sparse_engine.backends.attention import fuse_attention
 from sparse_engine.backends.base import (
     GRAPH_FILE,
     BuildOptions,
@@ -26,7 +27,7 @@ from sparse_engine.backends.cuda.runtime import Cuda, find_gpu
 from sparse_engine.backends.device_loop import CaptureError, OutOfDeviceMemoryError, StepBuffers
 from sparse_engine.errors import BackendError, OptionError, UnsupportedError
 
-from .attention import MICROSOFT, Attention, fuse_attention
+from .attention import runtime_nodes
 from .session import Prepared, create_session, weights_in_place
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class SessionDevice(CudaDevice):
         super().__init__(cuda, index)
         prepared = Prepared(onnx.load_model_from_string(engine.read(GRAPH_FILE)))
         weights_in_place(prepared.model, engine)
-        fuse_attention(prepared.model, Attention.runtime_nodes, domains=(MICROSOFT,))
+        fuse_attention(prepared.model, runtime_nodes)
         try:
             self._session: Any = create_session(prepared, engine.path, None, providers=self._providers(engine))
         except Exception as error:  # ONNX Runtime's own exceptions have no common public base

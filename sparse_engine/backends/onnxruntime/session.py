@@ -13,9 +13,10 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from sparse_engine import kernels
 from sparse_engine.artifact import EngineFile
+from sparse_engine.backends.attention import Attention, fuse_attention
 from sparse_engine.backends.base import GRAPH_FILE, WEIGHTS_FILE
 
-from .attention import Attention, fuse_attention
+from .attention import own_node, runtime_nodes
 from .choose import Chooser, LayerChoice, pool_size
 from .compute import attention_in, products_in
 from .layers import DOMAIN, LAYER_OPS, FusedLayer, from_nibbles
@@ -107,7 +108,7 @@ def _fuse_attentions(prepared: Prepared, chooser: Chooser, threads: int | None, 
         choice = chooser.attention(attention)
         kernel = choice.kernel if choice else "onnxruntime"
         prepared.attention = {"kernel": kernel, "milliseconds": choice.milliseconds if choice else {}}
-        return attention.own_node(compute, pool_size(threads)) if kernel == "own" else attention.runtime_nodes()
+        return own_node(attention, compute, pool_size(threads)) if kernel == "own" else runtime_nodes(attention)
 
     fused = fuse_attention(prepared.model, replace)
     prepared.attention["fused"] = fused

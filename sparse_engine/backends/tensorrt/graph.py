@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from sparse_engine.backends.attention import Attention, fuse_attention
 from sparse_engine.backends.base import StepGraph
 from sparse_engine.backends.onnx_graph import only_consumer, refer_to_weights
-from sparse_engine.backends.onnxruntime.attention import Attention, fuse_attention
 
 ATTENTION_OPSET = 23  # the first with Attention
 
@@ -51,26 +51,15 @@ def with_attention_nodes(graph: StepGraph) -> tuple[StepGraph, int]:
     """The step graph with each attention as ONNX's Attention, and how many there are."""
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
-    fused = fuse_attention(proto, _attention_nodes, domains=())
+    fused = fuse_attention(proto, _attention_nodes)
     if fused:
         next(entry for entry in proto.opset_import if not entry.domain).version = ATTENTION_OPSET
     return StepGraph(proto, graph.weights, graph.layers, graph.state), fused
 
 
 def _attention_nodes(attention: Attention) -> list[NodeProto]:
-    name = f"{attention.output}.attention"
-    parts = [f"{name}.{part}" for part in "qkv"]
-    split = helper.make_node("Split", [attention.qkv], parts, name=f"{name}.split", axis=-1, num_outputs=3)
-    fused = helper.make_node(
-        "Attention",
-        parts,
-        [attention.output],
-        name=name,
-        q_num_heads=attention.heads,
-        kv_num_heads=attention.heads,
-        scale=attention.scale,
-    )
-    return [split, fused]
+    heads = attention.heads
+    return attention.nodes("Attention", q_num_heads=heads, kv_num_heads=heads, scale=attention.scale)
 
 
 def _shapes(proto: ModelProto) -> dict[str, tuple[int | str, ...]]:
