@@ -172,11 +172,13 @@ class DeviceLoop(Generic[B]):
     Args:
         device: buffers, the step, and recordings.
         chunk: steps that are enqueued together, a multiple of ``PERIOD``.
+        smallest: batch that the device takes; none is halved below it.
     """
 
-    def __init__(self, device: StepDevice[B], chunk: int = CHUNK) -> None:
+    def __init__(self, device: StepDevice[B], chunk: int = CHUNK, smallest: int = 1) -> None:
         self._device = device
         self._chunk = chunk
+        self._smallest = smallest
         self._lock = threading.RLock()  # a callback may use the engine
         self._closed = False
         self._states: dict[tuple[int, int], _State[B]] = {}  # none that is in use
@@ -248,7 +250,8 @@ class DeviceLoop(Generic[B]):
         while pending:
             part = pending.pop(0)
             count = part.stop - part.start
-            if self._largest is None or count <= self._largest:
+            divisible = count >= 2 * self._smallest
+            if self._largest is None or count <= self._largest or not divisible:
                 try:
                     done.append(work(part))
                     continue
@@ -257,7 +260,7 @@ class DeviceLoop(Generic[B]):
                         self._forget()
                         pending.insert(0, part)
                         continue
-                    if count == 1:
+                    if not divisible:
                         raise
                     self._largest = count // 2
             middle = part.start + (count + 1) // 2

@@ -20,7 +20,8 @@ class TensorRTOptions:
         optimization_level: 0 (fast build) to 5 (slow build); TensorRT's default is 3.
         cache: keep timings and engines in the user's cache folder.
         hardware_compatible: the plan runs on Ampere and every later GPU, slower.
-        version_compatible: the plan runs on later versions of TensorRT of the same major number.
+        version_compatible: the plan runs on later versions of TensorRT of the same major number; it holds code of the
+            host for that (TensorRT's lean runtime), which loading it runs.
         strip_weights: leave the weights out of the plan and put them back when it is loaded.
         compute_capabilities: GPUs that a TensorRT for RTX plan is for ("8.6", "12.0"); none is the one found here, or,
             where there is none, any.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,6 +84,24 @@ def _print_summary(path: Path, report: dict[str, Any]) -> None:
         backend = report["backend"]
         line += f"; engine for {backend['name']} {backend.get('version')}, {report['precision']}"
     console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if "profile" in report.get("backend", {}):
+        console.print(_plan_line(report["backend"]), markup=False, highlight=False, soft_wrap=True)
+    dense = [layer for layer in report["layers"] if layer["masked"] and not layer.get("chosen", True)]
+    for why, count in Counter(layer["why"] for layer in dense if layer.get("why")).most_common():
+        line = f"no sparse kernel in {count} masked layers: {why}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _plan_line(backend: dict[str, Any]) -> str:
+    """How a TensorRT plan was built, and for what."""
+    targets = ", ".join(backend["compute_capabilities"]) or backend["compute_capability"] or "any RTX GPU"
+    built_on = f" ({backend['device']})" if backend["device"] else ""
+    line = (
+        f"plan for compute capability {targets}{built_on}, batch {'/'.join(map(str, backend['profile']))}, "
+        f"Linears as {backend['linear']}, attention {backend['attention']}"
+    )
+    timed = [f"{name} {value:.3g} ms" for name, value in (backend["timed"] or {}).items()]
+    return f"{line}; timed: {', '.join(timed)}" if timed else line
 
 
 def _layer_table(layers: list[dict[str, Any]]) -> Table:

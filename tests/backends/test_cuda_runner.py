@@ -31,9 +31,9 @@ def step(x, t, coef, clip, base, h1, h2, z, y=None, guidance=None) -> tuple[np.n
     return coef[2] * x + coef[3] * base + coef[4] * m + coef[5] * h1 + coef[6] * h2 + coef[7] * z, m
 
 
-def make_runner(cuda: FakeCuda, labels: bool = True, profile: tuple = (1, 4, 16), lanes: int = 1) -> CudaRunner:
-    devices = [TensorRTDevice(cuda, FakeEngine(cuda, step, labels), 0, "user managed") for _ in range(lanes)]
-    return CudaRunner(devices, profile, {"library": "fake"})
+def make_runner(cuda: FakeCuda, labels: bool = True, profile: tuple = (1, 4, 16)) -> CudaRunner:
+    engine = FakeEngine(cuda, step, labels, smallest=profile[0])
+    return CudaRunner([TensorRTDevice(cuda, engine, 0, "user managed")], profile, {"library": "fake"})
 
 
 def trajectory(sampler: str = "euler-sde", steps: int = 30) -> sampling.Trajectory:
@@ -110,6 +110,21 @@ def test_a_batch_too_large_for_memory_is_split() -> None:
     runner = make_runner(cuda)
     assert close_to(runner.run(table, **inputs), reference(table, **inputs))
     assert runner.describe()["largest_batch"] < 16
+    runner.close()
+    assert cuda.leaks() == {}
+
+
+@pytest.mark.parametrize("smallest", [4, 7, 16])
+def test_a_batch_is_not_split_below_the_profile(smallest: int) -> None:
+    table, inputs = trajectory("dpm-solver++", 8), draws(16)
+    cuda = FakeCuda(memory=16 * 1024)
+    runner = make_runner(cuda, profile=(smallest, 16, 16))
+    if smallest == 16:
+        with pytest.raises(OutOfDeviceMemoryError, match="out of memory"):
+            runner.run(table, **inputs)
+    else:
+        for _ in range(2):
+            assert close_to(runner.run(table, **inputs), reference(table, **inputs))
     runner.close()
     assert cuda.leaks() == {}
 

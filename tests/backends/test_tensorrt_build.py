@@ -340,6 +340,10 @@ def test_the_command_line(tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.
         assert run(["inspect", str(path), "--json"]) == 0
         report = json.loads(capsys.readouterr().out)
         assert any(note.startswith("cannot run here: ") for note in report["notes"])
+        assert run(["inspect", str(path)]) == 0
+        said = capsys.readouterr().out
+        assert "plan for compute capability 8.6, 8.9, batch 1/16/64, Linears as matmul, attention Attention" in said
+        assert "no sparse kernel in 12 masked layers: TensorRT for RTX has no sparse kernels" in said
         assert run(["sample", str(path)]) == 2
         assert "needs the tensorrt-rtx backend: there is no NVIDIA driver" in capsys.readouterr().err
     path.unlink()

@@ -130,6 +130,13 @@ def test_another_gpu(machine: Machine, engine_file: Path) -> None:
     assert "NVIDIA H100 (compute capability 9.0)" in error.what
 
 
+def test_another_gpu_of_the_same_compute_capability(machine: Machine, engine_file: Path) -> None:
+    machine.gpu = Gpu(0, "NVIDIA GeForce RTX 3090", "8.6", 24 << 30, "12.4")
+    error = refused(engine_file, machine)
+    assert "was built on NVIDIA A40 (compute capability 8.6); here is" in error.what
+    assert "NVIDIA GeForce RTX 3090 (compute capability 8.6)" in error.what
+
+
 def test_a_gpu_that_an_rtx_plan_was_not_built_for(
     machine: Machine, small_model: tuple, step_graph: Callable[[str], StepGraph], tmp_path: Path
 ) -> None:
@@ -250,7 +257,7 @@ def test_plans_are_timed_and_the_fastest_is_kept_and_reported(
     path = tmp_path / "x.sengine"
     manifest = write_built(path, *small_model, step_graph("fp16"), backend_named("tensorrt"), options)
     assert built == [("MatMul", True), ("Gemm", True), ("Conv", True), ("MatMul", False)]
-    assert manifest.backend["timed"][fastest] == 1.0
+    assert manifest.backend["timed"][fastest] == 1.0 / plans.STEPS_TIMED
     assert manifest.backend["linear"] == fastest.split()[1]
     assert EngineFile(path).read("step.plan") == (b"plan 2" if chosen else b"plan 4")
     assert (manifest.backend["device"], manifest.backend["compute_capability"]) == ("NVIDIA A40", "8.6")

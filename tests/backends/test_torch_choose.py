@@ -22,7 +22,7 @@ from sparse_engine.backends.torch.network import (
 from sparse_engine.backends.torch.products import DEFAULT_ALGORITHM, DenseProduct, ObstacleError
 from sparse_engine.backends.torch.recorded import MAX_REPEATS, repeats
 from sparse_engine.export.families.uvit import UViT
-from sparse_engine.tactics import Choice
+from sparse_engine.tactics import Choice, TacticCache
 from tests.backends.test_torch_packing import two_of_four
 from tests.conftest import TINY
 
@@ -204,6 +204,17 @@ def test_products_are_held_against_float32(error: float) -> None:
     else:
         with pytest.raises(ObstacleError, match="computes something else: relative error"):
             check_product(Off(weight, bias), weight, bias, x)
+
+
+def test_the_search_is_short_whatever_the_layer(timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, bias = layer()
+    rows: list[int] = []
+    monkeypatch.setattr(FakeCusparselt, "search", lambda self, x: rows.append(len(x)) or (3, 2, 1))
+    chooser().choose("fc", weight, bias)
+    monkeypatch.setattr(choose, "SEARCHED_OPERATIONS", 2 * 50 * weight.numel())
+    monkeypatch.setattr(choose, "TacticCache", lambda **facts: TacticCache(**facts, another="cache"))
+    chooser().choose("fc", weight, bias)
+    assert rows == [10, 40, 160, 10, 40, 50]
 
 
 def test_a_timed_graph_is_short_whatever_the_layer() -> None:

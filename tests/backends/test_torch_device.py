@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -78,10 +79,11 @@ class Identity(torch.nn.Module):
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
     monkeypatch.setattr(FakeGraph, "fake", fake, raising=False)
+    handles = itertools.count(1)
     for name, value in {
         "Stream": FakeStream,
         "current_stream": lambda device=None: "the default stream",
-        "graph_pool_handle": lambda: (0, 1),
+        "graph_pool_handle": lambda: (0, next(handles)),
         "device": lambda device: contextlib.nullcontext(),
         "stream": fake.stream,
         "graph": fake.graph,
@@ -150,8 +152,10 @@ def test_what_cannot_be_recorded_is_said_and_leaves_the_compiled_step(cuda: Fake
 
 def test_an_invalidated_recording_is_an_error_too(cuda: FakeCuda) -> None:
     cuda.fail = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    device = make()
     with pytest.raises(CaptureError, match="previous error during capture"):
-        make().capture(lambda: None)
+        device.capture(lambda: None)
+    assert device._pool == (0, 2)  # PyTorch holds the first for one that is still being recorded into
 
 
 def test_a_closed_device_runs_nothing(cuda: FakeCuda) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
 from sparse_engine import kernels
-from sparse_engine.backends.torch import packing
+from sparse_engine.backends.torch import packing, products
 from sparse_engine.backends.torch.packing import pack, unpack
 from sparse_engine.backends.torch.products import (
     CusparseltProduct,
@@ -131,6 +131,27 @@ def emulate_cutlass(packed: torch.Tensor, meta: torch.Tensor, x: torch.Tensor) -
 def test_no_sparse_product_on_a_cpu(kind: type) -> None:
     with pytest.raises(ObstacleError, match="no CUDA: the engine runs on cpu"):
         kind(two_of_four(32, 64, torch.float16), None)
+
+
+@pytest.mark.parametrize("bias", [None, torch.zeros(32, dtype=torch.float16)], ids=["no bias", "bias"])
+def test_a_library_that_refuses_this_gpu_says_so_where_the_product_is_made(
+    bias: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's CUTLASS kernel packs a weight on any GPU, and refuses the first product on Hopper."""
+
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("sparse_semi_structured_mad_op : Supported only on GPUs with compute capability 8.x")
+
+    monkeypatch.setattr(products, "_check", lambda weight, kind: None)
+    monkeypatch.setattr(torch, "_sparse_semi_structured_mm", refuse)
+    monkeypatch.setattr(torch, "_sparse_semi_structured_addmm", refuse)
+    with pytest.raises(RuntimeError, match="compute capability 8.x"):
+        CutlassProduct(two_of_four(32, 64, torch.float16), bias)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda *arguments, **options: refuse())
+    with pytest.raises(RuntimeError, match="compute capability 8.x"):
+        CusparseltProduct(two_of_four(32, 64, torch.float16), bias)
 
 
 @pytest.mark.parametrize(

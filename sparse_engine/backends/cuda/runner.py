@@ -35,7 +35,7 @@ class CudaRunner:
         release: Callable[[], None] = lambda: None,
     ) -> None:
         self._devices, self._profile, self._description, self._release = lanes, profile, description, release
-        self._loops: list[DeviceLoop[Buffer]] = [DeviceLoop(device) for device in lanes]
+        self._loops: list[DeviceLoop[Buffer]] = [DeviceLoop(device, smallest=profile[0]) for device in lanes]
         self._idle: queue.Queue[DeviceLoop[Buffer]] = queue.Queue()
         for loop in self._loops:
             self._idle.put(loop)

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from sparse_engine.backends.cuda.runtime import Gpu
 
 RTX_IS_DENSE = "TensorRT for RTX has no sparse kernels: the flag is taken and not used"
-
-
 DENSE_WAS_FASTER = "the dense plan was faster than every sparse one"
 
 
@@ -54,20 +52,28 @@ class _Backend:
 
     def build(self, graph: StepGraph, options: BuildOptions, sparse_layers: list[str]) -> Payload:
         """Build the candidates, time them where there is a GPU, and keep the fastest."""
+        from sparse_engine.backends.cuda.runtime import Cuda
+
         from .plan import PLAN_FILE, Plan
         from .plans import PlanBuilder, candidates, time_plans
         from .report import layer_reports
 
         gpu = self._gpu(options)
+        if gpu is not None:
+            Cuda(gpu.index).use()  # TensorRT builds for the calling thread's GPU
         version = self.availability().version or ""
         builder = PlanBuilder(self.library, graph, options, gpu, version)
         built = [builder.build(each) for each in candidates(self.library, options, bool(sparse_layers), gpu)]
         chosen, timed = built[0], None
         if len(built) > 1 and gpu is not None:
             options.progress("timing the plans")
-            timed = time_plans(self.library, built, gpu, options.batch[1])
+            timed = time_plans(self.library, built, gpu, options)
             chosen = next(each for each in built if each.candidate.name == timed.kernel)
-        kernels = Plan(self.library, chosen.plan, "the plan just built").kernels() if gpu is not None else {}
+        kernels = {}
+        if gpu is not None:
+            compatible = options.tensorrt.version_compatible
+            just_built = Plan(self.library, chosen.plan, "the plan just built", version_compatible=compatible)
+            kernels = just_built.kernels()
         layers = layer_reports(graph.layers, sparse_layers, chosen.sparsity, kernels)
         if not self.library.has_sparse_kernels:
             layers = {name: {"chosen": False, "kernel": None, "why": RTX_IS_DENSE} for name in layers}
@@ -130,8 +136,10 @@ class _Backend:
         check_fits(engine, self.availability().version or "", gpu)
         cuda = Cuda(gpu.index)
         cuda.use()
-        plan = Plan(self.library, mapped(engine), str(engine.path))
-        if engine.manifest.backend["flags"]["strip_weights"]:
+        built = engine.manifest.backend
+        compatible = built["version_compatible"]
+        plan = Plan(self.library, mapped(engine), str(engine.path), version_compatible=compatible)
+        if built["flags"]["strip_weights"]:
             plan.refit(engine)
         lanes: list[Any] = []
         try:
@@ -140,7 +148,6 @@ class _Backend:
             for lane in lanes:
                 lane.close()
             raise
-        built = engine.manifest.backend
         description = {
             "library": f"{self.name} {built['version']}",
             "device": f"cuda:{gpu.index} {gpu.name}",

@@ -141,6 +141,7 @@ def _configure(trt: Any, library: Library, builder: Any, network: Any, options: 
         config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     if wanted.strip_weights:
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)  # the weights put back are these: nothing is given up for it
     if wanted.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, wanted.workspace)
     library.target(trt, config, wanted)

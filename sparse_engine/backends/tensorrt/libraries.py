@@ -14,6 +14,7 @@ from sparse_engine.backends.options import LINEAR_FORMS, BuildOptions, TensorRTO
 from sparse_engine.errors import OptionError, SparseEngineError, UnsupportedError
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")
+OLDEST_VERSION = (10, 13)  # of TensorRT; RTX counts from 1
 OLDEST_GPU = 7.5
 OLDEST = {"fp8": 8.9, "bf16": 8.0, "tf32": 8.0}  # compute capability with tensor cores of a type
 
@@ -55,6 +56,9 @@ class Library:
         if util.find_spec(self.module) is None:
             return Availability(False, reason=f"{self.module} is not installed", fix=self._install)
         version = self._version()
+        if not self.builds_without_gpu and tuple(map(int, version.split(".")[:2])) < OLDEST_VERSION:
+            wanted = ".".join(map(str, OLDEST_VERSION))
+            return Availability(False, version, f"{self.name} {version} is too old; expected {wanted}", self._install)
         try:
             gpu = find_gpu()
         except SparseEngineError as error:
@@ -70,7 +74,7 @@ class Library:
 
     def _version(self) -> str:
         try:
-            return metadata.version(self.module)
+            return metadata.version(self.module).partition(".post")[0]
         except metadata.PackageNotFoundError:  # from NVIDIA's Debian packages
             return str(self.load().__version__)
 

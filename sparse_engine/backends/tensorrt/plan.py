@@ -26,15 +26,21 @@ class Plan:
         library: that built it.
         data: its bytes.
         where: what to call it in an error.
+        version_compatible: it was built so; it brings the runtime of its version along, which TensorRT only loads where
+            it is told that code from the plan may run.
 
     Raises (on construction):
         BackendError: TensorRT refuses it, in its own words.
     """
 
-    def __init__(self, library: Library, data: bytes | memoryview, where: str) -> None:
+    def __init__(
+        self, library: Library, data: bytes | memoryview, where: str, *, version_compatible: bool = False
+    ) -> None:
         self._trt, messages = library.load(), Messages()
         self._logger = make_logger(self._trt, messages)  # the bindings do not all keep what they are given
         self._runtime = self._trt.Runtime(self._logger)
+        if version_compatible:
+            self._runtime.engine_host_code_allowed = True
         self._where, self._messages = where, messages
         self.engine = self._runtime.deserialize_cuda_engine(data)
         if self.engine is None:
@@ -95,7 +101,7 @@ def check_fits(file: EngineFile, version: str, gpu: Gpu) -> None:
         raise _misfit(file, f"{file.path} was built for compute capability {', '.join(capabilities)}; here is {here}")
     own = built.get("compute_capability")
     portable = built.get("hardware_compatible") and float(gpu.compute_capability) >= 8.0
-    if own and own != gpu.compute_capability and not portable:
+    if own and not portable and (own, built.get("device")) != (gpu.compute_capability, gpu.name):
         where = f"{built.get('device')} (compute capability {own})"
         raise _misfit(file, f"{file.path} was built on {where}; here is {here}")
 

@@ -122,15 +122,17 @@ class PlanBuilder:
         return Built(candidate, graph, plan, attention, sparsity)
 
 
-def time_plans(library: Library, plans: Sequence[Built], gpu: Gpu, batch: int) -> Choice:
-    """Run a step of each plan at a batch, in turn, and take the fastest by its name."""
-    cuda, runs = Cuda(gpu.index), {}
+def time_plans(library: Library, plans: Sequence[Built], gpu: Gpu, options: BuildOptions) -> Choice:
+    """Run steps of each plan at the usual batch, in turn, and take the fastest; its times are of one step."""
+    cuda, runs, compatible = Cuda(gpu.index), {}, options.tensorrt.version_compatible
     with contextlib.ExitStack() as held:
         for built in plans:
-            device = Plan(library, built.plan, built.candidate.name).device(cuda, gpu)
+            plan = Plan(library, built.plan, built.candidate.name, version_compatible=compatible)
+            device = plan.device(cuda, gpu)
             held.callback(device.close)
-            runs[built.candidate.name] = _timed_run(device, built.graph, batch, held)
-        return fastest(runs)
+            runs[built.candidate.name] = _timed_run(device, built.graph, options.batch[1], held)
+        choice = fastest(runs)
+        return Choice(choice.kernel, {name: value / STEPS_TIMED for name, value in choice.milliseconds.items()})
 
 
 def _timed_run(

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 DENSE, CUSPARSELT, CUTLASS = "dense", "cusparselt", "cutlass"
 MAX_COPIES = 16  # of a weight
 CHECKED_ROWS = 64
+SEARCHED_OPERATIONS = 5e12  # of a call in cuSPARSELt's search, which makes hundreds of them: some 10 ms
 TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 3e-2}  # of the largest output
 
 
@@ -154,7 +155,7 @@ class Chooser:
         products = dict(made)
         if CUSPARSELT in made:
             try:
-                algorithm = made[CUSPARSELT].search(x)  # type: ignore[operator]
+                algorithm = made[CUSPARSELT].search(x[: searched_rows(weight)])  # type: ignore[operator]
                 products[_algorithm_name(algorithm)] = _with_algorithm(made[CUSPARSELT], algorithm)
             except RuntimeError as error:
                 log.debug("cuSPARSELt's search failed: %s", error)
@@ -168,6 +169,7 @@ class Chooser:
                 if name == DENSE or isinstance(error, torch.OutOfMemoryError):  # of which another would suffer, too
                     raise
                 log.debug("%s is no candidate at %d tokens: %s", name, rows, error)
+                pool = torch.cuda.graph_pool_handle()  # PyTorch may not have closed one that a recording failed in
         return candidates
 
 
@@ -180,6 +182,11 @@ def check_product(product: nn.Module, weight: Tensor, bias: Tensor | None, x: Te
     error = float((found - expected).abs().max() / expected.abs().max())
     if not error <= TOLERANCE[weight.dtype]:
         raise ObstacleError(f"computes something else: relative error {error:.1e}")
+
+
+def searched_rows(weight: Tensor) -> int:
+    """How many rows cuSPARSELt's search is given at most: fewer than come only where these fill the GPU many times."""
+    return int(SEARCHED_OPERATIONS / (2 * weight.numel()))
 
 
 def repeats_of(rows: int, weight: Tensor) -> int:

@@ -114,6 +114,7 @@ class TorchDevice:
             ):
                 work()
         except Exception as error:  # whatever cannot be recorded: the loop then enqueues step by step
+            self._pool = torch.cuda.graph_pool_handle()  # PyTorch may not have closed one that a recording failed in
             raise CaptureError(_first_line(error)) from error
         finally:
             self._recording = False

@@ -1,7 +1,8 @@
 """The products that a 2:4 linear layer can be: dense, cuSPARSELt's and CUTLASS's, as PyTorch has them.
 
 Each is a module ``forward(x [M, K]) -> [M, N]`` made from a weight [N, K] (2:4 along K) and a bias [N]. Making one
-raises ``ObstacleError`` where it cannot run; the message is what the layer report says. PyTorch takes a bias into both
+raises ``ObstacleError`` where it cannot run, or what the library says when it refuses a first call: PyTorch's CUTLASS
+kernel runs on compute capability 8.x alone. The message is what the layer report says. PyTorch takes a bias into both
 sparse products, and no activation or residual: those stay with what torch.compile makes of their neighbours.
 
 The private operators of PyTorch are called here and nowhere else. Their use in torch/sparse/semi_structured.py is the
@@ -56,6 +57,7 @@ class CusparseltProduct(nn.Module):
         self.outputs, self.algorithm = weight.shape[0], algorithm
         self.register_buffer("packed", torch._cslt_compress(weight.contiguous()))
         self.register_buffer("bias", bias)
+        self(weight.new_zeros(ROWS, weight.shape[1]))
 
     def forward(self, x: Tensor) -> Tensor:
         """[M, K] -> [M, N]."""
@@ -83,6 +85,7 @@ class CutlassProduct(nn.Module):
         self.register_buffer("packed", packed)
         self.register_buffer("meta", meta)
         self.register_buffer("bias", bias)
+        self(weight.new_zeros(ROWS, weight.shape[1]))
 
     def forward(self, x: Tensor) -> Tensor:
         """[M, K] -> [M, N]."""

@@ -23,12 +23,12 @@ class Recorded:
         with torch.cuda.device(device), torch.no_grad():
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(stream):  # a recording that fails leaves its stream current: not past this block
                 calls[0]()  # libraries make their handles and load their kernels outside the graph
-            stream.synchronize()
-            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                for call in calls:
-                    call()
+                stream.synchronize()
+                with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    for call in calls:
+                        call()
 
     def __call__(self) -> None:
         """Run the graph to its end."""
