@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_engine.backends.torch.products import CusparseltProduct, CutlassProduct, DenseProduct
 
-from .measure import describe_device, seconds_each
+from .measure import seconds_each
 from .session import Results, Row, Session
 
 COPY_BYTES, SIDE = 1 << 30, 8192
@@ -20,10 +20,7 @@ REHEARSED_ATTENTION = (1, 2, 17, 32)
 
 
 def run(session: Session, results: Results) -> None:
-    """Fill in the rows "device", "copy", one per product, and "attention"."""
-    if results.wants(name="device"):
-        with results.row(name="device") as row:
-            row |= describe_device(session.device)
+    """Fill in the rows "copy", one per product, and "attention"; every file's header describes the device."""
     if results.wants(name="copy"):
         with results.row(name="copy") as row:
             _copy(session, row)

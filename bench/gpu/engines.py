@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from onnx import ModelProto
 
 from sparse_engine import SparseEngine
-from sparse_engine.backends import BuildOptions, TensorRTOptions, backend_named
+from sparse_engine.backends import BuildOptions, StepGraph, TensorRTOptions, backend_named
 from sparse_engine.bench.grid import PAPER_SAMPLER, PAPER_STEPS, random_model
 from sparse_engine.bench.statistics import speedup, spread
 from sparse_engine.bench.timing import interleave
@@ -151,9 +152,22 @@ def _engine(
     chosen.check(options)
     workload = _workload(config)
     path = folder / f"{backend}-{sparse}-{options.precision}.sengine"
-    graph = workload.graph(chosen.graph_precision(options))
+    if backend == TORCH:
+        graph = weights_alone(workload, options.precision)
+    else:
+        graph = workload.graph(chosen.graph_precision(options))
     write_built(path, workload.model, workload.baked, graph, chosen, options)
     return SparseEngine.load(path, device=device)
+
+
+def weights_alone(workload: Workload, precision: str) -> StepGraph:
+    """What the torch backend reads of a step graph: no export, which takes half a minute and other packages."""
+    network = workload.torch_step(precision).get_submodule("network")
+    layers = {
+        name: each for name, each in network.named_modules() if isinstance(each, (torch.nn.Linear, torch.nn.Conv2d))
+    }
+    weights = {f"{name}.weight": each.weight.detach().numpy() for name, each in layers.items()}
+    return StepGraph(ModelProto(), weights, {name: (f"{name}.weight", 1) for name in layers}, workload.baked.state)
 
 
 def _parity(session: Session, folder: Path, engine: SparseEngine, config: UViTConfig, batch: int) -> float:

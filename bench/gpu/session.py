@@ -16,10 +16,13 @@ from sparse_engine.bench.results_file import describe_run, read_results, write_r
 from sparse_engine.errors import SparseEngineError
 from sparse_engine.export.families.uvit import UViTConfig
 
+from .facts import describe_device
+
 Row = dict[str, Any]
 # The cells of the grid in the order in which they are wanted most: those where the paper won first.
 GRID = [(1, 4), (1, 8), (2, 8), (2, 4), (4, 8), (4, 4), (1, 2), (2, 2), (4, 2), (1, 1), (2, 1), (4, 1)]
 WORDS = 300  # characters of an error that are kept
+UNFINISHED = "the process ended in the middle of it"
 REHEARSED = Preset(embed_dim=64, depth=2, heads=2, batch=2)  # in place of every preset, where it is only rehearsed
 REHEARSED_CELL = (4, 4)  # patch and mlp_ratio
 
@@ -35,6 +38,7 @@ class Session:
         budget: seconds that a step may begin new measurements in.
         compiled: use torch.compile.
         command: as it was typed, for the results.
+        keep_failed: leave rows that failed before as they are.
     """
 
     device: torch.device
@@ -43,6 +47,7 @@ class Session:
     budget: float
     compiled: bool
     command: str
+    keep_failed: bool = False
 
     def preset(self, name: str) -> Preset:
         """A preset's size, or the rehearsal's."""
@@ -71,8 +76,8 @@ class Session:
         device = "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         slug = "-".join(device.lower().replace("/", " ").split())
         header = {**describe_run(self.command, None), "kind": "gpu", "step": step}
-        header |= {"rehearsal": self.rehearsal, "device": device, "rows": []}
-        return Results(self.folder / f"{prefix}-{slug}-{step}.json", header, self.budget)
+        header |= {"rehearsal": self.rehearsal, "device": device, "describes": describe_device(self.device), "rows": []}
+        return Results(self.folder / f"{prefix}-{slug}-{step}.json", header, self.budget, self.keep_failed)
 
 
 class Results:
@@ -82,13 +87,15 @@ class Results:
         path: of the file.
         header: everything but the rows.
         budget: seconds until no new row is begun.
+        keep_failed: rows that failed are not measured again either.
     """
 
-    def __init__(self, path: Path, header: Row, budget: float) -> None:
+    def __init__(self, path: Path, header: Row, budget: float, keep_failed: bool = False) -> None:
         self.path, self._results = path, header
         self._ends = time.monotonic() + budget
         if path.is_file():
-            self._results["rows"] = [row for row in read_results(path)["rows"] if "failed" not in row]
+            rows = read_results(path)["rows"]
+            self._results["rows"] = [row for row in rows if keep_failed or "failed" not in row]
 
     @property
     def rows(self) -> list[Row]:
@@ -102,14 +109,25 @@ class Results:
 
     @contextlib.contextmanager
     def row(self, **key: Any) -> Iterator[Row]:
-        """A row to fill in. It is written when the block ends, with the words of its error where it failed."""
+        """A row to fill in. It is written when the block ends, with the words of its error where it failed.
+
+        It is there before, too, as one that failed: that is what is left of it should the process not survive it.
+        Raises what has broken CUDA's context, in which nothing more can be measured.
+        """
         row: Row = dict(key)
-        started = time.perf_counter()
+        started, broken = time.perf_counter(), None
+        self._put(key, {**key, "failed": UNFINISHED})
         try:
             yield row
         except Exception as error:  # a failure is a result, and the next row may do better
             row["failed"] = failure(error)
+            broken = error if has_broken_cuda(error) else None
         row["seconds"] = time.perf_counter() - started
+        self._put(key, row)
+        if broken is not None:
+            raise broken
+
+    def _put(self, key: Mapping[str, Any], row: Row) -> None:
         self._results["rows"] = [each for each in self.rows if not _is(each, key)] + [row]
         self.write()
 
@@ -120,6 +138,17 @@ class Results:
 
     def _has(self, key: Mapping[str, Any]) -> bool:
         return any(_is(row, key) for row in self.rows)
+
+
+def has_broken_cuda(error: Exception) -> bool:
+    """Whether an error is one after which every call to CUDA fails, such as an illegal access."""
+    if not torch.cuda.is_initialized() or isinstance(error, torch.OutOfMemoryError):
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _is(row: Row, key: Mapping[str, Any]) -> bool:

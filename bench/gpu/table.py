@@ -9,10 +9,10 @@ from typing import Any
 from sparse_engine.bench.results_file import read_results
 
 from .session import Row
-from .ways import COMPILED, CUTLASS, EAGER, OURS
+from .ways import COMPILED, CUSPARSELT, CUTLASS, EAGER, OURS
 
-WAYS = (EAGER, COMPILED, CUTLASS, OURS)
-RATIOS = (COMPILED, CUTLASS)
+WAYS = (EAGER, COMPILED, CUTLASS, CUSPARSELT, OURS)
+RATIOS = (COMPILED, CUTLASS, CUSPARSELT)
 
 
 def section(folder: Path) -> str:
@@ -35,7 +35,7 @@ TITLES = {
 
 
 def table(rows: Sequence[Row], places: Sequence[str]) -> str:
-    """Milliseconds of the four ways and ratios of ours, one line a row; ``places`` are what tells rows apart."""
+    """Milliseconds of the five ways and ratios of ours, one line a row; ``places`` are what tells rows apart."""
     paper = any("paper" in row for row in rows)
     headers = [*places, *(f"{name}, ms" for name in WAYS), *(f"over {name}" for name in RATIOS)]
     lines = [_line([*headers, *(["paper (A40)"] if paper else [])])]

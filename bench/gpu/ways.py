@@ -1,8 +1,9 @@
-"""Steps 3 and 4: one network run four ways, checked for the same outputs, then timed in turn.
+"""Steps 3 and 4: one network run five ways, checked for the same outputs, then timed in turn.
 
 dense, eager                what PyTorch does when nothing is done
 dense, compiled, recorded   torch.compile in a CUDA graph: the fairest opponent
-CUTLASS, eager              how SparseDM's published inference runs its 2:4 layers
+CUTLASS, eager              how SparseDM's published inference runs its 2:4 layers; PyTorch's kernel takes GPUs of 8.x
+cuSPARSELt, eager           what PyTorch's own 2:4 tensors run elsewhere, on Hopper for one
 ours                        products chosen by timing, compiled between, recorded
 """
 
@@ -13,6 +14,7 @@ import gc
 import itertools
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,7 +39,8 @@ from sparse_engine.images import psnr
 from .ceilings import keep_two_of_four
 from .session import Results, Row, Session, failure
 
-EAGER, COMPILED, CUTLASS, OURS = "dense, eager", "dense, compiled, recorded", "CUTLASS, eager", "ours"
+EAGER, COMPILED, OURS = "dense, eager", "dense, compiled, recorded", "ours"
+CUTLASS, CUSPARSELT = "CUTLASS, eager", "cuSPARSELt, eager"
 STEPS_PER_RUN = 4  # in a row, so that launching a graph and waiting for it is shared
 REFERENCE_IMAGES = 4  # of the batch, in float32
 NETWORK_TIME = 500.0
@@ -68,7 +71,7 @@ def run_paper(session: Session, results: Results) -> None:
 def measure(
     session: Session, config: UViTConfig, precision: str, batch: int, row: Row, *, samples: bool = False
 ) -> None:
-    """Fill a row: outputs of the four ways against float32, and their times.
+    """Fill a row: outputs of the five ways against float32, and their times.
 
     Args:
         session: the device.
@@ -95,7 +98,7 @@ def measure(
             ways.drop(name, reason)
     row |= {"layers": ways.layers, "attention": ways.attention, "how": {n: a.how() for n, a in ways.arms.items()}}
     if expected_samples is not None:
-        found = sample(ways.networks[OURS], config, session, session.compiled)
+        found = sample(ways.ours, config, session, compiled=False)  # compiling once more would take a minute
         pixels = (float(expected_samples.min()), float(expected_samples.max()))
         row["psnr"] = psnr(found, expected_samples, pixels)
     _time(ways.arms, session.seconds, row)
@@ -199,11 +202,11 @@ class Arm:
 
 
 class Ways:
-    """The four arms of one cell.
+    """The arms of one cell.
 
     Attributes:
         arms, skipped: name -> arm, or why there is none.
-        networks: name -> its network.
+        ours: the network of our arm.
         layers, attention: what was chosen for ours; one layer of each shape.
     """
 
@@ -211,29 +214,28 @@ class Ways:
         self._session, self._x = session, x
         self._pool = torch.cuda.graph_pool_handle() if session.device.type == "cuda" else None
         self.arms: dict[str, Arm] = {}
-        self.networks: dict[str, nn.Module] = {}
         self.skipped: dict[str, str] = {}
         names = sparse_layers(network)
         positions = {name: FAMILY.positions(config, name) for name in names}
         chooser = Chooser(positions, (batch, batch, batch), session.device, autotune=True)
         self.attention = choose_attention(network, (x[:1], torch.zeros(1, device=x.device)), chooser)
-        ours, cutlass = copy.deepcopy(network), copy.deepcopy(network)  # all four with the same attention
+        self.ours = copy.deepcopy(network)  # all with the same attention
         shapes = shapes_of(network)
-        report = choose_products(ours, names, chooser)
+        report = choose_products(self.ours, names, chooser)
         self.layers = [
             {"layer": name, "shape": list(shape), "tokens": batch * positions[name], **report[name]}
             for shape, name in shapes.items()
         ]
-        self._add(OURS, lambda: ours, compiled=session.compiled, recorded=True)
+        self._add(OURS, lambda: self.ours, compiled=session.compiled, recorded=True)
         self._add(COMPILED, lambda: network, compiled=session.compiled, recorded=True)
         self._add(EAGER, lambda: network, compiled=False, recorded=False)
-        self._add(CUTLASS, lambda: _with_cutlass(cutlass, names), compiled=False, recorded=False)
+        for name, kind in SEMI_STRUCTURED.items():
+            make = partial(_semi_structured, network, names, kind)
+            self._add(name, make, compiled=False, recorded=False)
 
     def _add(self, name: str, make: Callable[[], nn.Module], *, compiled: bool, recorded: bool) -> None:
         try:
-            self.networks[name] = make()
-            network = self.networks[name]
-            self.arms[name] = Arm(network, self._session, self._x, compiled, recorded, self._pool)
+            self.arms[name] = Arm(make(), self._session, self._x, compiled, recorded, self._pool)
         except Exception as error:  # an opponent that cannot be made is left out, with its words
             self.drop(name, error)
 
@@ -245,10 +247,16 @@ class Ways:
         self.arms.pop(name, None)
 
 
-def _with_cutlass(network: nn.Module, names: list[str]) -> nn.Module:
-    step = UnconditionalStep(network)
+SEMI_STRUCTURED = {
+    CUTLASS: torch.sparse.SparseSemiStructuredTensorCUTLASS,
+    CUSPARSELT: torch.sparse.SparseSemiStructuredTensorCUSPARSELT,
+}
+
+
+def _semi_structured(network: nn.Module, names: list[str], kind: Any) -> nn.Module:
+    network = copy.deepcopy(network)
     with warnings.catch_warnings(action="ignore"):  # that the interface is a prototype
-        make_sparse(step, tuple(names), torch.sparse.SparseSemiStructuredTensorCUTLASS.from_dense)
+        make_sparse(UnconditionalStep(network), tuple(names), kind.from_dense)
     return network
 
 

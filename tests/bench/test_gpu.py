@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import torch
 
 from sparse_engine.bench.gpu import __main__ as script
 from sparse_engine.bench.gpu import ceilings, engines, ways, where
-from sparse_engine.bench.gpu.session import GRID, Results, Session, failure
+from sparse_engine.bench.gpu.session import GRID, UNFINISHED, Results, Session, failure
 from sparse_engine.bench.gpu.table import section
 from sparse_engine.bench.grid import PAPER
 from sparse_engine.errors import OptionError, UnsupportedError
@@ -52,13 +55,14 @@ def test_ceilings(measured: Path) -> None:
     assert set(found["attention"]["milliseconds"]) == {"fused", "plain"}
 
 
-def test_the_four_ways_are_checked_and_timed(measured: Path) -> None:
+def test_the_ways_are_checked_and_timed(measured: Path) -> None:
     (cell,) = rows(measured, "paper")
     assert (cell["patch"], cell["mlp_ratio"], cell["paper"]) == (4, 4, 0.98)
     assert set(cell["milliseconds"]) == {ways.OURS, ways.COMPILED, ways.EAGER}
     assert set(cell["speedups"]) == {ways.COMPILED, ways.EAGER}
     assert all(0 < error < 1e-2 for error in cell["parity"].values())
-    assert "Only CUDA tensors are currently supported" in cell["skipped"][ways.CUTLASS]
+    for name in (ways.CUTLASS, ways.CUSPARSELT):
+        assert "Only CUDA tensors are currently supported" in cell["skipped"][name]
     assert {layer["why"] for layer in cell["layers"]} == {"no CUDA: the engine runs on cpu"}
     assert [tuple(layer["shape"]) for layer in cell["layers"]] == [(192, 64), (64, 64), (256, 64), (64, 256)]
 
@@ -74,8 +78,8 @@ def test_tables_for_the_readme(measured: Path, tmp_path: Path) -> None:
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     (cell,) = rows(measured, "paper")
     assert cells[:2] == ["4", "4"]
-    assert cells[4] == cells[7] == "-"  # CUTLASS did not run
-    assert cells[5] == f"{cell['milliseconds'][ways.OURS]['median']:.2f}"
+    assert cells[4] == cells[5] == cells[8] == cells[9] == "-"  # CUTLASS and cuSPARSELt did not run
+    assert cells[6] == f"{cell['milliseconds'][ways.OURS]['median']:.2f}"
     assert cells[-1] == "0.98"
 
 
@@ -127,12 +131,47 @@ def test_a_step_goes_on_where_it_stopped(tmp_path: Path) -> None:
         row["value"] = 2
         raise UnsupportedError("this GPU has no such unit", "another GPU")
     assert [row.get("failed") for row in rows(tmp_path, "x")] == [None, "this GPU has no such unit"]
+    assert not dataclasses.replace(session(tmp_path), keep_failed=True).results("x").wants(name="bad")
     again = session(tmp_path).results("x")
     assert not again.wants(name="good")
     assert again.wants(name="bad")  # a failure may be mended
     with again.row(name="bad") as row:
         row["value"] = 3
     assert [(row["name"], row["value"]) for row in rows(tmp_path, "x")] == [("good", 1), ("bad", 3)]
+
+
+def test_a_row_whose_process_dies_is_left_as_failed(tmp_path: Path) -> None:
+    with contextlib.suppress(KeyboardInterrupt), session(tmp_path).results("x").row(name="slow"):
+        raise KeyboardInterrupt
+    assert rows(tmp_path, "x") == [{"name": "slow", "failed": UNFINISHED}]
+    assert session(tmp_path).results("x").wants(name="slow")
+
+
+def test_a_step_that_breaks_cuda_is_followed_by_another_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def broken(session: Session, results: Results) -> None:
+        with results.row(name="illegal"):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    for module in ("session", "__main__"):
+        monkeypatch.setattr(f"sparse_engine.bench.gpu.{module}.has_broken_cuda", lambda error: True)
+    monkeypatch.setitem(script.STEPS, 1, ("device", broken))
+    with pytest.raises(SystemExit, match=str(script.BROKEN)):
+        rehearse(tmp_path, "1")
+    assert "illegal memory access" in rows(tmp_path, "device")[0]["failed"]
+
+    commands: list[list[str]] = []
+    codes = iter([-11, script.BROKEN, 0])
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, next(codes))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert script.main([*REHEARSE[:-1], "--steps", "1", "-o", str(tmp_path)]) == 0
+    assert ["--keep-failed" in command for command in commands] == [False, True, True]
+    assert "step 1 ended with exit code -11" in capsys.readouterr().err
 
 
 def session(folder: Path) -> Session:
