@@ -60,6 +60,14 @@ def read_results(path: Path) -> dict[str, Any]:
     return dict(results)
 
 
+def read_comparison(path: Path) -> dict[str, Any]:
+    """Read a results file of a grid or a model. Raises InputError where it is none, or of another kind of run."""
+    results = read_results(path)
+    if results.get("kind") not in ("grid", "model"):
+        raise InputError(f"{path} is of a run of the kind {results.get('kind')!r}; expected 'grid' or 'model'")
+    return results
+
+
 def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
     """What was measured: the cells of a grid, or a model's batches. Cells that could not be built are among them."""
     if results["kind"] == "kernels":

@@ -81,7 +81,7 @@ class CalibrationData:
             np.savez(stream, facts=np.array(json.dumps({"format": FORMAT, **self.facts})), **arrays)
 
 
-ARRAYS = ("x", "times", "network_times", "labels", "guidance")
+ARRAYS = {"x": np.float32, "times": np.float64, "network_times": np.float32, "labels": np.int64, "guidance": np.float32}
 
 
 def collect(
@@ -246,13 +246,17 @@ def load_calibration(path: Path, *, checkpoint_sha256: str, data_shape: Sequence
             f"expected {checkpoint_sha256[:12]}...",
             _AGAIN,
         )
-    if (data.labels is None) != (classes == 0) or (data.labels is not None and data.labels.max(initial=0) >= classes):
+    if (data.labels is None) != (classes == 0) or (data.labels is not None and not _within(data.labels, classes)):
         raise InputError(f"{path}: its labels do not fit a model of {classes} classes", _AGAIN)
     if len(data) < MIN_SAMPLES:
         raise InputError(f"{path} holds {len(data)} samples; expected at least {MIN_SAMPLES}", _AGAIN)
     if np.ptp(data.x, axis=0).max() == 0 or np.ptp(data.times) == 0:
         raise InputError(f"{path}: all of its samples are the same: they say nothing of activation ranges", _AGAIN)
     return data
+
+
+def _within(labels: np.ndarray, classes: int) -> bool:
+    return bool(((labels >= 0) & (labels < classes)).all())
 
 
 _AGAIN = "make it for this model: sparse-engine calibrate CHECKPOINT -o calib.npz"
@@ -277,6 +281,8 @@ def _read(path: Path) -> CalibrationData:
             continue
         if array is None or len(array) != len(x):
             raise InputError(f"{path} is incomplete: {name} is missing or cut short", _AGAIN)
+        if array.dtype != ARRAYS[name]:
+            raise InputError(f"{path}: {name} is {array.dtype}; expected {np.dtype(ARRAYS[name])}", _AGAIN)
         if not np.isfinite(array).all():
             raise InputError(f"{path}: {name} holds NaN or infinite values", _AGAIN)
     return CalibrationData(**arrays, facts=facts)

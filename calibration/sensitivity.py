@@ -27,7 +27,8 @@ class Quality:
     Attributes:
         loss: root mean square error of the prediction over its root mean square.
         by_time: (mean schedule time, the same for a fifth of the samples), latest time first.
-        sqnr: layer -> signal to quantisation noise of its output in dB, the noise of the layers before it included.
+        sqnr: layer -> signal to quantisation noise of its output in dB, the noise of the layers before it included;
+            infinite where it has no noise, NaN where it has no signal either.
         samples: how many inputs this was measured on.
     """
 
@@ -71,7 +72,7 @@ def measure(reference: StepGraph, quantised: StepGraph, data: CalibrationData, l
     prediction, true = np.concatenate(found), np.concatenate(expected)
     strata = np.array_split(np.arange(len(data)), min(TIME_STRATA, len(data)))
     by_time = [(float(data.times[part].mean()), relative_error(prediction[part], true[part])) for part in strata]
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         decibels = 10 * np.log10(signal / noise)
     sqnr = {name: float(value) for name, value in zip(layers, decibels, strict=True)}
     return Quality(relative_error(prediction, true), by_time, sqnr, len(data))

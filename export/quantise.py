@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from sparse_engine.backends import Backend, BuildOptions, StepGraph
 from sparse_engine.calibration.apply import Quantisation, Quantised, quantize_model
 from sparse_engine.calibration.collect import CalibrationData, load_calibration
@@ -88,7 +90,8 @@ def describe_quantised(manifest: Manifest, quantised: Quantised) -> None:
     chosen = set(quantised.layers)
     for layer in manifest.layers:
         layer["quantised"] = manifest.precision if layer["name"] in chosen else None
-        layer["sqnr_db"] = quantised.quality.sqnr.get(layer["name"])
+        sqnr = quantised.quality.sqnr.get(layer["name"], math.nan)
+        layer["sqnr_db"] = sqnr if math.isfinite(sqnr) else None  # JSON has no infinity
     kept = quantised.facts["kept_float_for_quality"]
     note = (
         f"{len(chosen)} of {len(manifest.layers)} layers are {manifest.precision}; the prediction differs from fp32 by "

@@ -59,7 +59,8 @@ def command(
         raise OptionError(
             "bench: expected one of --compare-dense, --checkpoint FILE, --random PRESET, --kernels, --results FILE"
         )
-    _check_numbers(repeat=repeat, seconds=seconds, steps=steps, samples=samples, max_loss=max_loss)
+    counts = {"threads": (threads, 1), "repeat": (repeat, 1), "steps": (steps, 1), "samples": (samples, 2)}
+    _check_numbers(counts, seconds=seconds, max_loss=max_loss)
     if quality is not None and checkpoint is None:
         raise OptionError("--quality goes with --checkpoint: random weights draw nothing that could be judged")
     files, known = bench_module("results_file"), bench_module("settings")
@@ -69,7 +70,7 @@ def command(
         check_writable(output)
     if report is not None:
         bench_module("report.page").check_folder(report)
-    old = files.read_results(compare_to) if compare_to is not None else None
+    old = files.read_comparison(compare_to) if compare_to is not None else None
     results = files.describe_run("sparse-engine " + " ".join(sys.argv[1:]), threads)
 
     def save(done: dict[str, Any]) -> None:
@@ -82,7 +83,7 @@ def command(
         print_json(results) if as_json else console.print(table)
         return
     if earlier is not None:
-        results = files.read_results(earlier)
+        results = files.read_comparison(earlier)
     else:
         whole = steps if end_to_end else None
         backends = tuple(name.strip() for name in backend.split(","))
@@ -101,19 +102,21 @@ def command(
                 run.run_random(results, random, batch, settings, save, show)
             else:
                 run.run_grid(results, preset, cells, settings, save, show, batch=batch, heads=heads)
+    _show(results, as_json, profile)
     if report is not None:
         bench_module("report.page").write_report(report, results)
-    _show(results, as_json, profile)
     if results.get("interrupted") and earlier is None:
         raise typer.Exit(EXIT_INTERRUPTED)
-    failed = results.get("self_test") and not bench_module("report").self_test_verdict(files.rows_of(results))[0]
+    rows = files.rows_of(results)
+    failed = all("failed" in row for row in rows) and earlier is None
+    failed |= results.get("self_test", False) and not bench_module("report").self_test_verdict(rows)[0]
     if failed or (old is not None and _lost(old, results, max_loss)):
         raise typer.Exit(1)
 
 
-def _check_numbers(*, repeat: int, seconds: float, steps: int, samples: int, max_loss: float) -> None:
-    for name, value, least in (("repeat", repeat, 1), ("steps", steps, 1), ("samples", samples, 2)):
-        if value < least:
+def _check_numbers(counts: dict[str, tuple[int | None, int]], *, seconds: float, max_loss: float) -> None:
+    for name, (value, least) in counts.items():
+        if value is not None and value < least:
             raise OptionError(f"--{name} {value}: expected {least} or more")
     if not seconds > 0:
         raise OptionError(f"--seconds {seconds}: expected more than 0")

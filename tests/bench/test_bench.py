@@ -111,6 +111,11 @@ def test_a_cell_that_cannot_be_built_leaves_the_others(tmp_path: Path, monkeypat
     assert {cell["failed"] for cell in results["cells"]} == {"heads = 7 does not divide embed_dim = 512"}
 
 
+def test_a_run_that_measured_nothing_fails(capsys: pytest.CaptureFixture) -> None:
+    assert run(["bench", "--compare-dense", "--cells", "patch=4,mlp=1", "--heads", "7"]) == 1
+    assert "heads = 7 does not divide embed_dim = 512" in capsys.readouterr().out
+
+
 def test_an_interrupt_keeps_the_finished_cells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grid_results: dict[str, Any], capsys: pytest.CaptureFixture
 ) -> None:
@@ -161,6 +166,7 @@ def shown(capsys: pytest.CaptureFixture) -> Callable[[], str]:
         ([], "expected one of --compare-dense, --checkpoint FILE, --random PRESET, --kernels, --results FILE"),
         (["--compare-dense", "--preset", "huge"], "preset 'huge' is not known"),
         (["--compare-dense", "--cells", "patch=3"], "--cells 'patch=3' is outside the grid"),
+        (["--compare-dense", "--threads", "0"], "--threads 0: expected 1 or more"),
         (["--compare-dense", "--repeat", "0"], "--repeat 0: expected 1 or more"),
         (["--compare-dense", "--seconds", "0"], "--seconds 0.0: expected more than 0"),
         (["--compare-dense", "--max-loss", "-1"], "--max-loss -1.0: expected 0 or more"),
@@ -173,6 +179,7 @@ def shown(capsys: pytest.CaptureFixture) -> Callable[[], str]:
         (["--checkpoint", str(DIGITS / "sparsedm.pth"), "--backend", "magic"], "backend 'magic' is not known"),
         (["--compare-dense", "-o", "no/where.json"], "the folder no does not exist"),
         (["--compare-dense", "--report", __file__], "is a file; expected a folder"),
+        (["--results", str(DIGITS.parents[1] / "bench/results/cpu-uvit-s-int8.json")], "of the kind 'engines'"),
         (["--compare-dense", "--compare-to", "no.json"], "no.json is no results file"),
     ],
 )

@@ -132,6 +132,18 @@ def test_nan_samples(data: CalibrationData, tmp_path: Path) -> None:
         load(damaged(tmp_path / "nan.npz", data, x=x), data)
 
 
+def test_labels_below_zero(data: CalibrationData, tmp_path: Path) -> None:
+    assert data.labels is not None
+    with pytest.raises(InputError, match="its labels do not fit a model"):
+        load(damaged(tmp_path / "negative.npz", data, labels=data.labels - 100), data)
+
+
+def test_another_element_type(data: CalibrationData, tmp_path: Path) -> None:
+    for x in (data.x.astype(np.float64), data.x.astype(str)):
+        with pytest.raises(InputError, match="x is .*; expected float32"):
+            load(damaged(tmp_path / "type.npz", data, x=x), data)
+
+
 def test_cut_short(data: CalibrationData, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="times is missing or cut short"):
         load(damaged(tmp_path / "short.npz", data, times=data.times[:-1]), data)
