@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sparse_engine.artifact import EngineFile
+from sparse_engine.backends.onnxruntime.layers import PAIR
 
 RUNS = 2
 PROFILED_BACKEND = "onnxruntime"  # the one whose runtime tells the time of each node
@@ -67,7 +68,10 @@ def profile_step(
 
 
 def _collect(events: Sequence[dict[str, Any]], layers: Collection[str], kernels: Mapping[str, str]) -> list[LayerTime]:
-    """Sum the nodes of each run, and take the run that took least; the first is the warm-up."""
+    """Sum the nodes of each run, and take the run that took least; the first is the warm-up.
+
+    Two layers in one node have the same number of multiply-adds: each is given half of its time.
+    """
     seen: dict[str, int] = defaultdict(int)
     milliseconds: dict[str, np.ndarray] = {}
     ran: dict[str, str] = {}
@@ -77,9 +81,10 @@ def _collect(events: Sequence[dict[str, Any]], layers: Collection[str], kernels:
         node, operator = event["name"].removesuffix(NODE_SUFFIX), event["args"]["op_name"]
         run = seen[node]
         seen[node] += 1
-        name = node if node in layers else operator
-        ran[name] = operator if operator == "MatMul" else kernels.get(name, operator)
-        milliseconds.setdefault(name, np.zeros(1 + RUNS))[run] += event["dur"] / 1e3
+        parts = node.split(PAIR) if all(part in layers for part in node.split(PAIR)) else [operator]
+        for name in parts:
+            ran[name] = operator if operator == "MatMul" else kernels.get(name, operator)
+            milliseconds.setdefault(name, np.zeros(1 + RUNS))[run] += event["dur"] / 1e3 / len(parts)
     fastest = 1 + int(np.argmin(np.sum(list(milliseconds.values()), axis=0)[1:]))
     return [LayerTime(name, ran[name], float(times[fastest]), name in layers) for name, times in milliseconds.items()]
 

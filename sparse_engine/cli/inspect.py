@@ -47,7 +47,7 @@ def command(
         print_json(report)
         return
     _print_summary(path, report)
-    console.print(_layer_table(report["layers"]))
+    console.print(_layer_table(report))
 
 
 def _engine_report(path: Path, check: bool) -> dict[str, Any]:
@@ -62,15 +62,17 @@ def _engine_report(path: Path, check: bool) -> dict[str, Any]:
         return {**file.manifest.to_dict(), "notes": [*file.manifest.notes, f"cannot run here: {error.what}"]}
 
 
-def _kernel(layer: dict[str, Any]) -> str:
-    """The kernel, and how many times faster than dense it was at the usual batch."""
+def _kernel(layer: dict[str, Any], against: str) -> str:
+    """The kernel, how many times faster than dense it was at the usual batch, and the layer it is computed with."""
     timed = list(layer.get("timed_by_tokens", {}).values())
     kernel = layer.get("kernel") or "-"
     if not timed or kernel == "dense":
         return kernel
     milliseconds = timed[-1]["milliseconds"]
     sparse = min(value for name, value in milliseconds.items() if name != "dense")
-    return f"{kernel} {milliseconds['dense'] / sparse:.2f}x"
+    pair = layer.get("pair", {})
+    other = f", with {pair['with'].rpartition('.')[2]}" if pair.get("chosen") == "together" else ""
+    return f"{kernel} {milliseconds['dense'] / sparse:.2f}x{against}{other}"
 
 
 def _print_summary(path: Path, report: dict[str, Any]) -> None:
@@ -104,7 +106,12 @@ def _plan_line(backend: dict[str, Any]) -> str:
     return f"{line}; timed: {', '.join(timed)}" if timed else line
 
 
-def _layer_table(layers: list[dict[str, Any]]) -> Table:
+def _layer_table(report: dict[str, Any]) -> Table:
+    layers = report["layers"]
+    # ONNX Runtime has no dense bf16 product on a CPU: what a layer was timed against is float32 there.
+    against = (
+        " fp32" if (report.get("backend", {}).get("name"), report.get("precision")) == ("onnxruntime", "bf16") else ""
+    )
     built = any("kernel" in layer for layer in layers)
     totals = {key: sum(layer[key] for layer in layers) for key in ("parameters", "nonzeros", "macs", "macs_nonzero")}
     masked = sum(layer["masked"] for layer in layers)
@@ -127,7 +134,7 @@ def _layer_table(layers: list[dict[str, Any]]) -> Table:
             _change(layer["parameters"], layer["nonzeros"]),
             _change(layer["macs"], layer["macs_nonzero"]),
             f"-{layer['energy_removed']:.1%}" if layer["masked"] else "",
-            _kernel(layer) if built else (layer["reason"] or ""),
+            _kernel(layer, against) if built else (layer["reason"] or ""),
         )
     return table
 

@@ -20,7 +20,7 @@ from sparse_engine.kernels.packing import Positions, Values, validate
 LIBRARY_PATH = Path(__file__).with_name("libsparse_engine_kernels.so")
 TIERS = ("scalar", "avx2", "avx512", "avx512-bf16")
 ISA_VARIABLE = "SPARSE_ENGINE_ISA"
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _MESSAGE_BYTES = 512
 
 Lanes = Literal["auto", "t-lanes", "n-lanes"]
@@ -132,14 +132,7 @@ class MatMul24:
         Raises:
             InputError: an array of another shape, dtype or layout, or an unknown activation.
         """
-        tokens = x.shape[0] if x.ndim == 2 else -1
-        out = np.empty((max(tokens, 0), self.rows), np.float32) if out is None else out
-        _check("x", x, (tokens, self.depth))
-        _check("out", out, (tokens, self.rows))
-        if bias is not None:
-            _check("bias", bias, (self.rows,))
-        if residual is not None:
-            _check("residual", residual, (tokens, self.rows))
+        tokens, out = self._check_call(x, self.depth, bias, residual, out)
         _call(
             "sparse_engine_matmul24_run",
             self._handle,
@@ -152,6 +145,63 @@ class MatMul24:
             ctypes.c_int(threads),
         )
         return out
+
+    def after(
+        self,
+        first: MatMul24,
+        x: NDArray[np.float32],
+        *,
+        first_bias: NDArray[np.float32] | None = None,
+        activation: Activation = "none",
+        bias: NDArray[np.float32] | None = None,
+        residual: NDArray[np.float32] | None = None,
+        threads: int = 1,
+        out: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """Two layers in a row: this one of ``first(x, bias=first_bias, activation=activation)``.
+
+        To the bit what two calls give, but what ``first`` gives stays in the caches. Arguments as those of a call.
+
+        Raises:
+            InputError: also where ``first`` does not give what this one takes, or is of another tier.
+            UnsupportedError: a tier without such a kernel (scalar), or lanes other than ``t-lanes``.
+        """
+        tokens, out = self._check_call(x, first.depth, bias, residual, out)
+        if first_bias is not None:
+            _check("first_bias", first_bias, (first.rows,))
+        _call(
+            "sparse_engine_matmul24_run_pair",
+            first._handle,
+            _address(first_bias),
+            activation.encode(),
+            self._handle,
+            _address(bias),
+            _address(residual),
+            _address(x),
+            ctypes.c_int64(tokens),
+            _address(out),
+            ctypes.c_int(threads),
+        )
+        return out
+
+    def _check_call(
+        self,
+        x: NDArray[np.float32],
+        depth: int,
+        bias: NDArray[np.float32] | None,
+        residual: NDArray[np.float32] | None,
+        out: NDArray[np.float32] | None,
+    ) -> tuple[int, NDArray[np.float32]]:
+        """The number of tokens, and where to write."""
+        tokens = x.shape[0] if x.ndim == 2 else -1
+        out = np.empty((max(tokens, 0), self.rows), np.float32) if out is None else out
+        _check("x", x, (tokens, depth))
+        _check("out", out, (tokens, self.rows))
+        if bias is not None:
+            _check("bias", bias, (self.rows,))
+        if residual is not None:
+            _check("residual", residual, (tokens, self.rows))
+        return tokens, out
 
     @property
     def tier(self) -> str:

@@ -1,7 +1,7 @@
 """The onnxruntime backend: sparse layers packed, fused, chosen by timing, and equal to the dense ones."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,10 @@ import pytest
 from sparse_engine import SparseEngine, kernels
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.attention import fuse_attention
-from sparse_engine.backends.onnxruntime import choose
+from sparse_engine.backends.onnxruntime import choose, session
 from sparse_engine.backends.onnxruntime.attention import runtime_nodes
 from sparse_engine.backends.onnxruntime.layers import LAYER_OPS, FusedLayer, _to_nibbles, from_nibbles
+from sparse_engine.backends.onnxruntime.session import prepare
 from sparse_engine.errors import UnsupportedError
 from sparse_engine.export.families.uvit import UViTConfig
 from sparse_engine.kernels.packing import pack, unpack
@@ -106,6 +107,47 @@ def test_choices_are_measured_once_reported_and_remembered(
     with SparseEngine.load(sparse_file, threads=1) as engine:
         again = [layer for layer in engine.info["layers"] if layer["masked"]]
     assert again == layers
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", ["together", "apart"])
+def test_two_layers_become_one_node_where_that_is_faster(
+    sparse_file: Path, dense_file: Path, kernel: str, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    timed: list[tuple[str, ...]] = []
+
+    def fastest(candidates: Mapping[str, Callable[[], object]]) -> Choice:
+        timed.append(tuple(candidates))
+        for run in candidates.values():
+            run()
+        return Choice(kernel if kernel in candidates else "t-lanes", dict.fromkeys(candidates, 1.0))
+
+    monkeypatch.setattr("sparse_engine.tactics.fastest", fastest)
+    prepared = prepare(EngineFile(sparse_file), 2, autotune=True)
+    operators = [node.op_type for node in prepared.model.graph.node]
+    pairs = 3 if kernel == "together" else 0
+    assert (operators.count("Mlp24"), operators.count("MatMul24")) == (pairs, 12 - 2 * pairs)
+    assert timed.count(("apart", "together")) == 1  # three of one shape
+    assert prepared.report["mid_block.mlp.fc1"]["pair"] == {
+        "with": "mid_block.mlp.fc2",
+        "chosen": kernel,
+        "milliseconds": {"apart": 1.0, "together": 1.0},
+    }
+    assert "pair" not in prepared.report["mid_block.attn.qkv"]
+    x = rng.standard_normal((3, 3, 8, 8), np.float32)
+    with SparseEngine.load(sparse_file) as sparse, SparseEngine.load(dense_file) as dense:
+        found, expected = (engine.denoise(x, 0.4, labels=1) for engine in (sparse, dense))
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@needs_kernels
+def test_a_layer_that_others_read_stays_a_node(sparse_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, "together")
+    first = next(node for node in graph_of(sparse_file).graph.node if node.name == "mid_block.mlp.fc1")
+    monkeypatch.setattr(session, "only_consumer", lambda graph, name: None if name == first.output[0] else ...)
+    prepared = prepare(EngineFile(sparse_file), 2, autotune=True)
+    assert [node.op_type for node in prepared.model.graph.node].count("Mlp24") == 2
+    assert "pair" not in prepared.report["mid_block.mlp.fc1"]
 
 
 @needs_kernels

@@ -21,6 +21,16 @@ def test_a_trace_by_layer_and_kernel() -> None:
     assert found["head"].milliseconds == pytest.approx((7 - RUNS) / 1e3)  # the last run is the fastest
 
 
+def test_two_layers_in_one_node_share_its_time() -> None:
+    events = [event("fc1+fc2", "Mlp24", 8) for _ in range(1 + RUNS)] + [event("a+b", "Add", 2) for _ in range(1 + RUNS)]
+    kernels = {"fc1": "t-lanes", "fc2": "t-lanes"}
+    assert _collect(events, {"fc1", "fc2"}, kernels) == [
+        LayerTime("fc1", "t-lanes", 0.004, True),
+        LayerTime("fc2", "t-lanes", 0.004, True),
+        LayerTime("Add", "Add", 0.002, False),
+    ]
+
+
 def test_amdahl() -> None:
     times = [LayerTime("fc1", "MatMul", 6.0, True), LayerTime("Add", "Add", 4.0, False)]
     found = amdahl_limit(times, ["fc1"])

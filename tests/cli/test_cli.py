@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sparse_engine.cli.inspect import _kernel
 from sparse_engine.cli.main import run
 from tests.conftest import TINY, random_state
 
@@ -44,6 +45,14 @@ def test_default_output_is_the_checkpoints_name_here(tmp_path: Path, tiny_checkp
     assert done.returncode == 0, done.stderr
     assert os.listdir(tmp_path) == ["tiny.sengine"]
     assert done.stderr == ""  # no terminal, no progress bar
+
+
+def test_inspect_says_against_what_a_kernel_was_timed_and_with_which_layer() -> None:
+    timed = {"257": {"milliseconds": {"dense": 3.0, "t-lanes": 1.5}, "fastest": "t-lanes", "margin": 2.0}}
+    layer = {"kernel": "t-lanes", "timed_by_tokens": timed, "pair": {"with": "mlp.fc2", "chosen": "together"}}
+    assert _kernel(layer, "") == "t-lanes 2.00x, with fc2"
+    assert _kernel(layer | {"pair": {"with": "mlp.fc2", "chosen": "apart"}}, " fp32") == "t-lanes 2.00x fp32"
+    assert _kernel({"kernel": "dense", "timed_by_tokens": timed}, "") == "dense"
 
 
 def test_inspect_json_and_plot(tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture) -> None:

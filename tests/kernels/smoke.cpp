@@ -72,6 +72,37 @@ bool run_case(const Case& shape, const char* tier, const char* lanes, double tol
   return false;
 }
 
+// Two layers in a row, in one call and in two: the same bits.
+bool run_pair_case(const Case& shape, const char* tier) {
+  std::mt19937 random(shape.rows);
+  std::normal_distribution<float> normal;
+  const int hidden = shape.rows / 4 * 4 + 4;
+  const int dims[2][2] = {{hidden, shape.depth}, {shape.rows, hidden}};
+  void* layers[2] = {nullptr, nullptr};
+  char message[256] = "";
+  bool good = true;
+  for (int i = 0; i < 2; ++i) {
+    std::vector<float> values(size_t(dims[i][0]) * dims[i][1] / 2);
+    for (float& value : values) value = normal(random);
+    std::vector<uint8_t> positions(values.size() / 2, 1 | 3 << 2);
+    good &= !sparse_engine_matmul24_create(dims[i][0], dims[i][1], values.data(), positions.data(), tier, "t-lanes",
+                                           &layers[i], message, sizeof message);
+  }
+  std::vector<float> x(size_t(shape.tokens) * shape.depth), h(size_t(shape.tokens) * hidden);
+  std::vector<float> apart(size_t(shape.tokens) * shape.rows), together(apart.size());
+  for (float& value : x) value = normal(random);
+  good &= !sparse_engine_matmul24_run(layers[0], x.data(), shape.tokens, h.data(), nullptr, nullptr, "gelu", 2, message,
+                                      sizeof message);
+  good &= !sparse_engine_matmul24_run(layers[1], h.data(), shape.tokens, apart.data(), nullptr, nullptr, "none", 2,
+                                      message, sizeof message);
+  good &= !sparse_engine_matmul24_run_pair(layers[0], nullptr, "gelu", layers[1], nullptr, nullptr, x.data(),
+                                           shape.tokens, together.data(), 2, message, sizeof message);
+  for (void* layer : layers) sparse_engine_matmul24_destroy(layer);
+  good &= apart == together;
+  if (!good) std::printf("%s pair of rows %d depth %d: %s\n", tier, shape.rows, shape.depth, message);
+  return good;
+}
+
 // Keys that are all alike: every query attends to the mean of the values.
 bool run_attention_case(const char* tier, int tokens, int head_dim, double tolerance) {
   const int batch = 2, heads = 3, width = heads * head_dim;
@@ -119,6 +150,7 @@ int main() {
         good &= run_case(shape, tier, lanes, std::string(tier) == "avx512-bf16" ? 1e-2 : 4e-6);
       }
     }
+    for (const Case& shape : cases) good &= std::string(tier) == "scalar" || run_pair_case(shape, tier);
     const double tolerance = std::string(tier) == "avx512-bf16" ? 2e-2 : 1e-5;
     for (const int tokens : {1, 5, 97, 257}) {
       for (const int head_dim : {4, 20, 64}) good &= run_attention_case(tier, tokens, head_dim, tolerance);

@@ -1,4 +1,4 @@
-"""The operators sparse_engine::MatMul24 and MatMulBf16 in ONNX Runtime sessions."""
+"""The operators MatMul24, MatMulBf16, Mlp24 and MlpBf16 of the domain sparse_engine in ONNX Runtime sessions."""
 
 import ctypes
 import threading
@@ -135,6 +135,98 @@ def test_a_wrong_dense_node_is_refused(needs_bf16):
         session(graph(dense, operator="MatMulBf16", N=73))
     with pytest.raises(Exception, match="MatMulBf16: dense products are computed in bf16 only, not on"):
         session(graph(dense, operator="MatMulBf16", compute="fp32"))
+
+
+def mlp(hidden, rows, sparse=True, biases=True, residual=True, compute="fp32", **attributes):
+    """A model with two layers in one node, one with a node for each, and a feed for both. attributes: of the former."""
+    rng = np.random.default_rng(8)
+    arrays, inputs = {}, {"1": ["x"], "2": ["h"]}
+    for layer, shape in (("1", (hidden, DEPTH)), ("2", (rows, hidden))):
+        if sparse:
+            values, positions = kernels.pack(random_weight(rng, *shape))
+            arrays |= {f"values{layer}": values, f"positions{layer}": positions}
+        else:
+            arrays[f"weight{layer}"] = rng.standard_normal(shape).astype(np.float32)
+        inputs[layer] += [name for name in arrays if name.endswith(layer)]
+        inputs[layer].append(f"bias{layer}" if biases else "")
+        if biases:
+            arrays[f"bias{layer}"] = rng.standard_normal(shape[0]).astype(np.float32)
+    inputs["2"].append("residual" if residual else "")
+    shared = {"domain": "sparse_engine", "threads": 2, "compute": compute}
+    kinds = ("Mlp24", "MatMul24") if sparse else ("MlpBf16", "MatMulBf16")
+    tactic = {"tactic": "t-lanes"} if sparse else {}
+    sizes = {"N": rows, "H": hidden, "K": DEPTH, "activation": "gelu", **attributes}
+    together = helper.make_node(kinds[0], [*inputs["1"], *inputs["2"][1:]], ["y"], **sizes, **shared)
+    apart = [
+        helper.make_node(kinds[1], inputs["1"], ["h"], N=hidden, K=DEPTH, activation="gelu", **tactic, **shared),
+        helper.make_node(kinds[1], inputs["2"], ["y"], N=rows, K=hidden, **tactic, **shared),
+    ]
+    feeds = [tensor("x"), *([tensor("residual", shape=("batch", "tokens", rows))] if residual else [])]
+    models = [
+        helper.make_model(
+            helper.make_graph(
+                nodes,
+                "mlp",
+                feeds,
+                [helper.make_empty_tensor_value_info("y")],
+                [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+            ),
+            opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("sparse_engine", 1)],
+            ir_version=9,
+        )
+        for nodes in ([together], apart)
+    ]
+    feed = {"x": sample(130)}
+    if residual:
+        feed["residual"] = rng.standard_normal((2, 130, rows)).astype(np.float32)
+    return *models, feed
+
+
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("hidden, rows", [(96, 72), (300, 37)])
+def test_two_layers_in_one_node_give_the_bits_of_two(hidden, rows, biases, residual):
+    together, apart, feed = mlp(hidden, rows, biases=biases, residual=residual)
+    one = session(together)
+    assert one.get_outputs()[0].shape == ["batch", "tokens", rows]
+    np.testing.assert_array_equal(*(each.run(None, feed)[0] for each in (one, session(apart))))
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_two_layers_in_one_node_in_bf16(needs_bf16, sparse):
+    together, apart, feed = mlp(300, 37, sparse=sparse, compute="bf16")
+    np.testing.assert_array_equal(*(session(each).run(None, feed)[0] for each in (together, apart)))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"N": 38}, r"values has shape \[37, 48\], expected \[38, 48\]"),
+        ({"H": 100}, r"values has shape \[96, 32\], expected \[100, 32\]"),
+        ({"K": 66}, "K = 66, expected N >= 1 and K a positive multiple of 4"),
+        ({"activation": "relu"}, "activation is 'relu', expected one of: none, gelu, gelu-tanh, silu"),
+    ],
+)
+def test_a_wrong_node_of_two_layers_is_refused(change, message):
+    together, _, _ = mlp(96, 37, **change)
+    with pytest.raises(Exception, match=f"Mlp24: .*{message}"):
+        session(together)
+
+
+def test_two_layers_in_one_node_refuse_a_wrong_input():
+    together, _, feed = mlp(96, 37)
+    del together.graph.input[0].type.tensor_type.shape.dim[:]
+    with pytest.raises(Exception, match=r"Mlp24: X has shape \[2, 130, 60\], expected \[..., K\] with K = 64"):
+        session(together).run(None, {**feed, "x": feed["x"][:, :, :60]})
+    with pytest.raises(Exception, match=r"Mlp24: residual has shape \[2, 129, 37\], expected \[2, 130, 37\]"):
+        session(together).run(None, {**feed, "residual": feed["residual"][:, 1:]})
+
+
+def test_the_scalar_tier_has_no_node_of_two_layers(monkeypatch):
+    monkeypatch.setenv(kernels.ISA_VARIABLE, "scalar")
+    together, _, feed = mlp(96, 37)
+    with pytest.raises(Exception, match="Mlp24: two layers in a row have no scalar kernel"):
+        session(together).run(None, feed)
 
 
 def test_bf16_is_refused_where_the_tier_is_forced_lower(weight, monkeypatch):

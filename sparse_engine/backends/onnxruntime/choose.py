@@ -25,7 +25,9 @@ log = logging.getLogger(__name__)
 N_LANES_UP_TO = 64  # tokens: beyond, rows in lanes never won
 ENOUGH_TOKENS = 2048  # more of them take longer and change nothing
 DENSE = ("dense", "dense-bf16")
+PAIRED = ("t-lanes", "dense-bf16")  # kernels that compute two layers in a row
 ATTENTION_RULE = {"fp32": "onnxruntime", "bf16": "own"}  # without timing
+PATTERNS = (4, 8, 12, 9, 13, 14)  # the positions that two of four can have
 DEFAULT_RULE = "auto"  # without timing: sparse, its layout by the number of tokens of each call
 
 
@@ -90,13 +92,42 @@ class Chooser:
             return LayerChoice(DEFAULT_RULE if layer.is_sparse else "dense-bf16", "not timed: ours by default", {})
         measured = {}
         for batch in self._batches:
-            tokens = min(batch * self._positions[layer.name], ENOUGH_TOKENS)
+            tokens = self._tokens(layer, batch)
             measured[tokens] = self._cache.choose(self._key(layer, tokens), self._candidates(layer, tokens))
         winners = [choice.kernel for choice in measured.values()]
         if winners[-1] in DENSE:
             return LayerChoice(winners[-1], "faster at the usual batch", measured)
         lanes = {winner for winner in winners if winner != "dense"}
         return LayerChoice(lanes.pop() if len(lanes) == 1 else "auto", "faster at the usual batch", measured)
+
+    def together(self, first: FusedLayer, second: FusedLayer, kernel: str) -> Choice | None:
+        """Two layers in one node ("together") or two ("apart"), at the usual batch; None where they cannot be one.
+
+        ``kernel`` is what was chosen for both.
+        """
+        if kernel not in PAIRED or not self._autotune or not first.feeds(second):
+            return None
+        tokens = self._tokens(first, self._batches[-1])
+        return self._cache.choose(
+            f"{self._key(first, tokens)} and {self._key(second, tokens)}",
+            lambda: {
+                name: self._pair(first, second, tokens, kernel, name == "together") for name in ("apart", "together")
+            },
+        )
+
+    def _pair(self, first: FusedLayer, second: FusedLayer, tokens: int, kernel: str, one: bool) -> Callable[[], object]:
+        tactic: dict[str, str] = {"compute": self._compute} if first.is_sparse else {}
+        threads = pool_size(self._threads)
+        if one:
+            nodes = [first.node_with(second, threads=threads, **tactic)]
+        else:
+            tactic |= {"tactic": kernel} if first.is_sparse else {}
+            nodes = [layer.node(threads=threads, **tactic) for layer in (first, second)]
+        constants = {**_own_constants(first), **_own_constants(second)}
+        feed = {
+            name: array for name, array in (_feed(first, tokens) | _feed(second, tokens)).items() if name != second.x
+        }
+        return _alone(nodes, feed, {second.output: (tokens, second.rows)}, constants, self._threads)
 
     def attention(self, attention: Attention) -> Choice | None:
         """Our kernel ("own") or ONNX Runtime's; None where ours cannot run and there is no choice."""
@@ -122,6 +153,9 @@ class Chooser:
         }
         return {name: _alone(each, feed, output, {}, self._threads) for name, each in nodes.items()}
 
+    def _tokens(self, layer: FusedLayer, batch: int) -> int:
+        return min(batch * self._positions[layer.name], ENOUGH_TOKENS)
+
     def _key(self, layer: FusedLayer, tokens: int) -> str:
         residual = "residual" if layer.residual else "no residual"
         weights = "2:4" if layer.is_sparse else "dense"
@@ -139,24 +173,36 @@ def pool_size(threads: int | None) -> int:
 
 def _product(layer: FusedLayer, tokens: int, kernel: str, compute: str, threads: int | None) -> Callable[[], object]:
     """One layer alone, on random weights, with the kernel asked for."""
-    rng = np.random.default_rng(0)
-    values = rng.standard_normal((layer.rows, layer.depth // 2 if layer.is_sparse else layer.depth), np.float32)
-    positions = rng.choice(np.array([4, 8, 12, 9, 13, 14], np.uint8), (layer.rows, layer.depth // 4))
-    constants = {layer.bias: rng.standard_normal(layer.rows, np.float32)} if layer.bias else {}
+    constants = _own_constants(layer)
     if kernel == "dense":
-        weight = f"{layer.name}.weight"
+        weight, values = f"{layer.name}.weight", constants.pop(layer.values)
         nodes = layer.plain_nodes(weight)
-        constants[weight] = np.ascontiguousarray((kernels.unpack(values, positions) if layer.is_sparse else values).T)
-    elif kernel == "dense-bf16":
-        nodes = [layer.node(threads=pool_size(threads))]
-        constants[layer.values] = values
+        dense = kernels.unpack(values, constants.pop(layer.positions)) if layer.is_sparse else values
+        constants[weight] = np.ascontiguousarray(dense.T)
     else:
-        nodes = [layer.node(tactic=kernel, threads=pool_size(threads), compute=compute)]
-        constants |= {layer.values: values, layer.positions: positions}
+        tactic = {"tactic": kernel, "compute": compute} if layer.is_sparse else {}
+        nodes = [layer.node(threads=pool_size(threads), **tactic)]
+    return _alone(nodes, _feed(layer, tokens), {layer.output: (tokens, layer.rows)}, constants, threads)
+
+
+def _own_constants(layer: FusedLayer) -> dict[str, np.ndarray]:
+    """Random weights, as our own operators take them."""
+    rng = np.random.default_rng(0)
+    kept = layer.depth // 2 if layer.is_sparse else layer.depth
+    constants = {layer.values: rng.standard_normal((layer.rows, kept), np.float32)}
+    if layer.is_sparse:
+        constants[layer.positions] = rng.choice(np.array(PATTERNS, np.uint8), (layer.rows, layer.depth // 4))
+    if layer.bias:
+        constants[layer.bias] = rng.standard_normal(layer.rows, np.float32)
+    return constants
+
+
+def _feed(layer: FusedLayer, tokens: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
     feed = {layer.x: rng.standard_normal((tokens, layer.depth), np.float32)}
     if layer.residual:
         feed[layer.residual] = rng.standard_normal((tokens, layer.rows), np.float32)
-    return _alone(nodes, feed, {layer.output: (tokens, layer.rows)}, constants, threads)
+    return feed
 
 
 def _alone(

@@ -21,6 +21,11 @@ from sparse_engine.kernels.packing import pack
 
 DOMAIN = "sparse_engine"
 SPARSE_OP, DENSE_OP = LAYER_OPS = "MatMul24", "MatMulBf16"
+SPARSE_MLP, DENSE_MLP = (
+    "Mlp24",
+    "MlpBf16",
+)  # two layers in one node; written where an engine is loaded, never in its file
+PAIR = "+"  # between their names
 GELU_FORMS = {"none": "gelu", "tanh": "gelu-tanh"}  # ONNX's `approximate` -> the kernels' activation
 
 
@@ -64,14 +69,33 @@ class FusedLayer:
         """Whether the weights are 2:4."""
         return bool(self.positions)
 
+    @property
+    def _weights(self) -> list[str]:
+        return [self.values, self.positions] if self.is_sparse else [self.values]
+
     def node(self, **attributes: Any) -> NodeProto:
         """Write it as a node. Attributes: ``threads``, and of a sparse one ``compute`` and ``tactic``."""
-        inputs = [self.x, self.values, *([self.positions] if self.is_sparse else []), self.bias, self.residual]
+        inputs = [self.x, *self._weights, self.bias, self.residual]
         while not inputs[-1]:
             inputs.pop()
         attributes |= {"N": self.rows, "K": self.depth, "activation": self.activation}
         operator = SPARSE_OP if self.is_sparse else DENSE_OP
         return helper.make_node(operator, inputs, [self.output], name=self.name, domain=DOMAIN, **attributes)
+
+    def node_with(self, second: FusedLayer, **attributes: Any) -> NodeProto:
+        """Write it and the layer that takes its output as one node. Attributes: ``threads``, and of 2:4 ``compute``."""
+        inputs = [self.x, *self._weights, self.bias, *second._weights, second.bias, second.residual]
+        while not inputs[-1]:
+            inputs.pop()
+        attributes |= {"N": second.rows, "H": self.rows, "K": self.depth, "activation": self.activation}
+        operator = SPARSE_MLP if self.is_sparse else DENSE_MLP
+        name = PAIR.join((self.name, second.name))
+        return helper.make_node(operator, inputs, [second.output], name=name, domain=DOMAIN, **attributes)
+
+    def feeds(self, second: FusedLayer) -> bool:
+        """Whether one kernel could compute both, if nobody else wants what lies between: ``node_with``."""
+        same_kind = self.is_sparse == second.is_sparse
+        return second.x == self.output and same_kind and not self.residual and second.activation == "none"
 
     def plain_nodes(self, weight: str) -> list[NodeProto]:
         """The same in plain ONNX over a dense initializer [K, N]."""

@@ -15,6 +15,7 @@ from sparse_engine import kernels
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.attention import Attention, fuse_attention
 from sparse_engine.backends.base import GRAPH_FILE, WEIGHTS_FILE
+from sparse_engine.backends.onnx_graph import only_consumer
 
 from .attention import own_node, runtime_nodes
 from .choose import Chooser, LayerChoice, pool_size
@@ -57,7 +58,8 @@ def prepare(engine: EngineFile, threads: int | None, autotune: bool) -> Prepared
     prepared = Prepared(model)
     chooser = Chooser(engine.manifest, threads, autotune)
     _fuse_attentions(prepared, chooser, threads, attention_in(engine.manifest.precision))
-    for layer in [FusedLayer.of(node) for node in model.graph.node if node.op_type in LAYER_OPS]:
+    layers = [FusedLayer.of(node) for node in model.graph.node if node.op_type in LAYER_OPS]
+    for layer in layers:
         choice = chooser.choose(layer)
         values = _mapped(engine.path, spans[layer.values], np.float32).reshape(layer.rows, -1)
         positions = None
@@ -71,6 +73,7 @@ def prepare(engine: EngineFile, threads: int | None, autotune: bool) -> Prepared
         else:
             _make_own(prepared, layer, positions, choice, threads, products_in(engine.manifest.precision))
         prepared.report[layer.name] = choice.to_dict()
+    _join_pairs(prepared, chooser, layers, products_in(engine.manifest.precision), threads)
     return prepared
 
 
@@ -101,6 +104,30 @@ def create_session(
         options.add_external_initializers(list(prepared.overrides), values)
     data = prepared.model.SerializeToString()
     return onnxruntime.InferenceSession(data, options, providers=list(providers))
+
+
+def _join_pairs(
+    prepared: Prepared, chooser: Chooser, layers: Sequence[FusedLayer], compute: str, threads: int | None
+) -> None:
+    """Make one node of two layers in a row wherever that is faster."""
+    graph = prepared.model.graph
+    by_input = {layer.x: layer for layer in layers}
+    for first in layers:
+        second = by_input.get(first.output)
+        if second is None or only_consumer(graph, first.output) is None:
+            continue
+        kernels_chosen = {prepared.report[layer.name]["kernel"] for layer in (first, second)}
+        choice = chooser.together(first, second, kernels_chosen.pop()) if len(kernels_chosen) == 1 else None
+        if choice is None:
+            continue
+        report = {"with": second.name, "chosen": choice.kernel, "milliseconds": choice.milliseconds}
+        prepared.report[first.name]["pair"] = report
+        prepared.report[second.name]["pair"] = {**report, "with": first.name}
+        if choice.kernel == "together":
+            attributes = {"compute": compute} if first.is_sparse else {}
+            node = first.node_with(second, threads=pool_size(threads), **attributes)
+            graph.node[_index_of(prepared, second)].CopyFrom(node)
+            graph.node.remove(graph.node[_index_of(prepared, first)])
 
 
 def _fuse_attentions(prepared: Prepared, chooser: Chooser, threads: int | None, compute: str) -> None:

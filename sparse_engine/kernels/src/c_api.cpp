@@ -68,7 +68,7 @@ const MatMul24& as_product(const void* product) { return *static_cast<const MatM
 
 }  // namespace
 
-int sparse_engine_abi_version() { return 1; }
+int sparse_engine_abi_version() { return 2; }
 
 int sparse_engine_has_tier(const char* tier) {
   bool has = false;
@@ -96,6 +96,17 @@ int sparse_engine_matmul24_run(const void* product, const float* input, int64_t 
   return guarded(message, message_size, [&] {
     const Epilogue epilogue = {bias, residual, parse_activation(activation)};
     as_product(product).run(input, to_int(tokens, "tokens"), output, epilogue, threads, parallel_for);
+  });
+}
+
+int sparse_engine_matmul24_run_pair(const void* first, const float* first_bias, const char* activation,
+                                    const void* second, const float* bias, const float* residual, const float* input,
+                                    int64_t tokens, float* output, int threads, char* message, size_t message_size) {
+  return guarded(message, message_size, [&] {
+    const Epilogue first_epilogue = {first_bias, nullptr, parse_activation(activation)};
+    const Epilogue epilogue = {bias, residual, Activation::kNone};
+    MatMul24::run_pair(as_product(first), first_epilogue, as_product(second), epilogue, input,
+                       to_int(tokens, "tokens"), output, threads, parallel_for);
   });
 }
 

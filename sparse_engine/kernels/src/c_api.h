@@ -32,6 +32,13 @@ SPARSE_ENGINE_API int sparse_engine_matmul24_run(const void* product, const floa
                                                  const char* activation, int threads, char* message,
                                                  size_t message_size);
 
+// output = second(first(input)), with T-lanes and one tier for both. Bias and residual may be null.
+SPARSE_ENGINE_API int sparse_engine_matmul24_run_pair(const void* first, const float* first_bias,
+                                                      const char* activation, const void* second,
+                                                      const float* bias, const float* residual, const float* input,
+                                                      int64_t tokens, float* output, int threads, char* message,
+                                                      size_t message_size);
+
 // The tier, and the layout that so many tokens are computed with. Static strings.
 SPARSE_ENGINE_API const char* sparse_engine_matmul24_tier(const void* product);
 SPARSE_ENGINE_API const char* sparse_engine_matmul24_lanes(const void* product, int64_t tokens);

@@ -69,6 +69,10 @@ struct Tactic {
   void (*pack)(const Weights24& weights, void* packed);  // packed: 64-byte aligned
   size_t (*scratch_bytes)(int depth, int block_rows);
   void (*run)(const Product& product, const Block& block, void* scratch);  // scratch: 64-byte aligned
+  // second(first(input)), the output of the first never leaving scratch; null where a tactic cannot.
+  size_t (*pair_scratch_bytes)(const Product& first, const Product& second) = nullptr;
+  void (*run_pair)(const Product& first, const Product& second, size_t token_begin, size_t token_end,
+                   void* scratch) = nullptr;
 };
 
 // Multiply-adds that depend on nothing, to measure the machine with.

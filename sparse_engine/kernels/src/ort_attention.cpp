@@ -1,10 +1,7 @@
 #include "ort_attention.h"
 
-#include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
-#include <thread>
 
 #include "dispatch.h"
 #include "ort_support.h"
@@ -12,12 +9,6 @@
 
 namespace sparse_engine::ort {
 namespace {
-
-constexpr const char* kName = "SelfAttention";
-
-[[noreturn]] void fail(const std::string& message) {
-  throw Error(sparse_engine::Status::kInvalidInput, message);
-}
 
 // KernelInfoGetAttribute_float, place 85 of the runtime's functions. Attributes have no "is it there": a failed
 // read means that it is missing.
@@ -49,15 +40,21 @@ std::optional<float> scale_attribute(const Api& api, const KernelInfo* info) {
 // One node of one session.
 class Kernel {
  public:
+  static constexpr const char* kName = "SelfAttention";
+  static constexpr size_t kInputCount = 1;
+
   Kernel(const Api& api, const KernelInfo* info)
       : api_(api),
         heads_(heads_attribute(api, info)),
         scale_(scale_attribute(api, info)),
-        threads_(int(int_attribute(api, info, "threads", 0))),
-        tier_(best_tier(parse_compute_is_bfloat16(string_attribute(api, info, "compute", "fp32")))) {
-    if (threads_ < 1) threads_ = int(std::max(1u, std::thread::hardware_concurrency()));
-  }
+        threads_(threads_attribute(api, info)),
+        tier_(best_tier(parse_compute_is_bfloat16(string_attribute(api, info, "compute", "fp32")))) {}
 
+  static ElementType input_type(size_t) { return kFloat; }
+  static bool is_optional(size_t) { return false; }
+  static void infer_shape(const Api& api, ShapeInferContext* context) {
+    infer_last_dimension(api, context, [](int64_t width) { return width > 0 ? width / 3 : width; });
+  }
   const Api& api() const { return api_; }
 
   void compute(KernelContext* context) const {
@@ -92,56 +89,8 @@ class Kernel {
   Tier tier_;
 };
 
-Status* create(const CustomOp*, FunctionTable table, const KernelInfo* info, void** kernel) {
-  const Api api(table);
-  return guarded(api, kName, [&] { *kernel = new Kernel(api, info); });
-}
-
-Status* compute(void* kernel, KernelContext* context) {
-  const Kernel& self = *static_cast<Kernel*>(kernel);
-  return guarded(self.api(), kName, [&] { self.compute(context); });
-}
-
-// The output has the shape of qkv with a third of its last dimension; dimensions that have names keep them.
-void infer(const Api& api, ShapeInferContext* context) {
-  TensorTypeAndShapeInfo* qkv = nullptr;
-  check(api, api.ShapeInferContext_GetInputTypeShape(context, 0, &qkv));
-  size_t count = 0;
-  check(api, api.GetDimensionsCount(qkv, &count));
-  if (count == 0) return;  // rank unknown: nothing to say until run time
-  Shape shape(count);
-  std::vector<const char*> names(count);
-  check(api, api.GetDimensions(qkv, shape.data(), count));
-  check(api, api.GetSymbolicDimensions(qkv, names.data(), count));
-  if (shape.back() > 0) shape.back() /= 3;
-  names.back() = "";
-
-  TensorTypeAndShapeInfo* y = nullptr;
-  check(api, api.CreateTensorTypeAndShapeInfo(&y));
-  const std::unique_ptr<TensorTypeAndShapeInfo, decltype(api.ReleaseTensorTypeAndShapeInfo)> owner(
-      y, api.ReleaseTensorTypeAndShapeInfo);
-  check(api, api.SetTensorElementType(y, kFloat));
-  check(api, api.SetDimensions(y, shape.data(), count));
-  check(api, api.SetSymbolicDimensions(y, names.data(), count));
-  check(api, api.ShapeInferContext_SetOutputTypeShape(context, 0, y));
-}
-
-Status* infer_shape(const CustomOp* op, ShapeInferContext* context) {
-  const Api& api = static_cast<const SelfAttentionOp*>(op)->api;
-  return guarded(api, kName, [&] { infer(api, context); });
-}
-
 }  // namespace
 
-SelfAttentionOp::SelfAttentionOp(FunctionTable table) : CustomOp(common_callbacks()), api(table) {
-  GetName = [](const CustomOp*) { return kName; };
-  GetInputTypeCount = [](const CustomOp*) { return size_t(1); };
-  GetInputType = [](const CustomOp*, size_t) { return kFloat; };
-  GetInputCharacteristic = [](const CustomOp*, size_t) { return kRequired; };
-  CreateKernelV2 = create;
-  KernelComputeV2 = compute;
-  KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  InferOutputShapeFn = infer_shape;
-}
+Operator self_attention(FunctionTable table) { return operator_of<Kernel>(table); }
 
 }  // namespace sparse_engine::ort

@@ -9,14 +9,10 @@
 //               threads  int     how many of the session's threads to use at most; 0 (default): the machine's
 #pragma once
 
-#include "ort_abi.h"
+#include "ort_support.h"
 
 namespace sparse_engine::ort {
 
-// The runtime's functions travel with the operator: shape inference is given nothing else.
-struct SelfAttentionOp : CustomOp {
-  explicit SelfAttentionOp(FunctionTable table);
-  Api api;
-};
+Operator self_attention(FunctionTable table);
 
 }  // namespace sparse_engine::ort

@@ -1,5 +1,6 @@
 // The entry point that ONNX Runtime calls:
 // SessionOptions.register_custom_ops_library("libsparse_engine_kernels.so").
+#include <array>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -7,6 +8,7 @@
 
 #include "ort_attention.h"
 #include "ort_matmul24.h"
+#include "ort_mlp.h"
 #include "ort_support.h"
 
 namespace sparse_engine::ort {
@@ -16,18 +18,13 @@ namespace {
 struct Registration {
   explicit Registration(FunctionTable table)
       : api(table),
-        matmul24(table, MatMulOp::Weights::k24),
-        matmul_bf16(table, MatMulOp::Weights::kDense),
-        self_attention(table) {
+        operators{matmul24(table), matmul_bf16(table), mlp24(table), mlp_bf16(table), self_attention(table)} {
     check(api, api.CreateCustomOpDomain("sparse_engine", &domain));
-    check(api, api.CustomOpDomain_Add(domain, &matmul24));
-    check(api, api.CustomOpDomain_Add(domain, &matmul_bf16));
-    check(api, api.CustomOpDomain_Add(domain, &self_attention));
+    for (Operator& op : operators) check(api, api.CustomOpDomain_Add(domain, &op));
   }
   const Api api;
   CustomOpDomain* domain = nullptr;
-  MatMulOp matmul24, matmul_bf16;
-  SelfAttentionOp self_attention;
+  std::array<Operator, 5> operators;
 };
 
 // A process may hold two runtimes, for instance one inside another library.

@@ -19,15 +19,19 @@
 //   inputs      X, weight float32 [N, K] (an initializer), bias, residual
 #pragma once
 
-#include "ort_abi.h"
+#include "ort_support.h"
 
 namespace sparse_engine::ort {
 
-// The runtime's functions travel with the operator: shape inference is given nothing else.
-struct MatMulOp : CustomOp {
-  enum class Weights { k24, kDense };
-  MatMulOp(FunctionTable table, Weights weights);
-  Api api;
-};
+Operator matmul24(FunctionTable table);
+Operator matmul_bf16(FunctionTable table);
+
+// What the operators of two layers (ort_mlp.h) share with these. Weights [rows, depth] from input `index` on: values and
+// positions, or one dense weight. Others are null where the node does not have them.
+Weights24 weights_input(const Api& api, const KernelInfo* info, int64_t rows, int64_t depth, size_t index, bool is_sparse);
+size_t tokens_of(const Shape& shape, int depth);  // of X
+const float* bias_input(const Api& api, KernelContext* context, size_t index, const char* name, int rows);
+const float* residual_input(const Api& api, KernelContext* context, size_t index, const Shape& shape);
+void infer_rows(const Api& api, ShapeInferContext* context);  // Y is [..., N]
 
 }  // namespace sparse_engine::ort

@@ -1,7 +1,9 @@
 #include "ort_support.h"
 
+#include <algorithm>
 #include <limits>
 #include <memory>
+#include <thread>
 
 namespace sparse_engine::ort {
 namespace {
@@ -29,6 +31,13 @@ std::string to_string(const Shape& shape) {
   return text + "]";
 }
 
+void fail(const std::string& message) { throw Error(sparse_engine::Status::kInvalidInput, message); }
+
+void expect_shape(const char* name, const Shape& shape, const Shape& expected) {
+  if (shape == expected) return;
+  fail(std::string(name) + " has shape " + to_string(shape) + ", expected " + to_string(expected));
+}
+
 void check(const Api& api, Status* status) {
   if (!status) return;
   const std::string message = api.GetErrorMessage(status);
@@ -52,9 +61,7 @@ Tensor constant_input(const Api& api, const KernelInfo* info, size_t index, cons
   const Value* value = nullptr;
   check(api, api.KernelInfoGetConstantInput_tensor(info, index, &is_constant, &value));
   if (is_constant && value) return view(api, value);
-  throw Error(
-      sparse_engine::Status::kInvalidInput,
-      std::string("input '") + name + "' must be an initializer: it is packed when the session is created");
+  fail(std::string("input '") + name + "' must be an initializer: it is packed when the session is created");
 }
 
 Tensor input(const Api& api, const KernelContext* context, size_t index) {
@@ -101,6 +108,40 @@ std::string string_attribute(const Api& api, const KernelInfo* info, const char*
   return value;
 }
 
+int threads_attribute(const Api& api, const KernelInfo* info) {
+  const int64_t threads = int_attribute(api, info, "threads", 0);
+  return int(threads > 0 ? threads : std::max(1u, std::thread::hardware_concurrency()));
+}
+
+int64_t int_attribute(const Api& api, const ShapeInferContext* context, const char* name) {
+  const OpAttr* attribute = nullptr;
+  check(api, api.ShapeInferContext_GetAttribute(context, name, &attribute));
+  int64_t value = 0;
+  size_t size = 0;
+  check(api, api.ReadOpAttr(attribute, kAttrInt, &value, sizeof value, &size));
+  return value;
+}
+
+void infer_last_dimension(const Api& api, ShapeInferContext* context, const std::function<int64_t(int64_t)>& last) {
+  TensorTypeAndShapeInfo* x = nullptr;
+  check(api, api.ShapeInferContext_GetInputTypeShape(context, 0, &x));
+  Shape shape = shape_of(api, x);
+  if (shape.empty()) return;
+  std::vector<const char*> names(shape.size());
+  check(api, api.GetSymbolicDimensions(x, names.data(), names.size()));
+  shape.back() = last(shape.back());
+  names.back() = "";
+
+  TensorTypeAndShapeInfo* y = nullptr;
+  check(api, api.CreateTensorTypeAndShapeInfo(&y));
+  const std::unique_ptr<TensorTypeAndShapeInfo, decltype(api.ReleaseTensorTypeAndShapeInfo)> owner(
+      y, api.ReleaseTensorTypeAndShapeInfo);
+  check(api, api.SetTensorElementType(y, kFloat));
+  check(api, api.SetDimensions(y, shape.data(), shape.size()));
+  check(api, api.SetSymbolicDimensions(y, names.data(), names.size()));
+  check(api, api.ShapeInferContext_SetOutputTypeShape(context, 0, y));
+}
+
 ParallelFor parallel_for(const Api& api, const KernelContext* context) {
   return [&api, context](int workers, const std::function<void()>& work) {
     struct Shared {
@@ -123,22 +164,20 @@ ParallelFor parallel_for(const Api& api, const KernelContext* context) {
   };
 }
 
-CustomOp common_callbacks() {
-  CustomOp op{};
-  op.version = kApiVersion;
-  op.GetExecutionProviderType = [](const CustomOp*) { return "CPUExecutionProvider"; };
-  op.GetOutputTypeCount = [](const CustomOp*) { return size_t(1); };
-  op.GetOutputType = [](const CustomOp*, size_t) { return kFloat; };
-  op.GetOutputCharacteristic = [](const CustomOp*, size_t) { return kRequired; };
-  op.GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };
+Operator::Operator(FunctionTable table) : CustomOp{}, api(table) {
+  version = kApiVersion;
+  GetExecutionProviderType = [](const CustomOp*) { return "CPUExecutionProvider"; };
+  GetOutputTypeCount = [](const CustomOp*) { return size_t(1); };
+  GetOutputType = [](const CustomOp*, size_t) { return kFloat; };
+  GetOutputCharacteristic = [](const CustomOp*, size_t) { return kRequired; };
+  GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };
   const auto one = [](const CustomOp*) { return 1; };
-  op.GetVariadicInputMinArity = one;
-  op.GetVariadicInputHomogeneity = one;
-  op.GetVariadicOutputMinArity = one;
-  op.GetVariadicOutputHomogeneity = one;
-  op.GetStartVersion = one;
-  op.GetEndVersion = [](const CustomOp*) { return std::numeric_limits<int>::max(); };
-  return op;
+  GetVariadicInputMinArity = one;
+  GetVariadicInputHomogeneity = one;
+  GetVariadicOutputMinArity = one;
+  GetVariadicOutputHomogeneity = one;
+  GetStartVersion = one;
+  GetEndVersion = [](const CustomOp*) { return std::numeric_limits<int>::max(); };
 }
 
 }  // namespace sparse_engine::ort

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <exception>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -15,6 +16,10 @@ namespace sparse_engine::ort {
 using Shape = std::vector<int64_t>;  // -1 where a dimension is not known yet
 
 std::string to_string(const Shape& shape);
+
+// Throws Error for something that a graph has wrong.
+[[noreturn]] void fail(const std::string& message);
+void expect_shape(const char* name, const Shape& shape, const Shape& expected);
 
 // Throws Error with the runtime's message if `status` is one.
 void check(const Api& api, Status* status);
@@ -54,10 +59,51 @@ int64_t int_attribute(const Api& api, const KernelInfo* info, const char* name);
 int64_t int_attribute(const Api& api, const KernelInfo* info, const char* name, int64_t missing);
 std::string string_attribute(const Api& api, const KernelInfo* info, const char* name, const char* missing);
 
+// The attribute "threads" of every operator here: how many of the session's threads to use at most; 0, or none: the
+// machine's.
+int threads_attribute(const Api& api, const KernelInfo* info);
+
+// Shape inference: the output has the shape of the first input but for the last dimension, which becomes last(size).
+// Dimensions that have names keep them; where the rank is unknown there is nothing to say.
+void infer_last_dimension(const Api& api, ShapeInferContext* context, const std::function<int64_t(int64_t)>& last);
+int64_t int_attribute(const Api& api, const ShapeInferContext* context, const char* name);
+
 // A loop over the session's own threads.
 ParallelFor parallel_for(const Api& api, const KernelContext* context);
 
-// The callbacks that are the same for every operator of this library: CPU, one float output, not variadic.
-CustomOp common_callbacks();
+// An operator of this library: CPU, one float output, not variadic. The runtime's functions travel with it, because shape
+// inference is given nothing else.
+struct Operator : CustomOp {
+  explicit Operator(FunctionTable table);
+  Api api;
+};
+
+// The operator whose nodes are of a class with
+//   Kernel(api, info), which throws Error for a node that is wrong; compute(context); api()
+//   static kName, kInputCount, input_type(index), is_optional(index), infer_shape(api, context)
+template <class Kernel>
+Operator operator_of(FunctionTable table) {
+  Operator op(table);
+  op.GetName = [](const CustomOp*) { return Kernel::kName; };
+  op.GetInputTypeCount = [](const CustomOp*) { return size_t(Kernel::kInputCount); };
+  op.GetInputType = [](const CustomOp*, size_t index) { return Kernel::input_type(index); };
+  op.GetInputCharacteristic = [](const CustomOp*, size_t index) {
+    return Kernel::is_optional(index) ? kOptional : kRequired;
+  };
+  op.CreateKernelV2 = [](const CustomOp*, FunctionTable table, const KernelInfo* info, void** kernel) {
+    const Api api(table);
+    return guarded(api, Kernel::kName, [&] { *kernel = new Kernel(api, info); });
+  };
+  op.KernelComputeV2 = [](void* kernel, KernelContext* context) {
+    const Kernel& self = *static_cast<Kernel*>(kernel);
+    return guarded(self.api(), Kernel::kName, [&] { self.compute(context); });
+  };
+  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.InferOutputShapeFn = [](const CustomOp* op, ShapeInferContext* context) {
+    const Api& api = static_cast<const Operator*>(op)->api;
+    return guarded(api, Kernel::kName, [&] { Kernel::infer_shape(api, context); });
+  };
+  return op;
+}
 
 }  // namespace sparse_engine::ort

@@ -32,6 +32,25 @@ void check_positions(const Weights24& weights) {
   }
 }
 
+// Calls run(block, scratch) for every block of a partition, on up to `threads` threads.
+template <class Run>
+void run_blocks(const Partition& partition, size_t scratch_bytes, int threads, const ParallelFor& parallel_for,
+                const Run& run) {
+  std::atomic<size_t> next{0};
+  const std::function<void()> work = [&] {
+    const Scratch scratch(scratch_bytes);
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < partition.size();) {
+      run(partition.block(i), scratch.data());
+    }
+  };
+  const int workers = int(std::min(partition.size(), size_t(std::max(1, threads))));
+  if (workers == 1) {
+    work();
+  } else {
+    parallel_for(workers, work);
+  }
+}
+
 }  // namespace
 
 MatMul24::MatMul24(const Weights24& weights, Tier tier, Lanes lanes)
@@ -75,19 +94,39 @@ void MatMul24::run(const float* input, size_t tokens, float* output, const Epilo
   const Partition partition(tactic, tokens, product.rows, std::max(1, threads));
   const size_t scratch_bytes = tactic.scratch_bytes(product.depth, partition.most_block_rows());
 
-  std::atomic<size_t> next{0};
-  const std::function<void()> work = [&] {
-    const Scratch scratch(scratch_bytes);
-    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < partition.size();) {
-      tactic.run(product, partition.block(i), scratch.data());
-    }
-  };
-  const int workers = int(std::min(partition.size(), size_t(std::max(1, threads))));
-  if (workers == 1) {
-    work();
-  } else {
-    parallel_for(workers, work);
+  run_blocks(partition, scratch_bytes, threads, parallel_for, [&](const Block& block, void* scratch) {
+    tactic.run(product, block, scratch);
+  });
+}
+
+void MatMul24::run_pair(const MatMul24& first, const Epilogue& first_epilogue, const MatMul24& second,
+                        const Epilogue& epilogue, const float* input, size_t tokens, float* output, int threads,
+                        const ParallelFor& parallel_for) {
+  if (first.rows() != second.depth()) {
+    throw Error(Status::kInvalidInput, "the first layer has N = " + std::to_string(first.rows()) +
+                                           ", the second K = " + std::to_string(second.depth()) + "; expected the same");
   }
+  if (first.lanes_ != Lanes::kTokens || second.lanes_ != Lanes::kTokens) {
+    throw Error(Status::kUnsupported, "two layers in a row are computed in T-lanes only");
+  }
+  Tactic tactic = first.tactic(Lanes::kTokens);
+  if (tactic.run != second.tactic(Lanes::kTokens).run) {
+    throw Error(Status::kInvalidInput, "two layers in a row have one tier, and are both 2:4 or both dense");
+  }
+  if (!tactic.run_pair) {
+    throw Error(Status::kUnsupported, std::string("two layers in a row have no ") + tier_name(first.tier()) + " kernel");
+  }
+  if (tokens == 0) return;
+  const Product products[2] = {
+      {first.rows(), first.depth(), first.packed_for(tactic), input, nullptr, first_epilogue},
+      {second.rows(), second.depth(), second.packed_for(tactic), nullptr, output, epilogue}};
+  const int rows = first.rows() + second.rows();
+  tactic.row_multiple = rows;  // blocks of tokens only: all rows of the first layer go into each of the second
+  const Partition partition(tactic, tokens, rows, std::max(1, threads));
+  run_blocks(partition, tactic.pair_scratch_bytes(products[0], products[1]), threads, parallel_for,
+             [&](const Block& block, void* scratch) {
+               tactic.run_pair(products[0], products[1], block.token_begin, block.token_end, scratch);
+             });
 }
 
 }  // namespace sparse_engine

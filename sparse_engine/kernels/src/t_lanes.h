@@ -72,8 +72,7 @@ struct TokensInLanes {
   static void pack(const Weights24& weights, void* packed) { pack_streams(weights, kLayout, packed); }
 
   static size_t scratch_bytes(int, int block_rows) {
-    return size_t(kPanelDepth / kLayout.block_depth) * kTileBlockBytes +
-           size_t(round_up(block_rows, kStreamRowMultiple)) * kLineBytes;
+    return tile_bytes(kPanelDepth) + size_t(round_up(block_rows, kStreamRowMultiple)) * kLineBytes;
   }
 
   static void run(const Product& product, const Block& block, void* scratch) {
@@ -84,32 +83,103 @@ struct TokensInLanes {
     }
   }
 
-  // One tile of tokens: block after block of the depth, the sums resting in L2 between blocks. After the last block
-  // a window's sums are finished, and are stored while they are still in L1.
+  // One tile of tokens: block after block of the depth, the sums resting in L2 between blocks.
   static void run_tile(const Product& product, const Block& block, size_t token, int tokens, uint8_t* tile) {
-    float* const sums =
-        reinterpret_cast<float*>(tile + size_t(kPanelDepth / kLayout.block_depth) * kTileBlockBytes);
-    const size_t pairs = round_up(product.rows, kStreamRowMultiple) / 2;
-    const float* const input = product.input + token * product.depth;
-    const uint8_t* streams = static_cast<const uint8_t*>(product.packed);
+    float* const sums = reinterpret_cast<float*>(tile + tile_bytes(kPanelDepth));
     for (int begin = 0; begin < product.depth; begin += kLayout.block_depth) {
-      const int panel_place = begin % kPanelDepth;
-      if (panel_place == 0) {
-        Format::pack_tile(input + begin, product.depth, tokens, smaller(kPanelDepth, product.depth - begin),
-                          tile);
-      }
-      const uint8_t* const lines = tile + size_t(panel_place / kLayout.block_depth) * kTileBlockBytes;
-      const int steps = stream_steps(product.depth, begin, kLayout.block_depth, kLayout.steps_per_group());
-      const bool last = begin + kLayout.block_depth >= product.depth;
-      for (int row = block.row_begin; row < block.row_end; row += kWindowRows) {
-        const int rows = smaller(kWindowRows, block.row_end - row);
-        const uint8_t* const window = streams + row / 2 * pair_bytes(steps);
-        float* const window_sums = sums + size_t(row - block.row_begin) * kTileTokens;
-        accumulate(tokens, lines, window, steps, window_sums, round_up(rows, kStreamRowMultiple) / 2, begin == 0);
-        if (last) store_sums(product, token, tokens, row, rows, window_sums);
-      }
-      streams += pairs * pair_bytes(steps);
+      const int place = begin % kPanelDepth;
+      if (place == 0) pack_panel(product, token, tokens, begin, tile);
+      multiply_block(product, begin, tile + tile_bytes(place), tokens, block.row_begin, block.row_end, sums,
+                     [&](int row, int rows, const float* window) {
+                       store_sums(product, token, tokens, row, rows, window);
+                     });
     }
+  }
+
+  // Two products in a row: kPanelDepth rows of the first are finished, become the lines of a tile, and are multiplied
+  // by the second's weights. What is between them is neither transposed nor written to memory.
+  static void run_pair(const Product& first, const Product& second, size_t token_begin, size_t token_end,
+                       void* scratch) {
+    for (size_t token = token_begin; token < token_end; token += kTileTokens) {
+      const size_t left = token_end - token;
+      const int tokens = left < size_t(kTileTokens) ? int(left) : kTileTokens;
+      run_pair_tile(first, second, token, tokens, static_cast<uint8_t*>(scratch));
+    }
+  }
+
+  static size_t pair_scratch_bytes(const Product& first, const Product& second) {
+    return tile_bytes(round_up(first.depth, kPanelDepth)) + tile_bytes(kPanelDepth) +
+           size_t(kPanelDepth + round_up(second.rows, kStreamRowMultiple)) * kLineBytes;
+  }
+
+  static void run_pair_tile(const Product& first, const Product& second, size_t token, int tokens, uint8_t* tile) {
+    uint8_t* const hidden = tile + tile_bytes(round_up(first.depth, kPanelDepth));
+    float* const hidden_sums = reinterpret_cast<float*>(hidden + tile_bytes(kPanelDepth));
+    float* const sums = hidden_sums + size_t(kPanelDepth) * kTileTokens;
+    for (int begin = 0; begin < first.depth; begin += kPanelDepth) {
+      pack_panel(first, token, tokens, begin, tile + tile_bytes(begin));
+    }
+    for (int panel = 0; panel < first.rows; panel += kPanelDepth) {
+      const int panel_end = smaller(panel + kPanelDepth, first.rows);
+      for (int begin = 0; begin < first.depth; begin += kLayout.block_depth) {
+        multiply_block(first, begin, tile + tile_bytes(begin), tokens, panel, panel_end, hidden_sums,
+                       [&](int row, int rows, const float* window) {
+                         store_lines(first, tokens, row, rows, window, hidden + tile_bytes(row - panel));
+                       });
+      }
+      for (int begin = panel; begin < panel_end; begin += kLayout.block_depth) {
+        multiply_block(second, begin, hidden + tile_bytes(begin - panel), tokens, 0, second.rows, sums,
+                       [&](int row, int rows, const float* window) {
+                         store_sums(second, token, tokens, row, rows, window);
+                       });
+      }
+    }
+  }
+
+  static constexpr size_t tile_bytes(int depth) { return size_t(depth / 4) * kLayout.lines_per_group() * kLineBytes; }
+
+  static void pack_panel(const Product& product, size_t token, int tokens, int begin, uint8_t* tile) {
+    Format::pack_tile(product.input + token * product.depth + begin, product.depth, tokens,
+                      smaller(kPanelDepth, product.depth - begin), tile);
+  }
+
+  // Adds one block of the depth to the sums of some rows. After the last block each window's sums are finished, and
+  // finish(row, rows, sums) is called while they are still in L1.
+  template <class Finish>
+  static SPARSE_ENGINE_INLINE void multiply_block(const Product& product, int begin, const uint8_t* lines, int tokens,
+                                                  int row_begin, int row_end, float* sums, const Finish& finish) {
+    const size_t pairs = round_up(product.rows, kStreamRowMultiple) / 2;
+    const int full = stream_steps(product.depth, 0, kLayout.block_depth, kLayout.steps_per_group());
+    const int steps = stream_steps(product.depth, begin, kLayout.block_depth, kLayout.steps_per_group());
+    const uint8_t* const streams =
+        static_cast<const uint8_t*>(product.packed) + begin / kLayout.block_depth * pairs * pair_bytes(full);
+    const bool last = begin + kLayout.block_depth >= product.depth;
+    for (int row = row_begin; row < row_end; row += kWindowRows) {
+      const int rows = smaller(kWindowRows, row_end - row);
+      float* const window = sums + size_t(row - row_begin) * kTileTokens;
+      accumulate(tokens, lines, streams + row / 2 * pair_bytes(steps), steps, window,
+                 round_up(rows, kStreamRowMultiple) / 2, begin == 0);
+      if (last) finish(row, rows, window);
+    }
+  }
+
+  // Finished rows as lines of the next product's tile.
+  static void store_lines(const Product& product, int tokens, int row, int rows, const float* sums, uint8_t* lines) {
+    with_activation(product.epilogue.activation, [&](auto activation) {
+      constexpr Activation kActivation = decltype(activation)::value;
+      const float* const bias = product.epilogue.bias;
+      for (int r = 0; r < rows; r += 4) {
+        for (int t = 0; t < tokens; t += V::kLanes) {
+          Vector four[4];
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i) {
+            const Vector sum = V::load(sums + size_t(r + i) * kTileTokens + t);
+            four[i] = activate<V, kLayout.operand, kActivation>(bias ? sum + V::set(bias[row + r + i]) : sum);
+          }
+          Format::store_group(lines + tile_bytes(r) + size_t(t) * 4, four);
+        }
+      }
+    });
   }
 
   static void store_sums(const Product& product, size_t token, int tokens, int row, int rows,
@@ -259,7 +329,7 @@ constexpr Tactic tokens_in_lanes(Tier tier) {
   using Kernel = TokensInLanes<Format>;
   return {tier,       Lanes::kTokens,       Format::V::kLanes, Kernel::kTileTokens,
           kWindowRows, Kernel::packed_bytes, Kernel::pack,      Kernel::scratch_bytes,
-          Kernel::run};
+          Kernel::run, Kernel::pair_scratch_bytes, Kernel::run_pair};
 }
 
 // fp32 products: a line of the tile is one k, an element one float.
@@ -274,6 +344,12 @@ struct Float32Streams {
                                                               typename V::Vector weight,
                                                               typename V::Vector x) {
     return V::multiply_add(weight, x, sum);
+  }
+
+  // Four k of sixteen tokens.
+  static SPARSE_ENGINE_INLINE void store_group(uint8_t* lines, const typename V::Vector (&four)[4]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) V::store(lines + i * kLayout.tile_tokens * 4, four[i]);
   }
 
   // Transposes depth x tokens of `input` into lines, square by square; what is missing becomes zero.

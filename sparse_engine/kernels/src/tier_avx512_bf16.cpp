@@ -58,6 +58,13 @@ SPARSE_ENGINE_INLINE void transpose_pairs(const float* input, size_t stride, int
   }
 }
 
+// (low[i], high[i]) of sixteen lanes, rounded.
+SPARSE_ENGINE_INLINE __m512i interleave(__m512 low, __m512 high) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
 struct Bfloat16Streams {
   using V = Avx512;
   // 48 tokens x 128 k, six lines per four k: 36 KiB, a little more than L1 holds. Tiles that fit (64 x 64)
@@ -72,6 +79,10 @@ struct Bfloat16Streams {
     transpose_pairs(input, stride, tokens, depth, [&](int group, int token, __m512i pair01, __m512i pair23) {
       store_pairs(tile + (size_t(group) * 6 * kLayout.tile_tokens + token) * 4, pair01, pair23);
     });
+  }
+
+  static SPARSE_ENGINE_INLINE void store_group(uint8_t* lines, const __m512 (&four)[4]) {
+    store_pairs(lines, interleave(four[0], four[1]), interleave(four[2], four[3]));
   }
 
   // From the pairs (0,1) and (2,3) of sixteen tokens, the lines of all six pairs.
@@ -100,10 +111,15 @@ struct DenseBfloat16Streams {
   }
   static void pack_tile(const float* input, size_t stride, int tokens, int depth, uint8_t* tile) {
     transpose_pairs(input, stride, tokens, depth, [&](int group, int token, __m512i pair01, __m512i pair23) {
-      uint8_t* const line = tile + (size_t(group) * 2 * kLayout.tile_tokens + token) * 4;
-      _mm512_store_si512(line, pair01);
-      _mm512_store_si512(line + kLayout.tile_tokens * 4, pair23);
+      store_pairs(tile + (size_t(group) * 2 * kLayout.tile_tokens + token) * 4, pair01, pair23);
     });
+  }
+  static SPARSE_ENGINE_INLINE void store_group(uint8_t* lines, const __m512 (&four)[4]) {
+    store_pairs(lines, interleave(four[0], four[1]), interleave(four[2], four[3]));
+  }
+  static SPARSE_ENGINE_INLINE void store_pairs(uint8_t* lines, __m512i pair01, __m512i pair23) {
+    _mm512_store_si512(lines, pair01);
+    _mm512_store_si512(lines + kLayout.tile_tokens * 4, pair23);
   }
 };
 
