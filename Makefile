@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DIGITS := examples/digits
+CPP := $(wildcard sparse_engine/kernels/src/*.h sparse_engine/kernels/src/*.cpp tests/kernels/*.cpp)
 GPU_PYTHON ?= $(PYTHON)
 GPU_ARGS ?=
 
@@ -26,6 +27,7 @@ lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/clang-format --style=file:sparse_engine/kernels/.clang-format --dry-run -Werror $(CPP)
 
 # Runs from the checkout with any Python that has torch with CUDA, numpy and onnx: nothing is installed.
 # make gpu-check GPU_ARGS="--steps 1,3 --budget 200"
@@ -38,6 +40,7 @@ gpu-check:
 format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/clang-format --style=file:sparse_engine/kernels/.clang-format -i $(CPP)
 
 # torch first and alone: its exact pin lets a machine that has a CPU build use it.
 $(READY): pyproject.toml constraints.txt

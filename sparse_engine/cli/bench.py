@@ -27,13 +27,13 @@ def command(
     earlier: Annotated[Path | None, typer.Option("--results", help="Show an earlier run's file: no measuring.")] = None,
     preset: Annotated[str, typer.Option(help="Size of the grid's networks: quick, uvit-s or paper.")] = "quick",
     cells: Annotated[str | None, typer.Option(help="Part of the grid, such as patch=1,mlp=4.")] = None,
-    batch: Annotated[str | None, typer.Option(help="Batch sizes [default: the preset's, else 1,4,16].")] = None,
+    batch: Annotated[str | None, typer.Option(help="Batch sizes.", show_default="the preset's, else 1,4,16")] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads, where the weights cannot tell.")] = None,
     backend: Annotated[
         str, typer.Option(help="Backends, the one that counts first, such as onnxruntime,torch.")
     ] = "auto",
     precision: Annotated[str, typer.Option(help="fp32, tf32, fp16 or bf16.")] = "fp32",
-    threads: Annotated[int | None, typer.Option(help="CPU threads [default: one per core].")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one per core")] = None,
     repeat: Annotated[int, typer.Option(help="Repeats, the engines loaded afresh in each.")] = 5,
     seconds: Annotated[float, typer.Option(help="Timing per repeat.")] = 0.4,
     end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Time whole samples too.")] = False,

@@ -31,7 +31,7 @@ def command(
     ] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance weight w; 1 is without.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per network call.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads [default: one per core].")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one per core")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1 [default: the backend's own].")] = None,
     check: Annotated[bool, typer.Option("--check", help="Hash the engine's weights first.")] = False,
     autotune: Annotated[

@@ -14,7 +14,7 @@ def command(
     engine: Annotated[Path, typer.Argument(help="A .sengine file.")],
     against: Annotated[Path, typer.Option("--against", help="The checkpoint.")],
     tolerance: Annotated[float, typer.Option(help="For the relative error of eps.")] = 1e-4,
-    threads: Annotated[int | None, typer.Option(help="CPU threads [default: one per core].")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one per core")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare eps and a short trajectory with the torch network; exit 1 past the tolerance."""

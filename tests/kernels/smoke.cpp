@@ -41,10 +41,10 @@ bool run_case(const Case& shape, const char* tier, const char* lanes, double tol
 
   char message[256] = "";
   void* product = nullptr;
-  if (sparse_engine_matmul24_create(shape.rows, shape.depth, values.data(), positions.data(), tier, lanes,
-                                    &product, message, sizeof message) ||
-      sparse_engine_matmul24_run(product, x.data(), shape.tokens, y.data(), bias.data(), residual.data(),
-                                 "silu", 2, message, sizeof message)) {
+  if (sparse_engine_matmul24_create(shape.rows, shape.depth, values.data(), positions.data(), tier, lanes, &product,
+                                    message, sizeof message) ||
+      sparse_engine_matmul24_run(product, x.data(), shape.tokens, y.data(), bias.data(), residual.data(), "silu", 2,
+                                 message, sizeof message)) {
     std::printf("%s %s: %s\n", tier, lanes, message);
     return false;
   }
@@ -57,8 +57,7 @@ bool run_case(const Case& shape, const char* tier, const char* lanes, double tol
       for (int k = 0; k < shape.depth / 2; ++k) {
         const size_t g = size_t(r) * (shape.depth / 4) + k / 2;
         const int position = k % 2 ? positions[g] >> 2 : positions[g] & 3;
-        sum += double(values[size_t(r) * (shape.depth / 2) + k]) *
-               x[size_t(t) * shape.depth + k / 2 * 4 + position];
+        sum += double(values[size_t(r) * (shape.depth / 2) + k]) * x[size_t(t) * shape.depth + k / 2 * 4 + position];
       }
       const size_t i = size_t(t) * shape.rows + r;
       const double expected = sum / (1 + std::exp(-sum)) + residual[i];
@@ -67,8 +66,8 @@ bool run_case(const Case& shape, const char* tier, const char* lanes, double tol
     }
   }
   if (error <= tolerance * largest) return true;
-  std::printf("%s %s rows %d depth %d tokens %d: error %g of %g\n", tier, lanes, shape.rows, shape.depth,
-              shape.tokens, error, largest);
+  std::printf("%s %s rows %d depth %d tokens %d: error %g of %g\n", tier, lanes, shape.rows, shape.depth, shape.tokens,
+              error, largest);
   return false;
 }
 

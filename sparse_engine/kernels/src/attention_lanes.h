@@ -129,9 +129,8 @@ struct QueriesInLanes {
 
     // sum[row][v] += weights[row * row_stride + step * step_stride] * lines[step][v], over the steps.
     template <int Rows>
-    static SPARSE_ENGINE_INLINE void accumulate(Vector (&sum)[Rows][Vectors], const float* weights,
-                                                size_t row_stride, size_t step_stride, const float* lines,
-                                                size_t steps) {
+    static SPARSE_ENGINE_INLINE void accumulate(Vector (&sum)[Rows][Vectors], const float* weights, size_t row_stride,
+                                                size_t step_stride, const float* lines, size_t steps) {
       for (size_t step = 0; step < steps; ++step, lines += kLine, weights += step_stride) {
         Vector line[Vectors];
 #pragma GCC unroll 8
@@ -156,8 +155,8 @@ struct QueriesInLanes {
     }
 
     template <int Rows>
-    static SPARSE_ENGINE_INLINE void score_rows(const float* keys, size_t stride, const float* queries,
-                                                float* scores, Vector (&largest)[Vectors]) {
+    static SPARSE_ENGINE_INLINE void score_rows(const float* keys, size_t stride, const float* queries, float* scores,
+                                                Vector (&largest)[Vectors]) {
       Vector sum[Rows][Vectors];
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {

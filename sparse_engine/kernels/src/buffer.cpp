@@ -29,8 +29,7 @@ IdleScratch& idle_scratch() {
 
 }  // namespace
 
-Buffer::Buffer(size_t bytes)
-    : size_((std::max(bytes, size_t(1)) + kAlignment - 1) / kAlignment * kAlignment) {
+Buffer::Buffer(size_t bytes) : size_((std::max(bytes, size_t(1)) + kAlignment - 1) / kAlignment * kAlignment) {
   data_ = std::aligned_alloc(kAlignment, size_);
   if (!data_) throw std::bad_alloc();
 }

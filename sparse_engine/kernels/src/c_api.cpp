@@ -77,8 +77,7 @@ int sparse_engine_has_tier(const char* tier) {
 }
 
 int sparse_engine_best_tier(const char* compute, const char** tier, char* message, size_t message_size) {
-  return guarded(message, message_size,
-                 [&] { *tier = tier_name(best_tier(parse_compute_is_bfloat16(compute))); });
+  return guarded(message, message_size, [&] { *tier = tier_name(best_tier(parse_compute_is_bfloat16(compute))); });
 }
 
 int sparse_engine_matmul24_create(int64_t rows, int64_t depth, const float* values, const uint8_t* positions,
@@ -105,8 +104,8 @@ int sparse_engine_matmul24_run_pair(const void* first, const float* first_bias, 
   return guarded(message, message_size, [&] {
     const Epilogue first_epilogue = {first_bias, nullptr, parse_activation(activation)};
     const Epilogue epilogue = {bias, residual, Activation::kNone};
-    MatMul24::run_pair(as_product(first), first_epilogue, as_product(second), epilogue, input,
-                       to_int(tokens, "tokens"), output, threads, parallel_for);
+    MatMul24::run_pair(as_product(first), first_epilogue, as_product(second), epilogue, input, to_int(tokens, "tokens"),
+                       output, threads, parallel_for);
   });
 }
 
@@ -120,8 +119,7 @@ size_t sparse_engine_matmul24_packed_bytes(const void* product) { return as_prod
 
 void sparse_engine_matmul24_destroy(void* product) { delete static_cast<MatMul24*>(product); }
 
-int sparse_engine_peak_flops(const char* tier, int load, double* flops_per_second, char* message,
-                             size_t message_size) {
+int sparse_engine_peak_flops(const char* tier, int load, double* flops_per_second, char* message, size_t message_size) {
   return guarded(message, message_size, [&] {
     const PeakLoop* const loop = find_peak_loop(parse_tier(tier));
     *flops_per_second = loop ? measure(*loop, load != 0) : std::numeric_limits<double>::quiet_NaN();

@@ -21,23 +21,20 @@ SPARSE_ENGINE_API int sparse_engine_best_tier(const char* compute, const char** 
 // Canonical weights: values [rows, depth / 2], positions [rows, depth / 4] (first | second << 2). They must
 // outlive the product where lanes is "auto".
 SPARSE_ENGINE_API int sparse_engine_matmul24_create(int64_t rows, int64_t depth, const float* values,
-                                                    const uint8_t* positions, const char* tier,
-                                                    const char* lanes, void** product, char* message,
-                                                    size_t message_size);
+                                                    const uint8_t* positions, const char* tier, const char* lanes,
+                                                    void** product, char* message, size_t message_size);
 
 // output[tokens, rows] = activation(input[tokens, depth] * W^T + bias) + residual. bias, residual: may be
 // null; residual may be the output. Starts threads - 1 threads and joins them.
-SPARSE_ENGINE_API int sparse_engine_matmul24_run(const void* product, const float* input, int64_t tokens,
-                                                 float* output, const float* bias, const float* residual,
-                                                 const char* activation, int threads, char* message,
-                                                 size_t message_size);
+SPARSE_ENGINE_API int sparse_engine_matmul24_run(const void* product, const float* input, int64_t tokens, float* output,
+                                                 const float* bias, const float* residual, const char* activation,
+                                                 int threads, char* message, size_t message_size);
 
 // output = second(first(input)), with T-lanes and one tier for both. Bias and residual may be null.
 SPARSE_ENGINE_API int sparse_engine_matmul24_run_pair(const void* first, const float* first_bias,
-                                                      const char* activation, const void* second,
-                                                      const float* bias, const float* residual, const float* input,
-                                                      int64_t tokens, float* output, int threads, char* message,
-                                                      size_t message_size);
+                                                      const char* activation, const void* second, const float* bias,
+                                                      const float* residual, const float* input, int64_t tokens,
+                                                      float* output, int threads, char* message, size_t message_size);
 
 // The tier, and the layout that so many tokens are computed with. Static strings.
 SPARSE_ENGINE_API const char* sparse_engine_matmul24_tier(const void* product);
@@ -48,5 +45,5 @@ SPARSE_ENGINE_API void sparse_engine_matmul24_destroy(void* product);
 
 // The machine's peak with one thread, in floating-point operations per second: of multiply-adds between
 // registers, or (load = 1) with an operand from L1. Takes about 20 ms. NaN for the scalar tier.
-SPARSE_ENGINE_API int sparse_engine_peak_flops(const char* tier, int load, double* flops_per_second,
-                                               char* message, size_t message_size);
+SPARSE_ENGINE_API int sparse_engine_peak_flops(const char* tier, int load, double* flops_per_second, char* message,
+                                               size_t message_size);

@@ -44,8 +44,7 @@ struct Features {
     constexpr unsigned kAvx512Bf16 = bit(5);                                    // leaf 7 subleaf 1, eax
     const unsigned state = saved_state();
     const unsigned leaf7 = cpuid(7, 0).ebx;
-    avx2 =
-        has_bits(state, kSseAndAvxState) && has_bits(cpuid(1, 0).ecx, kAvxAndFma) && has_bits(leaf7, kAvx2);
+    avx2 = has_bits(state, kSseAndAvxState) && has_bits(cpuid(1, 0).ecx, kAvxAndFma) && has_bits(leaf7, kAvx2);
     avx512 = avx2 && has_bits(state, kAvx512State) && has_bits(leaf7, kAvx512FDqBwVl);
     avx512_bf16 = avx512 && cpuid(7, 0).eax >= 1 && has_bits(cpuid(7, 1).eax, kAvx512Bf16);
   }

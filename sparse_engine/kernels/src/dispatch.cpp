@@ -25,8 +25,8 @@ int parse(const char* what, const std::string& name, const char* const (&names)[
 
 void require(Tier tier, const std::string& asked_by) {
   if (machine_has(tier)) return;
-  throw Error(Status::kUnsupported, asked_by + " asks for " + tier_name(tier) +
-                                        ", which this machine or its operating system lacks");
+  throw Error(Status::kUnsupported,
+              asked_by + " asks for " + tier_name(tier) + ", which this machine or its operating system lacks");
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ struct GeluFit;
 template <>
 struct GeluFit<Operand::kFloat32> {  // 6e-8
   static constexpr float kSlope = 0.296984848f;
-  static constexpr float kCoefficients[] = {0.118375801f,   0.120310836f, 0.0943258777f,  0.143874809f,
+  static constexpr float kCoefficients[] = {0.118375801f,   0.120310836f, 0.0943258777f, 0.143874809f,
                                             -0.0824316666f, 0.238284811f, -0.170208141f, 0.0374676436f};
   static constexpr int kTerms = 8, kExp2Degree = 5;
   static constexpr bool kRefine = true;

@@ -47,8 +47,7 @@ struct RowsInLanes {
   }
 
   template <int Tokens = Format::kTokens>
-  static void run_tokens(const Product& product, const Block& block, size_t token, int tokens,
-                         const uint8_t* input) {
+  static void run_tokens(const Product& product, const Block& block, size_t token, int tokens, const uint8_t* input) {
     if constexpr (Tokens > 1) {
       if (tokens < Tokens) return run_tokens<Tokens - 1>(product, block, token, tokens, input);
     }
@@ -59,8 +58,8 @@ struct RowsInLanes {
 
   // The inner loop: Tokens x kPanels sums in registers over the whole depth.
   template <int Tokens>
-  static __attribute__((noinline)) void run_panels(const Product& product, const Block& block, size_t token,
-                                                   int row, const uint8_t* input) {
+  static __attribute__((noinline)) void run_panels(const Product& product, const Block& block, size_t token, int row,
+                                                   const uint8_t* input) {
     constexpr int kPanels = Format::kPanels;
     const int groups = product.depth / 4;
     const size_t panel_stride = size_t((groups + kPanelChunkGroups - 1) / kPanelChunkGroups) * kChunkBytes;
@@ -106,7 +105,8 @@ struct RowsInLanes {
         const Vector bias = load_bias<V>(product, first_row, count);
 #pragma GCC unroll 8
         for (int t = 0; t < Tokens; ++t) {
-          store_rows<V, Format::kOperand, kActivation>(product, (token + t) * product.rows + first_row, sum[t][p], bias, count);
+          store_rows<V, Format::kOperand, kActivation>(product, (token + t) * product.rows + first_row, sum[t][p], bias,
+                                                       count);
         }
       }
     });
@@ -116,15 +116,8 @@ struct RowsInLanes {
 template <class Format>
 constexpr Tactic rows_in_lanes(Tier tier) {
   using Kernel = RowsInLanes<Format>;
-  return {tier,
-          Lanes::kRows,
-          1,
-          Format::kTokens,
-          Kernel::kBlockRows,
-          Kernel::packed_bytes,
-          Kernel::pack,
-          Kernel::scratch_bytes,
-          Kernel::run};
+  return {tier,         Lanes::kRows,          1,          Format::kTokens, Kernel::kBlockRows, Kernel::packed_bytes,
+          Kernel::pack, Kernel::scratch_bytes, Kernel::run};
 }
 
 // fp32 products: X is read in place, two permutations and two multiply-adds per group.

@@ -55,33 +55,29 @@ struct Api {
   SPARSE_ENGINE_ORT_FUNCTION(59, Status*, SetDimensions, TensorTypeAndShapeInfo*, const int64_t*, size_t)
   SPARSE_ENGINE_ORT_FUNCTION(61, Status*, GetDimensionsCount, const TensorTypeAndShapeInfo*, size_t*)
   SPARSE_ENGINE_ORT_FUNCTION(62, Status*, GetDimensions, const TensorTypeAndShapeInfo*, int64_t*, size_t)
-  SPARSE_ENGINE_ORT_FUNCTION(63, Status*, GetSymbolicDimensions, const TensorTypeAndShapeInfo*, const char**,
-                             size_t)
+  SPARSE_ENGINE_ORT_FUNCTION(63, Status*, GetSymbolicDimensions, const TensorTypeAndShapeInfo*, const char**, size_t)
   SPARSE_ENGINE_ORT_FUNCTION(65, Status*, GetTensorTypeAndShape, const Value*, TensorTypeAndShapeInfo**)
-  SPARSE_ENGINE_ORT_FUNCTION(86, Status*, KernelInfoGetAttribute_int64, const KernelInfo*, const char*,
-                             int64_t*)
-  SPARSE_ENGINE_ORT_FUNCTION(87, Status*, KernelInfoGetAttribute_string, const KernelInfo*, const char*,
-                             char*, size_t*)
+  SPARSE_ENGINE_ORT_FUNCTION(86, Status*, KernelInfoGetAttribute_int64, const KernelInfo*, const char*, int64_t*)
+  SPARSE_ENGINE_ORT_FUNCTION(87, Status*, KernelInfoGetAttribute_string, const KernelInfo*, const char*, char*, size_t*)
   SPARSE_ENGINE_ORT_FUNCTION(88, Status*, KernelContext_GetInputCount, const KernelContext*, size_t*)
   SPARSE_ENGINE_ORT_FUNCTION(90, Status*, KernelContext_GetInput, const KernelContext*, size_t, const Value**)
-  SPARSE_ENGINE_ORT_FUNCTION(91, Status*, KernelContext_GetOutput, KernelContext*, size_t, const int64_t*,
-                             size_t, Value**)
+  SPARSE_ENGINE_ORT_FUNCTION(91, Status*, KernelContext_GetOutput, KernelContext*, size_t, const int64_t*, size_t,
+                             Value**)
   SPARSE_ENGINE_ORT_FUNCTION(93, void, ReleaseStatus, Status*)
   SPARSE_ENGINE_ORT_FUNCTION(99, void, ReleaseTensorTypeAndShapeInfo, TensorTypeAndShapeInfo*)
   SPARSE_ENGINE_ORT_FUNCTION(249, Status*, KernelInfoGetConstantInput_tensor, const KernelInfo*, size_t, int*,
                              const Value**)
   // The result belongs to the runtime: it is not to be released.
-  SPARSE_ENGINE_ORT_FUNCTION(268, Status*, ShapeInferContext_GetInputTypeShape, const ShapeInferContext*,
-                             size_t, TensorTypeAndShapeInfo**)
-  SPARSE_ENGINE_ORT_FUNCTION(269, Status*, ShapeInferContext_GetAttribute, const ShapeInferContext*,
-                             const char*, const OpAttr**)
-  SPARSE_ENGINE_ORT_FUNCTION(270, Status*, ShapeInferContext_SetOutputTypeShape, const ShapeInferContext*,
-                             size_t, const TensorTypeAndShapeInfo*)
-  SPARSE_ENGINE_ORT_FUNCTION(271, Status*, SetSymbolicDimensions, TensorTypeAndShapeInfo*, const char**,
-                             size_t)
+  SPARSE_ENGINE_ORT_FUNCTION(268, Status*, ShapeInferContext_GetInputTypeShape, const ShapeInferContext*, size_t,
+                             TensorTypeAndShapeInfo**)
+  SPARSE_ENGINE_ORT_FUNCTION(269, Status*, ShapeInferContext_GetAttribute, const ShapeInferContext*, const char*,
+                             const OpAttr**)
+  SPARSE_ENGINE_ORT_FUNCTION(270, Status*, ShapeInferContext_SetOutputTypeShape, const ShapeInferContext*, size_t,
+                             const TensorTypeAndShapeInfo*)
+  SPARSE_ENGINE_ORT_FUNCTION(271, Status*, SetSymbolicDimensions, TensorTypeAndShapeInfo*, const char**, size_t)
   SPARSE_ENGINE_ORT_FUNCTION(272, Status*, ReadOpAttr, const OpAttr*, OpAttrType, void*, size_t, size_t*)
-  SPARSE_ENGINE_ORT_FUNCTION(274, Status*, KernelContext_ParallelFor, const KernelContext*,
-                             void (*)(void*, size_t), size_t total, size_t batches, void*)
+  SPARSE_ENGINE_ORT_FUNCTION(274, Status*, KernelContext_ParallelFor, const KernelContext*, void (*)(void*, size_t),
+                             size_t total, size_t batches, void*)
 };
 
 #undef SPARSE_ENGINE_ORT_FUNCTION

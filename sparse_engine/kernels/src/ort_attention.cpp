@@ -70,8 +70,8 @@ class Kernel {
     const int64_t head_dim = shape.size() == 3 ? shape[2] / (3 * int64_t(heads_)) : 0;
     constexpr int64_t kMost = std::numeric_limits<int>::max();
     if (head_dim < 1 || head_dim > kMost || head_dim * heads_ * 3 != shape[2]) {
-      fail("qkv has shape " + to_string(shape) + ", expected [B, L, 3 D] with D a multiple of heads = " +
-           std::to_string(heads_));
+      fail("qkv has shape " + to_string(shape) +
+           ", expected [B, L, 3 D] with D a multiple of heads = " + std::to_string(heads_));
     }
     Attention attention;
     attention.batch = size_t(shape[0]);

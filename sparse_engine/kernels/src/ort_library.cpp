@@ -55,6 +55,5 @@ extern "C" __attribute__((visibility("default"))) sparse_engine::ort::Status* Re
   const FunctionTable table = base->GetApi(kApiVersion);
   if (!table) return refuse_old_runtime(base);
   const Api api(table);
-  return guarded(api, "sparse_engine",
-                 [&] { check(api, api.AddCustomOpDomain(options, domain_for(table))); });
+  return guarded(api, "sparse_engine", [&] { check(api, api.AddCustomOpDomain(options, domain_for(table))); });
 }

@@ -26,9 +26,10 @@ namespace sparse_engine::ort {
 Operator matmul24(FunctionTable table);
 Operator matmul_bf16(FunctionTable table);
 
-// What the operators of two layers (ort_mlp.h) share with these. Weights [rows, depth] from input `index` on: values and
-// positions, or one dense weight. Others are null where the node does not have them.
-Weights24 weights_input(const Api& api, const KernelInfo* info, int64_t rows, int64_t depth, size_t index, bool is_sparse);
+// What the operators of two layers (ort_mlp.h) share with these. Weights [rows, depth] from input `index` on: values
+// and positions, or one dense weight. Others are null where the node does not have them.
+Weights24 weights_input(const Api& api, const KernelInfo* info, int64_t rows, int64_t depth, size_t index,
+                        bool is_sparse);
 size_t tokens_of(const Shape& shape, int depth);  // of X
 const float* bias_input(const Api& api, KernelContext* context, size_t index, const char* name, int rows);
 const float* residual_input(const Api& api, KernelContext* context, size_t index, const Shape& shape);

@@ -54,8 +54,7 @@ class Kernel : public Form {
     epilogue.bias = bias_input(api_, context, Form::kSecondBias, "bias2", second_.rows());
     epilogue.residual = residual_input(api_, context, Form::kResidual, shape);
     float* const y = allocate_output(api_, context, shape);
-    MatMul24::run_pair(first_, hidden, second_, epilogue, x.floats(), tokens, y, threads_,
-                       parallel_for(api_, context));
+    MatMul24::run_pair(first_, hidden, second_, epilogue, x.floats(), tokens, y, threads_, parallel_for(api_, context));
   }
 
  private:

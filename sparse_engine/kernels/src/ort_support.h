@@ -71,8 +71,8 @@ int64_t int_attribute(const Api& api, const ShapeInferContext* context, const ch
 // A loop over the session's own threads.
 ParallelFor parallel_for(const Api& api, const KernelContext* context);
 
-// An operator of this library: CPU, one float output, not variadic. The runtime's functions travel with it, because shape
-// inference is given nothing else.
+// An operator of this library: CPU, one float output, not variadic. The runtime's functions travel with it, because
+// shape inference is given nothing else.
 struct Operator : CustomOp {
   explicit Operator(FunctionTable table);
   Api api;

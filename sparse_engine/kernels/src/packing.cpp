@@ -58,8 +58,8 @@ struct RowSteps {
   int wants(int line) const { return int(mask[line / 64] >> (line % 64) & 1); }
 };
 
-// A row's steps in the groups [group_begin, group_end). The padding repeats the last line with a weight of zero, so that
-// it reads nothing which the row does not read anyway; a row that is itself padding reads the first line.
+// A row's steps in the groups [group_begin, group_end). The padding repeats the last line with a weight of zero, so
+// that it reads nothing which the row does not read anyway; a row that is itself padding reads the first line.
 void fill(RowSteps& row, const Weights24& weights, const StreamLayout& layout, int index, int group_begin,
           int group_end, int steps) {
   std::memset(row.mask, 0, sizeof row.mask);
@@ -194,8 +194,7 @@ size_t panel_bytes(int rows, int depth, Operand operand, int lane_count, int pan
   return panels * chunks * panel_chunk_bytes(operand, lane_count);
 }
 
-void pack_panels(const Weights24& weights, Operand operand, int lane_count, int panel_multiple,
-                 void* packed) {
+void pack_panels(const Weights24& weights, Operand operand, int lane_count, int panel_multiple, void* packed) {
   std::memset(packed, 0, panel_bytes(weights.rows, weights.depth, operand, lane_count, panel_multiple));
   const size_t chunk_bytes = panel_chunk_bytes(operand, lane_count);
   const size_t chunks = round_up(weights.groups(), kPanelChunkGroups) / kPanelChunkGroups;

@@ -17,7 +17,8 @@ enum class Operand { kFloat32, kBfloat16, kDenseBfloat16 };
 //              of positions (0,1) (0,2) (0,3) (1,2) (1,3) (2,3), each element a pair of bfloat16.
 //   kDenseBfloat16: two steps and two lines per group, of the pairs (0,1) (2,3). All rows share all lines.
 // Two rows that keep the same k want the same line, and a kernel that loads it once for both has a load to spare. Of 32
-// steps two random rows share 16 (fp32; 5 of 32 groups in bf16), and rows of a window are paired so that they share more.
+// steps two random rows share 16 (fp32; 5 of 32 groups in bf16), and rows of a window are paired so that they share
+// more.
 //
 // The depth is cut into blocks whose part of X fits the L1 cache. A block has windows of kWindowRows rows; a window has
 // pairs; a pair is, in chunks of kStepChunk steps, shared ones first:
@@ -41,11 +42,11 @@ struct PairHead {
   uint16_t unused[5];  // a pair is a multiple of 16 bytes, so that loads of four weights do not straddle cache lines
 };
 
-constexpr int kStepChunk = 4;    // steps of a row are padded to this: what the kernel reads at once
-constexpr int kWindowRows = 64;  // rows that pairs are chosen among, and that are finished together
+constexpr int kStepChunk = 4;           // steps of a row are padded to this: what the kernel reads at once
+constexpr int kWindowRows = 64;         // rows that pairs are chosen among, and that are finished together
 constexpr int kStreamRowMultiple = 16;  // rows are padded to this, with weights of zero
-constexpr int kMostLines = 256;  // of a block
-constexpr int kMostSteps = 64;   // of a row in a block
+constexpr int kMostLines = 256;         // of a block
+constexpr int kMostSteps = 64;          // of a row in a block
 
 // The steps that a row takes in the block that starts at `block_begin`.
 static constexpr SPARSE_ENGINE_INLINE int stream_steps(int depth, int block_begin, int block_depth,

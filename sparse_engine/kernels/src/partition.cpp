@@ -12,8 +12,7 @@ size_t divide_up(size_t value, size_t divisor) { return (value + divisor - 1) / 
 // times the time of one. Constants are fractions of that unit, fitted to timings on a Zen 4:
 constexpr double kStreamCost = 0.4;      // walking the streams, whatever the width of the tile
 constexpr double kNarrowTileCost = 1.0;  // one vector alone does not cover the latency of a multiply-add
-constexpr double kTransposeRows =
-    16.0;  // transposing a vector of X costs as much as so many rows; once per part
+constexpr double kTransposeRows = 16.0;  // transposing a vector of X costs as much as so many rows; once per part
 
 double cost(size_t vectors, size_t token_parts, size_t row_parts, int rows, int threads) {
   const double rounds = double(divide_up(token_parts * row_parts, threads));
@@ -56,8 +55,6 @@ Block Partition::block(size_t index) const {
   return block;
 }
 
-int Partition::most_block_rows() const {
-  return std::min(rows_, int(divide_up(row_units_, row_parts_)) * row_unit_);
-}
+int Partition::most_block_rows() const { return std::min(rows_, int(divide_up(row_units_, row_parts_)) * row_unit_); }
 
 }  // namespace sparse_engine

@@ -27,10 +27,7 @@ void run_peak(size_t iterations) {
   }
   const uint8_t* line = lines;
   for (size_t iteration = 0; iteration < iterations; ++iteration) {
-    asm volatile(""
-                 : "+x"(weight), "+r"(line)
-                 :
-                 : "memory");  // or the loop would be computed once, and dropped
+    asm volatile("" : "+x"(weight), "+r"(line) : : "memory");  // or the loop would be computed once, and dropped
 #pragma GCC unroll 12
     for (int i = 0; i < kPeakSums; ++i) {
       sum[i] = Format::multiply_add(sum[i], weight, Load ? V::load(line + i * kVectorBytes) : weight);

@@ -13,9 +13,8 @@ namespace {
 
 void check_shape(const Weights24& weights) {
   if (weights.rows < 1 || weights.depth < 4 || weights.depth % 4 != 0) {
-    throw Error(Status::kInvalidInput,
-                "2:4 weights are [N, K] with N >= 1 and K a positive multiple of 4, got N = " +
-                    std::to_string(weights.rows) + ", K = " + std::to_string(weights.depth));
+    throw Error(Status::kInvalidInput, "2:4 weights are [N, K] with N >= 1 and K a positive multiple of 4, got N = " +
+                                           std::to_string(weights.rows) + ", K = " + std::to_string(weights.depth));
   }
 }
 
@@ -94,17 +93,16 @@ void MatMul24::run(const float* input, size_t tokens, float* output, const Epilo
   const Partition partition(tactic, tokens, product.rows, std::max(1, threads));
   const size_t scratch_bytes = tactic.scratch_bytes(product.depth, partition.most_block_rows());
 
-  run_blocks(partition, scratch_bytes, threads, parallel_for, [&](const Block& block, void* scratch) {
-    tactic.run(product, block, scratch);
-  });
+  run_blocks(partition, scratch_bytes, threads, parallel_for,
+             [&](const Block& block, void* scratch) { tactic.run(product, block, scratch); });
 }
 
 void MatMul24::run_pair(const MatMul24& first, const Epilogue& first_epilogue, const MatMul24& second,
                         const Epilogue& epilogue, const float* input, size_t tokens, float* output, int threads,
                         const ParallelFor& parallel_for) {
   if (first.rows() != second.depth()) {
-    throw Error(Status::kInvalidInput, "the first layer has N = " + std::to_string(first.rows()) +
-                                           ", the second K = " + std::to_string(second.depth()) + "; expected the same");
+    throw Error(Status::kInvalidInput, "the first layer has N = " + std::to_string(first.rows()) + ", the second K = " +
+                                           std::to_string(second.depth()) + "; expected the same");
   }
   if (first.lanes_ != Lanes::kTokens || second.lanes_ != Lanes::kTokens) {
     throw Error(Status::kUnsupported, "two layers in a row are computed in T-lanes only");
@@ -114,12 +112,12 @@ void MatMul24::run_pair(const MatMul24& first, const Epilogue& first_epilogue, c
     throw Error(Status::kInvalidInput, "two layers in a row have one tier, and are both 2:4 or both dense");
   }
   if (!tactic.run_pair) {
-    throw Error(Status::kUnsupported, std::string("two layers in a row have no ") + tier_name(first.tier()) + " kernel");
+    throw Error(Status::kUnsupported,
+                std::string("two layers in a row have no ") + tier_name(first.tier()) + " kernel");
   }
   if (tokens == 0) return;
-  const Product products[2] = {
-      {first.rows(), first.depth(), first.packed_for(tactic), input, nullptr, first_epilogue},
-      {second.rows(), second.depth(), second.packed_for(tactic), nullptr, output, epilogue}};
+  const Product products[2] = {{first.rows(), first.depth(), first.packed_for(tactic), input, nullptr, first_epilogue},
+                               {second.rows(), second.depth(), second.packed_for(tactic), nullptr, output, epilogue}};
   const int rows = first.rows() + second.rows();
   tactic.row_multiple = rows;  // blocks of tokens only: all rows of the first layer go into each of the second
   const Partition partition(tactic, tokens, rows, std::max(1, threads));

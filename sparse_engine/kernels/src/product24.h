@@ -28,8 +28,8 @@ class MatMul24 {
   void page_out_weights() const;
 
   // output = second(first(input)), where second.depth() is first.rows(): bit for bit what two calls of run() give, but
-  // what lies between them stays in the caches, and is not transposed to memory and back. The first layer's epilogue has
-  // no residual. Throws Error: kInvalidInput for layers that do not follow one another or are packed differently,
+  // what lies between them stays in the caches, and is not transposed to memory and back. The first layer's epilogue
+  // has no residual. Throws Error: kInvalidInput for layers that do not follow one another or are packed differently,
   // kUnsupported where both are not in T-lanes.
   static void run_pair(const MatMul24& first, const Epilogue& first_epilogue, const MatMul24& second,
                        const Epilogue& epilogue, const float* input, size_t tokens, float* output, int threads,

@@ -89,10 +89,9 @@ struct TokensInLanes {
     for (int begin = 0; begin < product.depth; begin += kLayout.block_depth) {
       const int place = begin % kPanelDepth;
       if (place == 0) pack_panel(product, token, tokens, begin, tile);
-      multiply_block(product, begin, tile + tile_bytes(place), tokens, block.row_begin, block.row_end, sums,
-                     [&](int row, int rows, const float* window) {
-                       store_sums(product, token, tokens, row, rows, window);
-                     });
+      multiply_block(
+          product, begin, tile + tile_bytes(place), tokens, block.row_begin, block.row_end, sums,
+          [&](int row, int rows, const float* window) { store_sums(product, token, tokens, row, rows, window); });
     }
   }
 
@@ -128,10 +127,9 @@ struct TokensInLanes {
                        });
       }
       for (int begin = panel; begin < panel_end; begin += kLayout.block_depth) {
-        multiply_block(second, begin, hidden + tile_bytes(begin - panel), tokens, 0, second.rows, sums,
-                       [&](int row, int rows, const float* window) {
-                         store_sums(second, token, tokens, row, rows, window);
-                       });
+        multiply_block(
+            second, begin, hidden + tile_bytes(begin - panel), tokens, 0, second.rows, sums,
+            [&](int row, int rows, const float* window) { store_sums(second, token, tokens, row, rows, window); });
       }
     }
   }
@@ -182,8 +180,7 @@ struct TokensInLanes {
     });
   }
 
-  static void store_sums(const Product& product, size_t token, int tokens, int row, int rows,
-                         const float* sums) {
+  static void store_sums(const Product& product, size_t token, int tokens, int row, int rows, const float* sums) {
     with_activation(product.epilogue.activation, [&](auto activation) {
       constexpr Activation kActivation = decltype(activation)::value;
       for (int t = 0; t < tokens; t += V::kLanes) {
@@ -197,8 +194,8 @@ struct TokensInLanes {
 
   // kLanes rows of sums, kLanes tokens each, become kLanes tokens of kLanes rows each.
   template <Activation A>
-  static SPARSE_ENGINE_INLINE void store_square(const Product& product, size_t token, int tokens, int row,
-                                                int rows, const float* sums) {
+  static SPARSE_ENGINE_INLINE void store_square(const Product& product, size_t token, int tokens, int row, int rows,
+                                                const float* sums) {
     Vector square[V::kLanes];
     for (int i = 0; i < V::kLanes; ++i) square[i] = V::load(sums + size_t(i) * kTileTokens);
     V::transpose(square);
@@ -218,8 +215,8 @@ struct TokensInLanes {
 
   // Picks the kernel that is as wide as the tile has tokens.
   template <int Vectors = kVectors>
-  static void accumulate(int tokens, const uint8_t* lines, const uint8_t* streams, int steps, float* sums,
-                         int pairs, bool first) {
+  static void accumulate(int tokens, const uint8_t* lines, const uint8_t* streams, int steps, float* sums, int pairs,
+                         bool first) {
     if constexpr (Vectors > 1) {
       if (tokens <= (Vectors - 1) * V::kLanes) {
         return accumulate<Vectors - 1>(tokens, lines, streams, steps, sums, pairs, first);
@@ -266,8 +263,8 @@ struct TokensInLanes {
 
   // A chunk of steps on lines that both rows want.
   template <int Vectors>
-  static SPARSE_ENGINE_INLINE void shared_steps(Vector (&sum)[2][Vectors], const uint8_t* lines,
-                                                const uint8_t* weights, const uint8_t* offsets) {
+  static SPARSE_ENGINE_INLINE void shared_steps(Vector (&sum)[2][Vectors], const uint8_t* lines, const uint8_t* weights,
+                                                const uint8_t* offsets) {
     const typename V::FourWeights four[2] = {V::FourWeights::load(weights), V::FourWeights::load(weights + 16)};
     uint64_t four_offsets = load_four_offsets(offsets);
     unroll<kStepChunk>([&](auto index) __attribute__((always_inline)) {
@@ -327,9 +324,17 @@ struct TokensInLanes {
 template <class Format>
 constexpr Tactic tokens_in_lanes(Tier tier) {
   using Kernel = TokensInLanes<Format>;
-  return {tier,       Lanes::kTokens,       Format::V::kLanes, Kernel::kTileTokens,
-          kWindowRows, Kernel::packed_bytes, Kernel::pack,      Kernel::scratch_bytes,
-          Kernel::run, Kernel::pair_scratch_bytes, Kernel::run_pair};
+  return {tier,
+          Lanes::kTokens,
+          Format::V::kLanes,
+          Kernel::kTileTokens,
+          kWindowRows,
+          Kernel::packed_bytes,
+          Kernel::pack,
+          Kernel::scratch_bytes,
+          Kernel::run,
+          Kernel::pair_scratch_bytes,
+          Kernel::run_pair};
 }
 
 // fp32 products: a line of the tile is one k, an element one float.
@@ -340,8 +345,7 @@ struct Float32Streams {
   static constexpr int kTileTokens = TileVectors * V::kLanes;
   static constexpr StreamLayout kLayout = {Operand::kFloat32, kTileTokens, 24 * 1024 / (kTileTokens * 4)};
 
-  static SPARSE_ENGINE_INLINE typename V::Vector multiply_add(typename V::Vector sum,
-                                                              typename V::Vector weight,
+  static SPARSE_ENGINE_INLINE typename V::Vector multiply_add(typename V::Vector sum, typename V::Vector weight,
                                                               typename V::Vector x) {
     return V::multiply_add(weight, x, sum);
   }
@@ -372,8 +376,7 @@ struct Float32Streams {
         }
         V::transpose(square);
 #pragma GCC unroll 16
-        for (int i = 0; i < V::kLanes; ++i)
-          V::store(lines + size_t(k + i) * kLayout.tile_tokens + t, square[i]);
+        for (int i = 0; i < V::kLanes; ++i) V::store(lines + size_t(k + i) * kLayout.tile_tokens + t, square[i]);
       }
     }
   }

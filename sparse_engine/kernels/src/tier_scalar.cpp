@@ -64,7 +64,6 @@ void run(const Product& product, const Block& block, void*) {
 
 }  // namespace
 
-constexpr Tactic kScalarTactic = {Tier::kScalar, Lanes::kTokens, 1,  64, 1, packed_bytes,
-                                  pack,          scratch_bytes,  run};
+constexpr Tactic kScalarTactic = {Tier::kScalar, Lanes::kTokens, 1, 64, 1, packed_bytes, pack, scratch_bytes, run};
 
 }  // namespace sparse_engine

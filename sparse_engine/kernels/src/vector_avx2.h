@@ -44,9 +44,7 @@ struct Avx2 {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
 
-  static SPARSE_ENGINE_INLINE Vector multiply_add(Vector a, Vector b, Vector c) {
-    return _mm256_fmadd_ps(a, b, c);
-  }
+  static SPARSE_ENGINE_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
   static SPARSE_ENGINE_INLINE Vector min(Vector a, Vector b) { return _mm256_min_ps(a, b); }
   static SPARSE_ENGINE_INLINE Vector max(Vector a, Vector b) { return _mm256_max_ps(a, b); }
   static SPARSE_ENGINE_INLINE Vector abs(Vector x) { return _mm256_andnot_ps(set(-0.0f), x); }

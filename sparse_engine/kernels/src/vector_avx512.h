@@ -34,13 +34,9 @@ struct Avx512 {
   static SPARSE_ENGINE_INLINE void store_first(float* p, Vector x, int count) {
     _mm512_mask_storeu_ps(p, first(count), x);
   }
-  static SPARSE_ENGINE_INLINE __mmask16 first(int count) {
-    return static_cast<__mmask16>((1u << count) - 1u);
-  }
+  static SPARSE_ENGINE_INLINE __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
 
-  static SPARSE_ENGINE_INLINE Vector multiply_add(Vector a, Vector b, Vector c) {
-    return _mm512_fmadd_ps(a, b, c);
-  }
+  static SPARSE_ENGINE_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
   static SPARSE_ENGINE_INLINE Vector min(Vector a, Vector b) { return _mm512_min_ps(a, b); }
   static SPARSE_ENGINE_INLINE Vector max(Vector a, Vector b) { return _mm512_max_ps(a, b); }
   static SPARSE_ENGINE_INLINE Vector abs(Vector x) { return _mm512_abs_ps(x); }
@@ -54,9 +50,7 @@ struct Avx512 {
     return Refine ? y * _mm512_fnmadd_ps(x, y, set(2.0f)) : y;
   }
   // x * 2^exponent
-  static SPARSE_ENGINE_INLINE Vector scale(Vector x, Vector exponent) {
-    return _mm512_scalef_ps(x, exponent);
-  }
+  static SPARSE_ENGINE_INLINE Vector scale(Vector x, Vector exponent) { return _mm512_scalef_ps(x, exponent); }
   static SPARSE_ENGINE_INLINE Vector select_negative(Vector sign, Vector if_negative, Vector otherwise) {
     return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(sign)), otherwise, if_negative);
   }
