@@ -29,11 +29,13 @@ def _quantisation(text: str, *names: str) -> Any:
 
 def command(
     checkpoint: Annotated[Path, typer.Argument(help=".pth, .pt, .safetensors, or a SparseDM N.ckpt folder.")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Engine file [default: NAME.sengine].")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Engine file.", show_default="NAME.sengine")
+    ] = None,
     sparse: Annotated[bool, typer.Option("--sparse", help="Bake 2:4 masks and use sparse kernels.")] = False,
     mask: Annotated[
         str | None,
-        typer.Option(help="auto, explicit, zeros, magnitude or none [default: auto with --sparse, else none]."),
+        typer.Option(help="auto, explicit, zeros, magnitude or none.", show_default="auto with --sparse, else none"),
     ] = None,
     mask_layers: Annotated[str | None, typer.Option(help="Globs over layer names, comma-separated.")] = None,
     pattern: Annotated[str, typer.Option(help="N:M for the magnitude rule.")] = "2:4",
@@ -42,7 +44,7 @@ def command(
         str, typer.Option(help="Of the network's products: fp32, tf32, bf16, fp16, int8, fp8 or auto.")
     ] = "fp32",
     batch: Annotated[str, typer.Option(help="MIN,USUAL,MAX batch.")] = "1,16,64",
-    family: Annotated[str | None, typer.Option(help="Model family [default: read off the keys].")] = None,
+    family: Annotated[str | None, typer.Option(help="Model family.", show_default="read off the keys")] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads, where the weights cannot tell.")] = None,
     null_class: Annotated[int | None, typer.Option(help="Label that stands for 'no label'.")] = None,
     schedule: Annotated[str | None, typer.Option(help="Noise schedule the model was trained on.")] = None,
@@ -56,7 +58,7 @@ def command(
     ] = False,
     linear: Annotated[str, _tensorrt("What a Linear becomes: auto, matmul, gemm or conv1x1.")] = "auto",
     static_batch: Annotated[bool, _tensorrt("Fix the batch at the usual one.", "--static-batch")] = False,
-    workspace: Annotated[float | None, _tensorrt("GiB that kernels may use [default: all there is].")] = None,
+    workspace: Annotated[float | None, _tensorrt("GiB that kernels may use (default: all there is).")] = None,
     optimization_level: Annotated[int, _tensorrt("0 builds fast, 5 searches longest.")] = 3,
     cache: Annotated[bool, _tensorrt("Keep timings and engines for the next build.", "--cache/--no-cache")] = True,
     hardware_compatible: Annotated[bool, _tensorrt("Run on every GPU since Ampere.", "--hardware-compatible")] = False,
@@ -67,7 +69,7 @@ def command(
         Path | None, _quantisation("What `sparse-engine calibrate` wrote; for int8, fp8 and auto.")
     ] = None,
     ranges: Annotated[str, _quantisation("How ranges are found: mse, max, percentile or entropy.")] = "mse",
-    smooth: Annotated[float | None, _quantisation("SmoothQuant's strength, such as 0.5 [default: without].")] = None,
+    smooth: Annotated[float | None, _quantisation("SmoothQuant's strength, such as 0.5 (default: without).")] = None,
     keep_float: Annotated[str | None, _quantisation("Layers to leave in float: globs, comma-separated.")] = None,
     max_quality_loss: Annotated[
         float | None, _quantisation("Leave as many layers in float as keep the prediction within this, such as 0.02.")

@@ -23,15 +23,15 @@ def command(
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")] = Path("calib.npz"),
     images: Annotated[int, typer.Option(help="Trajectories; of every four steps one is kept.")] = 64,
     steps: Annotated[int, typer.Option(help="Network evaluations of each.")] = 20,
-    sampler: Annotated[str | None, typer.Option(help="Sampler [default: the model's own].")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Sampler.", show_default="the model's own")] = None,
     guidance: Annotated[
-        str | None, typer.Option(help="Guidance weights, taken in turn [default: 1, and 2 with a null class].")
+        str | None, typer.Option(help="Guidance weights, taken in turn.", show_default="1, and 2 with a null class")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     sparse: Annotated[
         bool, typer.Option("--sparse", help="Of a checkpoint: with its 2:4 masks, as build does.")
     ] = False,
-    family: Annotated[str | None, typer.Option(help="Model family [default: read off the keys].")] = None,
+    family: Annotated[str | None, typer.Option(help="Model family.", show_default="read off the keys")] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads, where the weights cannot tell.")] = None,
     null_class: Annotated[int | None, typer.Option(help="Label that stands for 'no label'.")] = None,
     schedule: Annotated[str | None, typer.Option(help="Noise schedule the model was trained on.")] = None,

@@ -21,7 +21,7 @@ def command(
     mask: Annotated[str, typer.Option(help="Mask rule: auto, explicit, zeros, magnitude or none.")] = "auto",
     mask_layers: Annotated[str | None, typer.Option(help="Globs over layer names, comma-separated.")] = None,
     pattern: Annotated[str, typer.Option(help="N:M for the magnitude rule.")] = "2:4",
-    family: Annotated[str | None, typer.Option(help="Model family [default: read off the keys].")] = None,
+    family: Annotated[str | None, typer.Option(help="Model family.", show_default="read off the keys")] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads, where the weights cannot tell.")] = None,
     null_class: Annotated[int | None, typer.Option(help="Label that stands for 'no label'.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw parameters per layer before and after to a PNG.")] = None,

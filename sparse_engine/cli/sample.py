@@ -24,15 +24,18 @@ def command(
         Path, typer.Option("-o", "--output", help="X.png for one picture of all, X.npz, or a folder for PNGs.")
     ] = Path("samples.png"),
     steps: Annotated[int, typer.Option(help="Network evaluations per sample.")] = 50,
-    sampler: Annotated[str | None, typer.Option(help="See `sparse-engine samplers` [default: the model's].")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="See `sparse-engine samplers`.", show_default="the model's")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Image i of a seed is always the same.")] = 0,
     labels: Annotated[
-        str | None, typer.Option(help="Classes such as 3, 0,1,2 or 0-9, repeated to fill the count [default: drawn].")
+        str | None,
+        typer.Option(help="Classes such as 3, 0,1,2 or 0-9, repeated to fill the count.", show_default="drawn"),
     ] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance weight w; 1 is without.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per network call.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one per core")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1 [default: the backend's own].")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.", show_default="the backend's own")] = None,
     check: Annotated[bool, typer.Option("--check", help="Hash the engine's weights first.")] = False,
     autotune: Annotated[
         bool, typer.Option("--autotune/--no-autotune", help="Time the kernels on this machine.")
@@ -47,7 +50,7 @@ def command(
     variance: Annotated[str | None, typer.Option(help="Variance of ddpm: small or large.")] = None,
     order: Annotated[int | None, typer.Option(help="Order of a solver that has several.")] = None,
     clip: Annotated[
-        bool | None, typer.Option("--clip/--no-clip", help="Keep predicted x0 in range [default: ddpm and ddim].")
+        bool | None, typer.Option("--clip/--no-clip", help="Keep predicted x0 in range.", show_default="ddpm and ddim")
     ] = None,
 ) -> None:
     """Draw samples and write them to a picture, a folder or an array."""

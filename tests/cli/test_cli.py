@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sparse_engine import cli
 from sparse_engine.cli.inspect import _kernel
 from sparse_engine.cli.main import run
 from tests.conftest import TINY, random_state
@@ -53,6 +54,14 @@ def test_inspect_says_against_what_a_kernel_was_timed_and_with_which_layer() -> 
     assert _kernel(layer, "") == "t-lanes 2.00x, with fc2"
     assert _kernel(layer | {"pair": {"with": "mlp.fc2", "chosen": "apart"}}, " fp32") == "t-lanes 2.00x fp32"
     assert _kernel({"kernel": "dense", "timed_by_tokens": timed}, "") == "dense"
+
+
+def test_help_shows_every_default_that_is_said_in_words(capsys: pytest.CaptureFixture) -> None:
+    """In square brackets rich takes them for markup and drops them."""
+    for path in Path(cli.__file__).parent.glob("*.py"):
+        assert "[default:" not in path.read_text(), f"{path.name}: write show_default=..."
+    assert run(["bench", "--help"]) == 0
+    assert "one per core" in " ".join(capsys.readouterr().out.split())
 
 
 def test_inspect_json_and_plot(tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
