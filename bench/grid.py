@@ -56,6 +56,7 @@ class Preset:
 
 PRESETS = {
     "quick": Preset(embed_dim=512, depth=2, heads=8, batch=4),
+    "quick-1024": Preset(embed_dim=1024, depth=2, heads=16, batch=1),
     "uvit-s": Preset(embed_dim=512, depth=12, heads=8, batch=4),
     "paper": Preset(embed_dim=8192, depth=1, heads=8, batch=64),
 }

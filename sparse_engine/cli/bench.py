@@ -25,7 +25,7 @@ def command(
     checkpoint: Annotated[Path | None, typer.Option(help="Your own model instead of the grid.")] = None,
     random: Annotated[str | None, typer.Option(help="Random weights of a preset's size: patch 2, mlp_ratio 4.")] = None,
     earlier: Annotated[Path | None, typer.Option("--results", help="Show an earlier run's file: no measuring.")] = None,
-    preset: Annotated[str, typer.Option(help="Size of the grid's networks: quick, uvit-s or paper.")] = "quick",
+    preset: Annotated[str, typer.Option(help="Size of the networks: quick, quick-1024, uvit-s or paper.")] = "quick",
     cells: Annotated[str | None, typer.Option(help="Part of the grid, such as patch=1,mlp=4.")] = None,
     batch: Annotated[str | None, typer.Option(help="Batch sizes.", show_default="the preset's, else 1,4,16")] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads, where the weights cannot tell.")] = None,
