@@ -1,4 +1,4 @@
-"""The README's performance section, written from the results files that are committed.
+"""The performance sections of the READMEs, written from the results files that are committed.
 
 python -m sparse_engine.bench.readme
 """
@@ -6,7 +6,9 @@ python -m sparse_engine.bench.readme
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from . import kernels
 from .gpu.table import section as gpu_section
 from .report import markdown
 from .results_file import read_results
@@ -19,19 +21,34 @@ SECTIONS = {
     "cpu-uvit-s-bf16.json": "The same in bf16: sparse products and attention, against the bf16 of other runtimes",
     "cpu-grid-quick-fp32.json": "The paper's grid at embed 512, depth 2, batch 4",
 }
+KERNEL_SECTIONS = {"kernels-fp32.json": "In fp32", "kernels-bf16.json": "In bf16"}
 
 
 def section(folder: Path) -> str:
-    """The section's text. Raises InputError where a results file is missing or of another schema."""
+    """The README's section. Raises InputError where a results file is missing or of another schema."""
     parts = []
     for name, title in SECTIONS.items():
         results = read_results(folder / name)
-        machine = _processor(results["machine"]["processor"])
-        threads = f"{results['threads']} threads" if results["threads"] else "one thread per core"
-        versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
-        parts.append(f"{title} (`{results['command']}`; {machine}, {threads}; {versions}):")
-        parts.append(markdown(results))
+        parts += [f"{title} ({_facts(results)}):", markdown(results)]
     return "\n\n".join(filter(None, [*parts, gpu_section(folder)]))
+
+
+def kernels_section(folder: Path) -> str:
+    """The section of the kernels' README. Raises as ``section`` does."""
+    parts = []
+    for name, title in KERNEL_SECTIONS.items():
+        results = read_results(folder / name)
+        parts += [f"{title} ({_facts(results)}):", kernels.markdown(results)]
+    return "\n\n".join(parts)
+
+
+def _facts(results: dict[str, Any]) -> str:
+    """The command, the machine and the versions that a run's numbers depend on."""
+    machine = _processor(results["machine"]["processor"])
+    facts = [f"`{results['command']}`", machine]
+    if results["kind"] != "kernels":  # whose table says it per row
+        facts[-1] += f", {results['threads']} threads" if results["threads"] else ", one thread per core"
+    return "; ".join([*facts, ", ".join(f"{package} {version}" for package, version in results["versions"].items())])
 
 
 def _processor(facts: str) -> str:
@@ -42,12 +59,16 @@ def _processor(facts: str) -> str:
     return f"{found['model name']} (family {found.get('cpu family', '?')}, model {found.get('model', '?')})"
 
 
+PAGES = {"README.md": section, "sparse_engine/kernels/README.md": kernels_section}
+
+
 def main() -> None:
-    """Write the section into README.md, between its marks."""
-    readme = CHECKOUT / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{section(CHECKOUT / 'bench' / 'results')}\n{END}{after}")
+    """Write each section into its page, between its marks."""
+    for name, write in PAGES.items():
+        page = CHECKOUT / name
+        before, _, rest = page.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        page.write_text(f"{before}{BEGIN}\n{write(CHECKOUT / 'bench' / 'results')}\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,9 @@ def test_make_targets_of_the_readme_and_ci() -> None:
         assert f"\n{target}:" in makefile
 
 
-def test_performance_section_is_the_results_files() -> None:
-    from sparse_engine.bench.readme import BEGIN, END, section
+def test_performance_sections_are_the_results_files() -> None:
+    from sparse_engine.bench.readme import BEGIN, END, PAGES
 
-    assert f"{BEGIN}\n{section(REPOSITORY / 'bench' / 'results')}\n{END}" in README
+    assert set(PAGES) == {"README.md", "sparse_engine/kernels/README.md"}
+    for page, section in PAGES.items():
+        assert f"{BEGIN}\n{section(REPOSITORY / 'bench' / 'results')}\n{END}" in (REPOSITORY / page).read_text(), page

@@ -135,7 +135,7 @@ def _products(results: dict[str, Any], precision: str, threads: tuple[int, ...],
             measured.append(cell)
             display.update(task, description=f"{len(measured)} products timed")
     results |= {"kind": "kernels", "precision": precision, "cells": [products.summary(cell) for cell in measured]}
-    table: Table = products.table(measured)
+    table: Table = products.table(results)
     return table
 
 

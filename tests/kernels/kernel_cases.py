@@ -7,7 +7,7 @@ import numpy as np
 from sparse_engine import kernels
 
 # Relative to the largest result: float32 sums, and products of operands rounded to eight bits.
-TOLERANCE = {"scalar": 4e-6, "avx2": 4e-6, "avx512": 4e-6, "avx512-bf16": 4e-3}
+TOLERANCE = {"scalar": 4e-6, "avx2": 4e-6, "avx512": 4e-6, "avx512-bf16": 4e-3, "neon": 4e-6}
 
 
 def tactics():

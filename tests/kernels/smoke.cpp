@@ -1,5 +1,6 @@
-// Every tactic of this machine over awkward shapes, in heap blocks of exactly the right size: a program for
-// the sanitizers (cmake -DSPARSE_ENGINE_SANITIZE=ON). Exits with 1 where a result is wrong.
+// Every tactic of this machine over awkward shapes, in heap blocks of exactly the right size: a program for the
+// sanitizers (cmake -DSPARSE_ENGINE_SANITIZE=ON), and for processors that are only emulated (-DSPARSE_ENGINE_SMOKE=ON).
+// Exits with 1 where a result is wrong.
 #include <cmath>
 #include <cstdio>
 #include <memory>
@@ -17,8 +18,15 @@ struct Case {
   int rows, depth, tokens;
 };
 
+double activate(double x, const std::string& activation) {
+  const double cubic = x + 0.044715 * x * x * x;
+  if (activation == "gelu") return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
+  if (activation == "gelu-tanh") return 0.5 * x * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * cubic));
+  return activation == "silu" ? x / (1 + std::exp(-x)) : x;
+}
+
 // Positions and values are random; every seventh group keeps nothing.
-bool run_case(const Case& shape, const char* tier, const char* lanes, double tolerance) {
+bool run_case(const Case& shape, const char* tier, const char* lanes, const char* activation, double tolerance) {
   std::mt19937 random(shape.rows * 1000 + shape.tokens);
   std::normal_distribution<float> normal;
   const auto floats = [&](size_t count) {
@@ -43,7 +51,7 @@ bool run_case(const Case& shape, const char* tier, const char* lanes, double tol
   void* product = nullptr;
   if (sparse_engine_matmul24_create(shape.rows, shape.depth, values.data(), positions.data(), tier, lanes, &product,
                                     message, sizeof message) ||
-      sparse_engine_matmul24_run(product, x.data(), shape.tokens, y.data(), bias.data(), residual.data(), "silu", 2,
+      sparse_engine_matmul24_run(product, x.data(), shape.tokens, y.data(), bias.data(), residual.data(), activation, 2,
                                  message, sizeof message)) {
     std::printf("%s %s: %s\n", tier, lanes, message);
     return false;
@@ -60,7 +68,7 @@ bool run_case(const Case& shape, const char* tier, const char* lanes, double tol
         sum += double(values[size_t(r) * (shape.depth / 2) + k]) * x[size_t(t) * shape.depth + k / 2 * 4 + position];
       }
       const size_t i = size_t(t) * shape.rows + r;
-      const double expected = sum / (1 + std::exp(-sum)) + residual[i];
+      const double expected = activate(sum, activation) + residual[i];
       largest = std::fmax(largest, std::fabs(expected));
       error = std::fmax(error, std::fabs(y[i] - expected));
     }
@@ -142,11 +150,16 @@ bool run_attention_case(const char* tier, int tokens, int head_dim, double toler
 int main() {
   const Case cases[] = {{1, 4, 1}, {37, 76, 17}, {130, 260, 97}, {64, 512, 7}, {513, 320, 200}};
   bool good = true;
-  for (const char* tier : {"scalar", "avx2", "avx512", "avx512-bf16"}) {
+  for (const char* tier : {"scalar", "avx2", "avx512", "avx512-bf16", "neon"}) {
     if (!sparse_engine_has_tier(tier)) continue;
     for (const char* lanes : {"t-lanes", "n-lanes", "auto"}) {
-      for (const Case& shape : cases) {
-        good &= run_case(shape, tier, lanes, std::string(tier) == "avx512-bf16" ? 1e-2 : 4e-6);
+      const double tolerance = std::string(tier) == "avx512-bf16" ? 1e-2 : 4e-6;
+      for (const Case& shape : cases) good &= run_case(shape, tier, lanes, "silu", tolerance);
+      for (const char* activation : {"none", "gelu", "gelu-tanh"}) {
+        good &= run_case(cases[1], tier, lanes, activation, tolerance);
+      }
+      for (int tokens = 1; tokens <= 130; ++tokens) {
+        good &= run_case({37, 140, tokens}, tier, lanes, "none", tolerance);
       }
     }
     for (const Case& shape : cases) good &= std::string(tier) == "scalar" || run_pair_case(shape, tier);

@@ -24,7 +24,7 @@ FLAGS = {
 LENGTHS = (1, 2, 15, 16, 17, 18, 65, 257, 300)
 # Relative to the largest result. bf16 against a reference whose q, k and v are rounded too: what is left is the
 # rounding of the probabilities.
-TOLERANCE = {"scalar": 4e-6, "avx2": 4e-6, "avx512": 4e-6, "avx512-bf16": 4e-3}
+TOLERANCE = {"scalar": 4e-6, "avx2": 4e-6, "avx512": 4e-6, "avx512-bf16": 4e-3, "neon": 4e-6}
 
 
 @pytest.fixture(params=kernels.available_tiers() if kernels.is_available() else ())

@@ -82,7 +82,8 @@ def test_a_missing_library_says_how_to_build_it(monkeypatch, tmp_path):
 
 def test_the_detected_tiers_are_those_that_the_kernel_reports():
     if platform.machine() != "x86_64":
-        assert kernels.available_tiers() == ("scalar",)
+        arm = platform.machine() in ("aarch64", "arm64")
+        assert kernels.available_tiers() == (("scalar", "neon") if arm else ("scalar",))
         return
     flags = set(re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
     needs = {
@@ -91,6 +92,7 @@ def test_the_detected_tiers_are_those_that_the_kernel_reports():
         "avx512": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
     }
     needs["avx512-bf16"] = needs["avx512"] | {"avx512_bf16"}
+    needs["neon"] = {"asimd"}  # which no x86 processor says of itself
     assert kernels.available_tiers() == tuple(tier for tier in kernels.TIERS if needs[tier] <= flags)
 
 

@@ -46,5 +46,8 @@ extern const AttentionKernel kScalarAttention;
 #ifdef SPARSE_ENGINE_X86
 extern const AttentionKernel kAvx2Attention, kAvx512Attention, kAvx512Bf16Attention;
 #endif
+#ifdef SPARSE_ENGINE_NEON
+extern const AttentionKernel kNeonAttention;
+#endif
 
 }  // namespace sparse_engine

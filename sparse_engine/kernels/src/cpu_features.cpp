@@ -63,13 +63,20 @@ bool machine_has(Tier tier) {
       return features.avx512;
     case Tier::kAvx512Bf16:
       return features.avx512_bf16;
+    case Tier::kNeon:
+      return false;
   }
   return false;
 }
 
 #else
 
-bool machine_has(Tier tier) { return tier == Tier::kScalar; }
+bool machine_has(Tier tier) {
+#ifdef SPARSE_ENGINE_NEON
+  if (tier == Tier::kNeon) return true;  // 64-bit Arm has no processor without it
+#endif
+  return tier == Tier::kScalar;
+}
 
 #endif
 

@@ -8,7 +8,7 @@
 namespace sparse_engine {
 namespace {
 
-constexpr const char* kTierNames[kTierCount] = {"scalar", "avx2", "avx512", "avx512-bf16"};
+constexpr const char* kTierNames[kTierCount] = {"scalar", "avx2", "avx512", "avx512-bf16", "neon"};
 constexpr const char* kLanesNames[] = {"auto", "t-lanes", "n-lanes"};
 constexpr const char* kActivationNames[] = {"none", "gelu", "gelu-tanh", "silu"};
 constexpr const char* kComputeNames[] = {"fp32", "bf16"};
@@ -65,20 +65,14 @@ Tier best_tier(bool bfloat16) {
 
 const Tactic& find_tactic(Tier tier, Lanes lanes) {
   require(tier, "the caller");
+  [[maybe_unused]] const bool rows = lanes == Lanes::kRows;
 #ifdef SPARSE_ENGINE_X86
-  const bool rows = lanes == Lanes::kRows;
-  switch (tier) {
-    case Tier::kScalar:
-      break;
-    case Tier::kAvx2:
-      return rows ? kAvx2Rows : kAvx2Tokens;
-    case Tier::kAvx512:
-      return rows ? kAvx512Rows : kAvx512Tokens;
-    case Tier::kAvx512Bf16:
-      return rows ? kAvx512Bf16Rows : kAvx512Bf16Tokens;
-  }
-#else
-  (void)lanes;
+  if (tier == Tier::kAvx2) return rows ? kAvx2Rows : kAvx2Tokens;
+  if (tier == Tier::kAvx512) return rows ? kAvx512Rows : kAvx512Tokens;
+  if (tier == Tier::kAvx512Bf16) return rows ? kAvx512Bf16Rows : kAvx512Bf16Tokens;
+#endif
+#ifdef SPARSE_ENGINE_NEON
+  if (tier == Tier::kNeon) return rows ? kNeonRows : kNeonTokens;
 #endif
   return kScalarTactic;
 }
@@ -97,6 +91,9 @@ const PeakLoop* find_peak_loop(Tier tier) {
   if (tier == Tier::kAvx2) return &kAvx2Peak;
   if (tier == Tier::kAvx512) return &kAvx512Peak;
   if (tier == Tier::kAvx512Bf16) return &kAvx512Bf16Peak;
+#endif
+#ifdef SPARSE_ENGINE_NEON
+  if (tier == Tier::kNeon) return &kNeonPeak;
 #endif
   return nullptr;
 }

@@ -11,7 +11,7 @@ const char* tier_name(Tier tier);
 const char* lanes_name(Lanes lanes);
 
 // Each throws Error(kInvalidInput) for a name that is not one of those listed.
-Tier parse_tier(const std::string& name);                 // scalar, avx2, avx512, avx512-bf16
+Tier parse_tier(const std::string& name);                 // scalar, avx2, avx512, avx512-bf16, neon
 Lanes parse_lanes(const std::string& name);               // auto, t-lanes, n-lanes
 Activation parse_activation(const std::string& name);     // none, gelu, gelu-tanh, silu
 bool parse_compute_is_bfloat16(const std::string& name);  // fp32, bf16

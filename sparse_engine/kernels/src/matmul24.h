@@ -15,8 +15,8 @@ namespace sparse_engine {
 enum class Activation : int { kNone = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3 };
 
 // An instruction set with its kernels. bf16 products are a tier of their own: they round the operands.
-enum class Tier : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
-constexpr int kTierCount = 4;
+enum class Tier : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kNeon = 4 };
+constexpr int kTierCount = 5;
 
 // What lies in the lanes of a vector: tokens, or output rows. kAuto picks by the number of tokens.
 enum class Lanes : int { kAuto = 0, kTokens = 1, kRows = 2 };
@@ -88,6 +88,10 @@ extern const Tactic kAvx2Tokens, kAvx2Rows;
 extern const Tactic kAvx512Tokens, kAvx512Rows;
 extern const Tactic kAvx512Bf16Tokens, kAvx512Bf16Rows, kAvx512Bf16Dense;
 extern const PeakLoop kAvx2Peak, kAvx512Peak, kAvx512Bf16Peak;
+#endif
+#ifdef SPARSE_ENGINE_NEON
+extern const Tactic kNeonTokens, kNeonRows;
+extern const PeakLoop kNeonPeak;
 #endif
 
 }  // namespace sparse_engine

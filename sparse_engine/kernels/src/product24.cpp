@@ -56,7 +56,9 @@ MatMul24::MatMul24(const Weights24& weights, Tier tier, Lanes lanes)
     : weights_(weights), tier_(tier), lanes_(weights.dense() ? Lanes::kTokens : lanes) {
   check_shape(weights);
   if (!weights.dense()) check_positions(weights);
-  if (lanes_ != Lanes::kAuto) packed_for(tactic(lanes_));
+  const bool later = lanes_ == Lanes::kAuto;
+  const Tactic& first = tactic(later ? Lanes::kTokens : lanes_);  // throws where the machine lacks the tier
+  if (!later) packed_for(first);
 }
 
 void MatMul24::page_out_weights() const {

@@ -8,13 +8,14 @@
 namespace sparse_engine {
 namespace {
 
-const AttentionKernel& find_kernel(Tier tier) {
+const AttentionKernel& find_kernel([[maybe_unused]] Tier tier) {
 #ifdef SPARSE_ENGINE_X86
   if (tier == Tier::kAvx2) return kAvx2Attention;
   if (tier == Tier::kAvx512) return kAvx512Attention;
   if (tier == Tier::kAvx512Bf16) return kAvx512Bf16Attention;
-#else
-  (void)tier;
+#endif
+#ifdef SPARSE_ENGINE_NEON
+  if (tier == Tier::kNeon) return kNeonAttention;
 #endif
   return kScalarAttention;
 }

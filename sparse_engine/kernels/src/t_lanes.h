@@ -341,9 +341,10 @@ constexpr Tactic tokens_in_lanes(Tier tier) {
 template <class Vectors, int TileVectors>
 struct Float32Streams {
   using V = Vectors;
-  // 24 KiB: the tile of one block leaves a quarter of a 32 KiB L1 to streams and sums.
+  // At most 24 KiB: the tile of one block leaves a quarter of a 32 KiB L1 to streams and sums.
   static constexpr int kTileTokens = TileVectors * V::kLanes;
-  static constexpr StreamLayout kLayout = {Operand::kFloat32, kTileTokens, 24 * 1024 / (kTileTokens * 4)};
+  static constexpr int kBlockDepth = smaller(24 * 1024 / (kTileTokens * 4), kMostSteps * 2);
+  static constexpr StreamLayout kLayout = {Operand::kFloat32, kTileTokens, kBlockDepth};
 
   static SPARSE_ENGINE_INLINE typename V::Vector multiply_add(typename V::Vector sum, typename V::Vector weight,
                                                               typename V::Vector x) {

@@ -1,7 +1,7 @@
 // AVX2 + FMA, fp32: Intel since Haswell (2013), AMD since Zen (2017).
 //
 // Bound: two 256-bit loads and two 256-bit multiply-adds per cycle. Twelve of the sixteen registers hold sums
-// (96 tokens x 1 row), which covers the 2 ports x 4 cycles = 8 multiply-adds in flight; the others hold four
+// (48 tokens x 2 rows), which covers the 2 ports x 4 cycles = 8 multiply-adds in flight; the others hold four
 // weights and the one broadcast.
 #include "n_lanes.h"
 #include "peak.h"
