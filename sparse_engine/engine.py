@@ -13,8 +13,10 @@ import numpy as np
 from sparse_engine import sampling
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends import StepRunner, backend_named
+from sparse_engine.backends.cuda.dlpack_in import DeviceArray, receive
 from sparse_engine.errors import EngineClosedError, OptionError, UnsupportedError
 from sparse_engine.manifest import Manifest
+from sparse_engine.sampling.noise import SeededNoise
 
 Callback = Callable[[int, float, np.ndarray], object]
 Labels = int | Sequence[int] | np.ndarray
@@ -83,8 +85,8 @@ class SparseEngine:
         guidance: float | None = None,
         batch_size: int | None = None,
         output: str = "uint8",
-        noise: np.ndarray | None = None,
-        init: np.ndarray | None = None,
+        noise: Any = None,
+        init: Any = None,
         t_start: float | None = None,
         callback: Callback | None = None,
         decoder: Decoder | None = None,
@@ -104,8 +106,10 @@ class SparseEngine:
             output: "uint8" for [n, H, W, C], "float" for float32 [n, C, H, W] in the model's own range, "dlpack" for
                 the same, one batch, left on the device that made it: an object with ``__dlpack__`` (a tensor for the
                 torch backend).
-            noise: float32 [n, C, H, W] to start from in place of the seed's.
-            init: float32 [n, C, H, W] in the model's range: start from these, noised to ``t_start``.
+            noise: float32 [n, C, H, W] to start from in place of the seed's: an array, or any object with
+                ``__dlpack__``. One that lies on the engine's own GPU is copied there (not for ``init``, nor by the
+                torch backend), and is not looked through for NaN; any other comes by way of the host.
+            init: the same, in the model's range: start from these, noised to ``t_start``.
             t_start: the schedule time to start from; None is the schedule's end.
             callback: called with (step, t, x) after each step of each batch; returning False stops.
             decoder: float32 latents [B, C, H, W] -> pixels [B, C', H', W'] in [-1, 1], for latent models.
@@ -154,8 +158,8 @@ class SparseEngine:
         guidance: float | None = None,
         batch_size: int | None = None,
         output: str = "uint8",
-        noise: np.ndarray | None = None,
-        init: np.ndarray | None = None,
+        noise: Any = None,
+        init: Any = None,
         t_start: float | None = None,
         callback: Callback | None = None,
         decoder: Decoder | None = None,
@@ -171,7 +175,7 @@ class SparseEngine:
         trajectory = self.trajectory(steps, sampler, t_start=t_start, **options)
         if init is not None and t_start is None:
             raise OptionError("init is given without t_start", "say how far to noise it, for example t_start=0.5")
-        noise = self._checked_images("noise", noise, n)
+        noise = self._checked_images("noise", noise, n, stays=init is None)
         init = self._checked_images("init", init, n)
         y, weights = self._conditioning(n, seed, labels, guidance)
 
@@ -187,12 +191,12 @@ class SparseEngine:
         return batches()
 
     def denoise(
-        self, x: np.ndarray, t: float | np.ndarray, *, labels: Labels | None = None, guidance: float | None = None
+        self, x: Any, t: float | np.ndarray, *, labels: Labels | None = None, guidance: float | None = None
     ) -> np.ndarray:
         """The noise that the model sees in x, whatever it was trained to predict: one network evaluation.
 
         Args:
-            x: float32 [B, C, H, W].
+            x: float32 [B, C, H, W]: an array, or any object with ``__dlpack__``, as ``noise`` of ``sample``.
             t: schedule time, one for all or [B].
             labels: one class or B of them; None is the null class, or class 0 for a model without one.
             guidance: as in ``sample``.
@@ -203,21 +207,22 @@ class SparseEngine:
         Raises:
             OptionError, EngineClosedError: as ``sample``.
         """
-        predicted = self.predict(x, t, labels=labels, guidance=guidance)
         if self.manifest.prediction == "eps":
-            return predicted
+            return self.predict(x, t, labels=labels, guidance=guidance)
+        x = self._checked_images("x", x, None)
+        predicted = self.predict(x, t, labels=labels, guidance=guidance)
         times = np.broadcast_to(np.asarray(t, np.float64), (len(predicted),))[:, None, None, None]
         alpha, sigma = self._schedule.alpha(times), self._schedule.sigma(times)
         eps = (x - alpha * predicted) / sigma if self.manifest.prediction == "x0" else alpha * predicted + sigma * x
         return eps.astype(np.float32)
 
     def predict(
-        self, x: np.ndarray, t: float | np.ndarray, *, labels: Labels | None = None, guidance: float | None = None
+        self, x: Any, t: float | np.ndarray, *, labels: Labels | None = None, guidance: float | None = None
     ) -> np.ndarray:
         """What the network itself predicts (eps, x0 or v); arguments and errors as ``denoise``."""
         runner = self._live()
-        images = self._checked_images("x", x, len(x))
-        if images is None or not len(images):
+        images = self._checked_images("x", x, None, stays=True)
+        if not len(images):
             raise OptionError("x is empty; expected at least one sample")
         if not np.all((np.asarray(t) >= 0) & (np.asarray(t) <= self._schedule.t_max)):
             raise OptionError(f"t = {t}; expected schedule times from 0 to {self._schedule.t_max:g}")
@@ -304,17 +309,15 @@ class SparseEngine:
         trajectory: sampling.Trajectory,
         seed: int,
         images: np.ndarray,
-        x: np.ndarray,
+        x: Any,
         y: np.ndarray | None,
         weights: np.ndarray,
         callback: Callback | None,
         on_device: bool,
     ) -> np.ndarray:
-        def draw(index: int) -> np.ndarray:
-            return sampling.normal(seed, images, index, self.manifest.data_shape)
-
+        noise = SeededNoise(seed, images, self.manifest.data_shape)
         y = None if y is None else np.ascontiguousarray(y)
-        options: dict[str, Any] = {"labels": y, "guidance": weights, "noise": draw, "callback": callback}
+        options: dict[str, Any] = {"labels": y, "guidance": weights, "noise": noise, "callback": callback}
         found: np.ndarray = self._live().run(trajectory, x, on_device=on_device, **options)
         return found
 
@@ -323,9 +326,9 @@ class SparseEngine:
         trajectory: sampling.Trajectory,
         seed: int,
         images: np.ndarray,
-        noise: np.ndarray | None,
+        noise: Any,
         init: np.ndarray | None,
-    ) -> np.ndarray:
+    ) -> Any:
         """x at the first time: noise, or ``init`` with noise on it."""
         z = sampling.normal(seed, images, 0, self.manifest.data_shape) if noise is None else noise[images]
         if init is None:
@@ -371,19 +374,27 @@ class SparseEngine:
             raise OptionError(f"label {bad} is out of range; the model has classes 0 to {rows - 1}")
         return np.broadcast_to(y.astype(np.int64), (n,)).copy()
 
-    def _checked_images(self, name: str, images: np.ndarray | None, n: int) -> np.ndarray | None:
-        if images is None:
+    def _checked_images(self, name: str, images: Any, n: int | None, stays: bool = False) -> Any:
+        """float32 [n, C, H, W] of the host; where it lies on the runner's GPU and ``stays``, a ``DeviceArray``.
+
+        None stays None; without n any number of images will do.
+        """
+        if images is None and n is not None:
             return None
-        expected = (n, *self.manifest.data_shape)
-        try:
-            array = np.ascontiguousarray(images, np.float32)
-        except (TypeError, ValueError) as error:
-            raise OptionError(f"{name} is no array of numbers: {error}; expected {list(expected)}") from error
-        if array.shape != expected:
-            raise OptionError(f"{name} has shape {list(array.shape)}; expected {list(expected)}")
-        if not np.isfinite(array).all():
+        shape = tuple(self.manifest.data_shape)
+        expected = f"[{', '.join(map(str, ('B' if n is None else n, *shape)))}]"
+        if hasattr(images, "__dlpack__") and not isinstance(images, np.ndarray):
+            images = receive(name, images, getattr(self._live(), "dlpack_device", None) if stays else None)
+        if not isinstance(images, DeviceArray):
+            try:
+                images = np.ascontiguousarray(images, np.float32)
+            except (TypeError, ValueError) as error:
+                raise OptionError(f"{name} is no array of numbers: {error}; expected {expected}") from error
+        if images.shape[1:] != shape or n not in (None, len(images)):
+            raise OptionError(f"{name} has shape {list(images.shape)}; expected {expected}")
+        if isinstance(images, np.ndarray) and not np.isfinite(images).all():
             raise OptionError(f"{name} holds NaN or infinite values")
-        return array
+        return images
 
     def _finisher(self, output: str, decoder: Decoder | None) -> Callable[[np.ndarray], np.ndarray]:
         """What turns a finished batch into what was asked for."""

@@ -6,11 +6,14 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sparse_engine import SparseEngine
+from sparse_engine.backends.cuda.dlpack import SharedArray
+from sparse_engine.backends.cuda.dlpack_in import DeviceArray
 from sparse_engine.errors import EngineClosedError, EngineFileError, OptionError, SamplingCancelled, UnsupportedError
 
 FAST = {"steps": 4, "sampler": "dpm-solver++"}
@@ -102,6 +105,86 @@ def test_noise_init_and_t_start(engine: SparseEngine, rng: np.random.Generator) 
     near = engine.sample(3, init=init, t_start=0.01, labels=0, output="float", **FAST)
     far = engine.sample(3, init=init, t_start=0.9, labels=0, output="float", **FAST)
     assert np.abs(near - init).mean() < 0.2 < np.abs(far - init).mean()
+
+
+class Foreign:
+    """An array of another library: nothing but ``__dlpack__``. On a GPU, its library copies it to the host."""
+
+    def __init__(self, array: np.ndarray, device: tuple[int, int] = (1, 0)) -> None:
+        self.array, self.device = array, device
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.device
+
+    def __dlpack__(self, *, dl_device: tuple[int, int] | None = None, **_: object) -> object:
+        array, device = self.array, dl_device or self.device
+        return SharedArray(array.ctypes.data, array.shape, array.dtype.type, device, lambda: None).__dlpack__()
+
+
+@pytest.mark.parametrize("device", [(1, 0), (2, 0)], ids=["host", "GPU"])
+def test_arrays_of_other_libraries(engine: SparseEngine, rng: np.random.Generator, device: tuple[int, int]) -> None:
+    noise, init = (rng.standard_normal((3, 3, 8, 8), np.float32) for _ in range(2))
+    for options in ({"noise": noise}, {"noise": noise, "init": init, "t_start": 0.5}):
+        foreign = {key: Foreign(value, device) if key != "t_start" else value for key, value in options.items()}
+        found = engine.sample(3, labels=0, batch_size=2, output="float", **FAST, **foreign)
+        assert np.array_equal(found, engine.sample(3, labels=0, batch_size=2, output="float", **FAST, **options))
+    for evaluate in (engine.denoise, engine.predict):
+        assert np.array_equal(evaluate(Foreign(init, device), 0.5), evaluate(init, 0.5))
+
+
+def test_arrays_of_other_libraries_where_x0_is_predicted(conditional_engine: Path, rng: np.random.Generator) -> None:
+    x = rng.standard_normal((2, 3, 8, 8), np.float32)
+    with SparseEngine.load(conditional_engine) as engine:
+        engine.manifest.prediction = "x0"
+        expected = engine.denoise(x, 0.5)
+        assert np.array_equal(engine.denoise(Foreign(x), 0.5), expected)
+        assert np.array_equal(engine.denoise(x.tolist(), 0.5), expected)
+
+
+@pytest.mark.parametrize(
+    "array,message",
+    [
+        (Foreign(np.zeros((2, 3, 4, 4), np.float32)), r"noise has shape \[2, 3, 4, 4\]; expected \[2, 3, 8, 8\]"),
+        (Foreign(np.full((2, 3, 8, 8), np.nan, np.float32)), "noise holds NaN or infinite values"),
+        (Foreign(np.zeros((2, 3, 8, 8), np.float16), (2, 0)), "noise is float16 on cuda:0; expected float32"),
+        (Foreign(np.zeros((2, 3, 8, 8), np.float32), (10, 0)), "noise lies on a device of DLPack's type 10"),
+    ],
+)
+def test_bad_arrays_of_other_libraries(engine: SparseEngine, array: Foreign, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        engine.sample(2, noise=array, **FAST)
+
+
+class OnGpu:
+    """A runner that keeps its state on cuda:0, and notes what it is given."""
+
+    dlpack_device = (2, 0)
+
+    def __init__(self) -> None:
+        self.given: list[Any] = []
+
+    def run(self, trajectory: Any, x: Any, **options: Any) -> np.ndarray:
+        self.given.append(x)
+        return np.zeros(x.shape, np.float32)
+
+    def network(self, x: Any, t: np.ndarray, **options: Any) -> np.ndarray:
+        self.given.append(x)
+        return np.zeros(x.shape, np.float32)
+
+
+def test_an_array_on_the_runners_gpu_stays_there(engine: SparseEngine, rng: np.random.Generator) -> None:
+    noise = Foreign(rng.standard_normal((5, 3, 8, 8), np.float32), (2, 0))
+    runner: Any = OnGpu()
+    on_gpu = SparseEngine(engine.manifest, runner)
+    on_gpu.sample(5, noise=noise, labels=0, batch_size=3, **FAST)
+    on_gpu.predict(noise, 0.5)
+    assert [type(x) for x in runner.given] == [DeviceArray] * 3
+    assert [x.rows.tolist() for x in runner.given] == [[0, 1, 2], [3, 4], [0, 1, 2, 3, 4]]
+    on_gpu.sample(5, noise=noise, init=noise, t_start=0.5, labels=0, batch_size=5, **FAST)  # noised on the host
+    on_gpu.sample(5, noise=Foreign(noise.array, (2, 1)), labels=0, batch_size=5, **FAST)  # from another GPU
+    assert [type(x) for x in runner.given[3:]] == [np.ndarray] * 2
+    with pytest.raises(OptionError, match=r"noise has shape \[5, 3, 8, 8\]; expected \[4, 3, 8, 8\]"):
+        on_gpu.sample(4, noise=noise, **FAST)
 
 
 def test_callback_sees_every_step_and_can_stop(engine: SparseEngine) -> None:

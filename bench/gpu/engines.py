@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 from onnx import ModelProto
 
-from sparse_engine import SparseEngine
+from sparse_engine import SparseEngine, sampling
 from sparse_engine.backends import BuildOptions, StepGraph, TensorRTOptions, backend_named
 from sparse_engine.bench.grid import PAPER_SAMPLER, PAPER_STEPS, random_model
 from sparse_engine.bench.statistics import speedup, spread
@@ -24,6 +26,7 @@ from sparse_engine.bench.workload import Workload
 from sparse_engine.errors import UnsupportedError
 from sparse_engine.export.build import write_built
 from sparse_engine.export.families.uvit import UViTConfig
+from sparse_engine.images import psnr
 
 from .measure import device_time
 from .session import Results, Row, Session
@@ -32,6 +35,9 @@ RTX, TENSORRT, TORCH = "tensorrt-rtx", "tensorrt", "torch"
 CAPABILITIES = ("8.0", "8.6", "8.9", None)  # plans for Ampere and Ada, and TensorRT for RTX's own choice
 LINEARS = ("matmul", "gemm", "conv1x1")
 CHUNK_STEPS = 12  # one recording of the device loop
+STEP_SAMPLER = "euler-ode"  # the paper's without its noise, which the host or the device would draw in between
+REFERENCE_IMAGES = 4  # of a batch, sampled in float32
+_EAGER = "eager "
 END_TO_END = 256
 SCHEDULE_TIME = 0.5
 
@@ -59,7 +65,8 @@ def run_tensorrt(session: Session, results: Results) -> None:
         if results.wants(**key):
             with results.row(**key) as row:
                 config = preset.config(patch, mlp_ratio)
-                _compare(session, row, TENSORRT, config, preset.batch, TensorRTOptions(static_batch=True))
+                options = TensorRTOptions(static_batch=True)
+                _compare(session, row, TENSORRT, config, preset.batch, options, CHUNK_STEPS)  # which last long enough
 
 
 def run_end_to_end(session: Session, results: Results) -> None:
@@ -71,29 +78,99 @@ def run_end_to_end(session: Session, results: Results) -> None:
 
 
 def _compare(
-    session: Session, row: Row, backend: str, config: UViTConfig, batch: int, tensorrt: TensorRTOptions
+    session: Session,
+    row: Row,
+    backend: str,
+    config: UViTConfig,
+    batch: int,
+    tensorrt: TensorRTOptions,
+    steps: int = 4 * CHUNK_STEPS,
 ) -> None:
-    """Sparse and dense engines of a backend: outputs against float32, the time of a recorded step, and the layers."""
-    with tempfile.TemporaryDirectory() as name:
-        runs: dict[str, Callable[[], object]] = {}
+    """Sparse and dense engines of a backend: outputs against float32, the times of their steps, and the layers."""
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as held:
+        reference = Reference.make(session, Path(name), config, batch)
         engines = {}
         for kind, sparse in (("sparse", True), ("dense", False)):
-            engines[kind] = engine = _engine(session, Path(name), backend, config, sparse, batch, tensorrt)
-            row[f"{kind}_parity"] = _parity(session, Path(name), engine, config, batch)
-            runs[kind] = _sampling(engine, batch, CHUNK_STEPS)
-            started = time.perf_counter()
-            runs[kind]()  # one by one; the next is recorded
-            row[f"{kind}_first_milliseconds"] = 1e3 * (time.perf_counter() - started) / CHUNK_STEPS
-            runs[kind]()
+            engine = _engine(session, Path(name), backend, config, sparse, batch, tensorrt)
+            engines[kind] = held.enter_context(engine)
+            row |= {f"{kind}_parity": reference.parity(engine), f"{kind}_psnr": reference.psnr(engine)}
+        _time_steps(session, row, engines, batch, steps)
+        for kind, engine in engines.items():
             info = engine.info
             row[f"{kind}_runtime"] = info["runtime"]
             row[f"{kind}_kernels"] = {layer["name"]: layer["kernel"] for layer in info["layers"] if layer["masked"]}
-        runs = {kind: _sampling(engine, batch, CHUNK_STEPS) for kind, engine in engines.items()}
-        timings = interleave(runs, repeats=3, seconds=session.seconds)
-        row["milliseconds"] = {kind: spread(each / CHUNK_STEPS).to_dict() for kind, each in timings.runs.items()}
-        row["speedup"] = speedup(timings.runs["dense"], timings.runs["sparse"]).to_dict()
-        for engine in engines.values():
-            engine.close()
+
+
+def _time_steps(session: Session, row: Row, engines: dict[str, SparseEngine], batch: int, steps: int) -> None:
+    """Milliseconds of a step of each engine, recorded and one by one, all measured in turn.
+
+    The sampler draws nothing and starts from noise that is there, so that hardly anything but steps is timed.
+    """
+    recorded = {kind: _stepping(engine, batch, steps, recorded=True) for kind, engine in engines.items()}
+    for kind, run in recorded.items():
+        started = time.perf_counter()
+        run()  # a chunk is recorded when it comes for the second time
+        row[f"{kind}_first_milliseconds"] = 1e3 * (time.perf_counter() - started) / steps
+        run()
+    eager = {kind: _stepping(engine, batch, steps, recorded=False) for kind, engine in engines.items()}
+    both = recorded | {_EAGER + kind: run for kind, run in eager.items()}
+    runs = interleave(both, repeats=3, seconds=session.seconds).runs
+    row |= {"sampler": STEP_SAMPLER, "steps": steps}
+    row["milliseconds"] = {kind: spread(runs[kind] / steps).to_dict() for kind in engines}
+    row["eager_milliseconds"] = {kind: spread(runs[_EAGER + kind] / steps).to_dict() for kind in engines}
+    row["speedup"] = speedup(runs["dense"], runs["sparse"]).to_dict()
+    for run in recorded.values():
+        run()  # what is said of the engines is of this
+
+
+def _stepping(engine: SparseEngine, batch: int, steps: int, *, recorded: bool) -> Callable[[], object]:
+    noise = sampling.normal(0, np.arange(batch), 0, engine.manifest.data_shape)
+    options: dict[str, Any] = {"steps": steps, "sampler": STEP_SAMPLER, "batch_size": batch, "output": "float"}
+    runner: Any = engine._runner
+
+    def run() -> None:
+        runner.records = recorded
+        engine.sample(batch, noise=noise, **options)
+
+    return run
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What PyTorch makes of a network's baked weights in float32.
+
+    Attributes:
+        x: float32 [B, C, H, W].
+        predicted: the network's output for x at ``SCHEDULE_TIME``.
+        samples: the first images of a seed by the paper's sampler, float32 [n, C, H, W].
+    """
+
+    x: np.ndarray
+    predicted: np.ndarray
+    samples: np.ndarray
+
+    @classmethod
+    def make(cls, session: Session, folder: Path, config: UViTConfig, batch: int) -> Reference:
+        """Build and run the engine that is the reference; its memory is given back."""
+        x = np.random.default_rng(0).standard_normal((batch, *config.data_shape), np.float32)
+        with _closing(_engine(session, folder, TORCH, config, True, batch, TensorRTOptions(), "fp32")) as engine:
+            return cls(x, engine.predict(x, SCHEDULE_TIME), _samples(engine, min(batch, REFERENCE_IMAGES)))
+
+    def parity(self, engine: SparseEngine) -> float:
+        """The largest error of an engine's prediction over the largest value."""
+        error = np.abs(engine.predict(self.x, SCHEDULE_TIME) - self.predicted).max()
+        return float(error / np.abs(self.predicted).max())
+
+    def psnr(self, engine: SparseEngine) -> float | None:
+        """Of an engine's samples, in dB over the range of the reference's; None where the two are equal."""
+        pixels = (float(self.samples.min()), float(self.samples.max()))
+        found = psnr(_samples(engine, len(self.samples)), self.samples, pixels)
+        return found if np.isfinite(found) else None
+
+
+def _samples(engine: SparseEngine, images: int) -> np.ndarray:
+    """The first images of a seed after ``PAPER_STEPS`` steps."""
+    return engine.sample(images, steps=PAPER_STEPS, sampler=PAPER_SAMPLER, batch_size=images, output="float")
 
 
 def _end_to_end(session: Session, row: Row, backend: str, sparse: bool) -> None:
@@ -168,14 +245,6 @@ def weights_alone(workload: Workload, precision: str) -> StepGraph:
     }
     weights = {f"{name}.weight": each.weight.detach().numpy() for name, each in layers.items()}
     return StepGraph(ModelProto(), weights, {name: (f"{name}.weight", 1) for name in layers}, workload.baked.state)
-
-
-def _parity(session: Session, folder: Path, engine: SparseEngine, config: UViTConfig, batch: int) -> float:
-    """The largest error of a prediction over its largest value, against PyTorch in float32."""
-    x = np.random.default_rng(0).standard_normal((batch, *config.data_shape), np.float32)
-    with _closing(_engine(session, folder, TORCH, config, True, batch, TensorRTOptions(), "fp32")) as reference:
-        expected = reference.predict(x, SCHEDULE_TIME)
-    return float(np.abs(engine.predict(x, SCHEDULE_TIME) - expected).max() / np.abs(expected).max())
 
 
 def _sampling(engine: SparseEngine, images: int, steps: int, batch: int | None = None) -> Callable[[], object]:

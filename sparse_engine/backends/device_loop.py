@@ -6,7 +6,8 @@ then on launched in one call, for every trajectory with the same pattern.
 
 Nothing is copied from step to step: x alternates between two buffers, and the predictions go around three. A step's
 buffers depend on its index modulo ``PERIOD`` alone, so a recording, whose addresses are fixed, is good wherever a chunk
-starts at the same phase; chunks are a multiple of ``PERIOD`` long, and start at phase 0.
+starts at the same phase; chunks are a multiple of ``PERIOD`` long, and start at phase 0. Noise that the device draws is
+part of the recording: which seed, images and draws it is of is read from buffers.
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ import contextlib
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from sparse_engine.errors import BackendError, EngineClosedError, SamplingCancelled
 from sparse_engine.sampling import Trajectory
+from sparse_engine.sampling.noise import SeededNoise
 
 from .base import IDENTITY_ROW, NO_CLIP, NoiseSource, StepCallback
+
+if TYPE_CHECKING:
+    from .cuda.dlpack_in import DeviceArray
+    from .device_noise import DeviceNoise
 
 PERIOD = 6  # x alternates between 2 buffers and the predictions between 3
 CHUNK = 12  # steps: the host's part of a chunk (0.1 ms) disappears behind them
@@ -31,6 +37,7 @@ IN_FLIGHT = 4  # chunks of noise that the host may be ahead of the device: it wa
 MAX_STATES, MAX_RECORDINGS = 4, 16  # batch sizes with buffers of their own; recordings of each
 
 B = TypeVar("B")
+B_contra = TypeVar("B_contra", contravariant=True)
 
 
 class OutOfDeviceMemoryError(BackendError):
@@ -123,6 +130,35 @@ class StepDevice(Protocol[B]):
         ...
 
 
+@runtime_checkable
+class TakingDevice(Protocol[B_contra]):
+    """What a ``StepDevice`` may offer: to take x from where another library has it on the same device.
+
+    Attributes:
+        dlpack_device: (DLDeviceType, number).
+    """
+
+    dlpack_device: tuple[int, int]
+
+    def take(self, buffer: B_contra, array: DeviceArray) -> None:
+        """Copy an array of this device to a buffer of its shape; done when this returns."""
+        ...
+
+
+def noise_of(noise: NoiseSource, rows: slice | np.ndarray) -> NoiseSource:
+    """The noise of some rows of a batch."""
+    return noise.of(rows) if isinstance(noise, SeededNoise) else lambda draw: noise(draw)[rows]
+
+
+@dataclass
+class _Drawn(Generic[B]):
+    """What noise that the device draws passes through; see ``NoiseDevice.draw``."""
+
+    z: B  # [B, C, H, W], a step's
+    origin: B  # uint32 [2 + B]
+    draws: B  # uint32 [chunk, 1]
+
+
 @dataclass
 class _State(Generic[B]):
     """The buffers of one batch size and number of passes, and what has been recorded on them."""
@@ -138,12 +174,14 @@ class _State(Generic[B]):
     t: B  # [chunk, B]
     coef: B  # [chunk, 8]
     noise_shape: tuple[int, ...]
-    z: B | None = None  # [chunk, B, C, H, W], once a trajectory draws noise
+    z: B | None = None  # [chunk, B, C, H, W], once noise is uploaded
+    drawn: _Drawn[B] | None = None  # once the device may draw noise
     seen: set[Hashable] = field(default_factory=set)
     recordings: dict[Hashable, Recording] = field(default_factory=dict)
 
     def buffers(self) -> list[B]:
-        optional = [buffer for buffer in (self.labels, self.z) if buffer is not None]
+        drawn = vars(self.drawn).values() if self.drawn is not None else ()
+        optional = [buffer for buffer in (self.labels, self.z, *drawn) if buffer is not None]
         return [*self.x, *self.m, self.base, self.zeros, self.clip, self.guidance, self.t, self.coef, *optional]
 
 
@@ -154,7 +192,7 @@ class _Chunk:
     first: int
     last: int
     rebase: tuple[bool, ...]
-    stochastic: bool
+    noise: Literal["none", "uploaded", "drawn"]
 
     @property
     def phase(self) -> int:
@@ -163,7 +201,7 @@ class _Chunk:
     @property
     def pattern(self) -> Hashable:
         """What a recording depends on."""
-        return self.phase, self.rebase, self.stochastic
+        return self.phase, self.rebase, self.noise
 
 
 class DeviceLoop(Generic[B]):
@@ -173,10 +211,18 @@ class DeviceLoop(Generic[B]):
         device: buffers, the step, and recordings.
         chunk: steps that are enqueued together, a multiple of ``PERIOD``.
         smallest: batch that the device takes; none is halved below it.
+        noise: draws noise on the device; None uploads it.
+
+    Attributes:
+        records: whether chunks are recorded and replayed; where not, steps are enqueued one by one.
     """
 
-    def __init__(self, device: StepDevice[B], chunk: int = CHUNK, smallest: int = 1) -> None:
+    def __init__(
+        self, device: StepDevice[B], chunk: int = CHUNK, smallest: int = 1, noise: DeviceNoise[B] | None = None
+    ) -> None:
+        self.records = True
         self._device = device
+        self._noise = noise
         self._chunk = chunk
         self._smallest = smallest
         self._lock = threading.RLock()  # a callback may use the engine
@@ -186,10 +232,15 @@ class DeviceLoop(Generic[B]):
         self._largest: int | None = None  # batch that is known not to exhaust the device's memory
         self._eager: str | None = None  # why nothing is recorded
 
+    @property
+    def dlpack_device(self) -> tuple[int, int] | None:
+        """The device whose arrays ``run`` and ``network`` take as x, as ``DeviceArray``; None: only the host's."""
+        return self._device.dlpack_device if isinstance(self._device, TakingDevice) else None
+
     def run(
         self,
         trajectory: Trajectory,
-        x: np.ndarray,
+        x: np.ndarray | DeviceArray,
         *,
         labels: np.ndarray | None,
         guidance: np.ndarray,
@@ -205,9 +256,10 @@ class DeviceLoop(Generic[B]):
         """
 
         def walk(part: slice) -> Any:
+            own = noise_of(noise, part)
             with self._prepared(x[part], None if labels is None else labels[:, part], guidance) as state:
-                for chunk in self._chunks(trajectory, state, callback):
-                    self._advance(state, trajectory, chunk, lambda draw: noise(draw)[part])
+                for chunk in self._chunks(trajectory, state, own, callback):
+                    self._advance(state, trajectory, chunk, own)
                     if callback is not None:
                         self._tell(callback, trajectory, chunk, state)
                 last = state.x[len(trajectory) % 2]
@@ -218,7 +270,9 @@ class DeviceLoop(Generic[B]):
                 return walk(slice(0, len(x)))
             return np.concatenate(self._in_parts(len(x), walk))
 
-    def network(self, x: np.ndarray, t: np.ndarray, *, labels: np.ndarray | None, guidance: np.ndarray) -> np.ndarray:
+    def network(
+        self, x: np.ndarray | DeviceArray, t: np.ndarray, *, labels: np.ndarray | None, guidance: np.ndarray
+    ) -> np.ndarray:
         """See ``StepRunner.network``."""
         device = self._device
 
@@ -227,7 +281,7 @@ class DeviceLoop(Generic[B]):
                 device.upload(state.clip, NO_CLIP)
                 device.upload(state.t, np.ascontiguousarray(t[part])[None])
                 device.upload(state.coef, IDENTITY_ROW[None])
-                self._enqueue(state, _Chunk(0, 1, (False,), False))
+                self._enqueue(state, _Chunk(0, 1, (False,), "none"))
                 return device.download(state.m[0])
 
         with self._lock:
@@ -235,8 +289,10 @@ class DeviceLoop(Generic[B]):
 
     def describe(self) -> dict[str, Any]:
         """How steps are enqueued, and the largest batch where memory has set a limit."""
-        how = f"one by one: {self._eager}" if self._eager else f"recorded, {self._chunk} at a time"
-        return {"steps": how, "recordings": self._recorded, "largest_batch": self._largest}
+        eager = self._eager or (None if self.records else "not asked for")
+        how = f"one by one: {eager}" if eager else f"recorded, {self._chunk} at a time"
+        noise = "uploaded" if self._noise is None else self._noise.describe()
+        return {"steps": how, "recordings": self._recorded, "noise": noise, "largest_batch": self._largest}
 
     def close(self) -> None:
         """Stop what runs at its next chunk, and give everything back. A second call does nothing."""
@@ -268,7 +324,9 @@ class DeviceLoop(Generic[B]):
         return done
 
     @contextlib.contextmanager
-    def _prepared(self, x: np.ndarray, labels: np.ndarray | None, guidance: np.ndarray) -> Iterator[_State[B]]:
+    def _prepared(
+        self, x: np.ndarray | DeviceArray, labels: np.ndarray | None, guidance: np.ndarray
+    ) -> Iterator[_State[B]]:
         """The state of a batch for one run, with x and what stays the same over a trajectory in place."""
         self._check_open()
         key = (len(x), len(guidance))
@@ -293,9 +351,16 @@ class DeviceLoop(Generic[B]):
         while len(self._states) > (0 if self._closed else MAX_STATES):
             self._release(self._states.pop(next(iter(self._states))))
 
-    def _fill(self, state: _State[B], x: np.ndarray, labels: np.ndarray | None, guidance: np.ndarray) -> None:
+    def _fill(
+        self, state: _State[B], x: np.ndarray | DeviceArray, labels: np.ndarray | None, guidance: np.ndarray
+    ) -> None:
         device = self._device
-        device.upload(state.x[0], np.ascontiguousarray(x, np.float32))
+        if isinstance(x, np.ndarray):
+            device.upload(state.x[0], np.ascontiguousarray(x, np.float32))
+        elif isinstance(device, TakingDevice):
+            device.take(state.x[0], x)
+        else:
+            raise BackendError("x lies on a device that this one takes no arrays from", "pass a NumPy array")
         device.copy(state.base, state.x[0])
         for history in state.m[1:]:  # h2 and h1 of the first step: a diverged run may have left infinities there
             device.copy(history, state.zeros)
@@ -334,31 +399,59 @@ class DeviceLoop(Generic[B]):
             raise
         return state
 
-    def _chunks(self, trajectory: Trajectory, state: _State[B], callback: StepCallback | None) -> list[_Chunk]:
-        """The chunks of a trajectory; also puts its clipping range in place."""
+    def _chunks(
+        self, trajectory: Trajectory, state: _State[B], noise: NoiseSource, callback: StepCallback | None
+    ) -> list[_Chunk]:
+        """The chunks of a trajectory; also puts its clipping range in place, and where its noise comes from."""
         self._device.upload(state.clip, np.array(trajectory.clip, np.float32))
+        kind = self._ready_noise(state, noise) if trajectory.stochastic else "none"
         length = 1 if callback is not None else state.chunk
         steps = len(trajectory)
         bounds = [(first, min(first + length, steps)) for first in range(0, steps, length)]
         rebase = trajectory.rebase.tolist()
-        return [_Chunk(a, b, tuple(rebase[a:b]), trajectory.stochastic) for a, b in bounds]
+        return [_Chunk(a, b, tuple(rebase[a:b]), kind) for a, b in bounds]
+
+    def _ready_noise(self, state: _State[B], noise: NoiseSource) -> Literal["uploaded", "drawn"]:
+        """Have the buffers that a trajectory's noise passes through, once it is chosen how it gets there."""
+        device, chunk = self._device, state.chunk
+        if self._noise is not None and isinstance(noise, SeededNoise) and self._noise.ready():
+            drawn = state.drawn = state.drawn or self._allocate_drawn(state)
+            device.upload(drawn.origin, noise.origin)
+            if self._noise.is_drawn(noise, drawn.z, drawn.origin, device.row(drawn.draws, 0)):
+                return "drawn"
+        if state.z is None:
+            state.z = device.allocate(state.noise_shape, np.float32)
+            for k in range(chunk):
+                device.copy(device.row(state.z, k), state.zeros)  # a row that adds no noise is read all the same
+        return "uploaded"
+
+    def _allocate_drawn(self, state: _State[B]) -> _Drawn[B]:
+        device, (chunk, batch, *image), made = self._device, state.noise_shape, []
+        shapes = (((batch, *image), np.float32), ((2 + batch,), np.uint32), ((chunk, 1), np.uint32))
+        try:
+            for shape, dtype in shapes:
+                made.append(device.allocate(shape, dtype))
+        except BackendError:
+            for each in made:
+                device.free(each)
+            raise
+        return _Drawn(*made)
 
     def _advance(self, state: _State[B], trajectory: Trajectory, chunk: _Chunk, noise: NoiseSource) -> None:
         """Upload a chunk's rows and enqueue its steps. The device may still be busy with the chunk before."""
         self._check_open()
         device, rows, batch = self._device, slice(chunk.first, chunk.last), state.noise_shape[1]
         times = trajectory.network_times[rows].astype(np.float32)
-        drawn = {k: noise(chunk.first + k + 1) for k in np.flatnonzero(trajectory.coef[rows, 7]).tolist()}
-        if chunk.stochastic and state.z is None:
-            state.z = device.allocate(state.noise_shape, np.float32)
-            for k in range(state.chunk):
-                device.copy(device.row(state.z, k), state.zeros)  # a row that adds no noise is read all the same
-        if chunk.stochastic and chunk.first % (IN_FLIGHT * state.chunk) == 0:
+        uploads = np.flatnonzero(trajectory.coef[rows, 7]).tolist() if chunk.noise == "uploaded" else []
+        drawn = {k: noise(chunk.first + k + 1) for k in uploads}
+        if chunk.noise == "uploaded" and chunk.first % (IN_FLIGHT * state.chunk) == 0:
             device.synchronize()
         device.upload(state.t, np.repeat(times[:, None], batch, axis=1))
         device.upload(state.coef, trajectory.coef[rows].astype(np.float32))
         for k, array in drawn.items():
             device.upload(device.row(state.z, k), np.ascontiguousarray(array, np.float32))  # type: ignore[arg-type]
+        if state.drawn is not None and chunk.noise == "drawn":
+            device.upload(state.drawn.draws, np.arange(chunk.first + 1, chunk.last + 1, dtype=np.uint32)[:, None])
         self._enqueue(state, chunk)
 
     def _enqueue(self, state: _State[B], chunk: _Chunk) -> None:
@@ -366,11 +459,16 @@ class DeviceLoop(Generic[B]):
 
         def steps() -> None:
             for k in range(chunk.last - chunk.first):
-                buffers = self._buffers(state, chunk.phase + k, k, chunk.stochastic)
+                buffers = self._buffers(state, chunk.phase + k, k, chunk.noise)
+                if chunk.noise == "drawn" and state.drawn is not None and self._noise is not None:
+                    self._noise.draw(buffers.z, state.drawn.origin, self._device.row(state.drawn.draws, k))
                 if chunk.rebase[k]:
                     self._device.copy(buffers.base, buffers.x)
                 self._device.step(buffers)
 
+        if not self.records:
+            steps()
+            return
         recording = state.recordings.pop(chunk.pattern, None)
         if recording is None and chunk.pattern in state.seen and self._eager is None:
             recording = self._record(state, steps)
@@ -393,9 +491,14 @@ class DeviceLoop(Generic[B]):
         self._recorded += 1
         return recording
 
-    def _buffers(self, state: _State[B], index: int, k: int, stochastic: bool) -> StepBuffers[B]:
+    def _buffers(self, state: _State[B], index: int, k: int, noise: str) -> StepBuffers[B]:
         """The buffers of the step ``index`` of a trajectory (modulo ``PERIOD``), the k-th of its chunk."""
         row = self._device.row
+        z = state.zeros
+        if noise == "uploaded" and state.z is not None:
+            z = row(state.z, k)
+        elif noise == "drawn" and state.drawn is not None:
+            z = state.drawn.z
         return StepBuffers(
             x=state.x[index % 2],
             t=row(state.t, k),
@@ -406,7 +509,7 @@ class DeviceLoop(Generic[B]):
             base=state.base,
             h1=state.m[(index - 1) % 3],
             h2=state.m[(index - 2) % 3],
-            z=row(state.z, k) if stochastic and state.z is not None else state.zeros,
+            z=z,
             x_next=state.x[(index + 1) % 2],
             m=state.m[index % 3],
         )

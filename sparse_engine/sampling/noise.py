@@ -15,6 +15,7 @@ Its four output words make elements 4k..4k+3 by Box-Muller, from words (0, 1) an
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -82,6 +83,32 @@ def normal(seed: int, images: npt.ArrayLike, draw: int, shape: tuple[int, ...]) 
         _box_muller(words[0], words[1], part[..., 0], part[..., 1])
         _box_muller(words[2], words[3], part[..., 2], part[..., 3])
     return out.reshape(len(index), blocks * 4)[:, :count].reshape(len(index), *shape)
+
+
+@dataclass(frozen=True, eq=False)
+class SeededNoise:
+    """The draws of some images of a seed: a function of the draw's number, which a device may evaluate itself.
+
+    Attributes:
+        seed, images, shape: as for ``normal``.
+    """
+
+    seed: int
+    images: npt.NDArray[np.integer]
+    shape: tuple[int, ...]
+
+    def __call__(self, draw: int) -> Float32:
+        """``normal``: float32 [B, *shape]. Raises as there."""
+        return normal(self.seed, self.images, draw, self.shape)
+
+    def of(self, rows: slice | np.ndarray) -> SeededNoise:
+        """The same for some of the images."""
+        return SeededNoise(self.seed, self.images[rows], self.shape)
+
+    @property
+    def origin(self) -> npt.NDArray[np.uint32]:
+        """[2 + B]: the words of the key, then of each image; with a draw's number, all that the draw depends on."""
+        return np.array([*_key(self.seed), *_images(self.images).tolist()], np.uint32)
 
 
 def labels(seed: int, images: npt.ArrayLike, num_classes: int) -> npt.NDArray[np.int64]:

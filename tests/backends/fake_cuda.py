@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from sparse_engine.backends.device_loop import CaptureError, OutOfDeviceMemoryError
+from sparse_engine.errors import UnsupportedError
+from sparse_engine.sampling import normal
 
 Work = Callable[[], None]
 
@@ -19,15 +21,17 @@ Work = Callable[[], None]
 class FakeCuda:
     """In place of ``sparse_engine.backends.cuda.runtime.Cuda``."""
 
-    def __init__(self, memory: int = 1 << 30, captures: bool = True, late: bool = True) -> None:
-        self.memory, self.captures, self.late = memory, captures, late
+    def __init__(self, memory: int = 1 << 30, captures: bool = True, late: bool = True, compiles: bool = True) -> None:
+        self.memory, self.captures, self.late, self.compiles = memory, captures, late, compiles
         self.device: dict[int, np.ndarray] = {}
         self.pinned: dict[int, np.ndarray] = {}
         self.streams: dict[int, list[Work]] = {}
         self.events: set[int] = set()
         self.done: set[int] = set()
         self.graphs: dict[int, list[Work]] = {}
+        self.kernels: set[int] = set()
         self.launches = 0
+        self.draws = 0  # that have run
         self.waits = 0
         self.uses = 0
         self._recording: list[Work] | None = None
@@ -138,10 +142,42 @@ class FakeCuda:
     def destroy_graph(self, graph: int) -> None:
         del self.graphs[graph]
 
+    def compile(self, source: str, name: str) -> int:
+        assert f"void {name}(" in source
+        if not self.compiles:
+            raise UnsupportedError("NVRTC is not there: no libnvrtc.so")
+        self.kernels.add(number := self._number())
+        return number
+
+    def launch_kernel(
+        self, kernel: int, blocks: int, threads: int, arguments: list[tuple[int, Any]], stream: int
+    ) -> None:
+        """The one that draws noise: what it depends on is read when it runs."""
+        (z, origin, draw, elements, images), types = zip(*arguments, strict=True)
+        assert types == (ctypes.c_void_p,) * 3 + (ctypes.c_uint,) * 2
+        assert blocks * threads >= images * -(-elements // 4)
+
+        def words(address: int, count: int) -> list[int]:
+            self.view(address, 4 * count)
+            return list((ctypes.c_uint32 * count).from_address(address))
+
+        def work() -> None:
+            assert kernel in self.kernels
+            low, high, *rows = words(origin, 2 + images)
+            found = np.ascontiguousarray(normal(low | high << 32, rows, words(draw, 1)[0], (elements,)))
+            self.view(z, found.nbytes)
+            ctypes.memmove(z, found.ctypes.data, found.nbytes)
+            self.draws += 1
+
+        self.enqueue(work, stream)
+
+    def unload(self, kernel: int) -> None:
+        self.kernels.remove(kernel)
+
     def leaks(self) -> dict[str, int]:
         """What was not given back."""
         held = {"device": self.device, "pinned": self.pinned, "streams": self.streams}
-        held |= {"events": self.events, "graphs": self.graphs}
+        held |= {"events": self.events, "graphs": self.graphs, "kernels": self.kernels}
         return {name: len(each) for name, each in held.items() if each}
 
 

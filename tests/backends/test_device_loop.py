@@ -11,6 +11,7 @@ import pytest
 
 from sparse_engine import sampling
 from sparse_engine.backends import device_loop
+from sparse_engine.backends.cuda.dlpack_in import DeviceArray
 from sparse_engine.backends.device_loop import CaptureError, DeviceLoop, OutOfDeviceMemoryError, StepBuffers
 from sparse_engine.errors import BackendError, EngineClosedError, SamplingCancelled
 
@@ -278,6 +279,30 @@ def test_without_recording_the_steps_are_enqueued_and_it_is_said() -> None:
         assert np.array_equal(run(loop, trajectory), expected(trajectory))
     assert device.steps == 75
     assert loop.describe()["steps"] == "one by one: this device records nothing"
+
+
+def test_recording_can_be_switched_off_and_on_again() -> None:
+    device = NumpyDevice()
+    loop = DeviceLoop(device)
+    trajectory = make_trajectory("dpm-solver++", 25)
+    loop.records = False
+    for _ in range(3):
+        assert np.array_equal(run(loop, trajectory), expected(trajectory))
+    assert device.steps == 75
+    assert loop.describe()["steps"] == "one by one: not asked for"
+    loop.records = True
+    for _ in range(3):
+        assert np.array_equal(run(loop, trajectory), expected(trajectory))
+    assert device.recordings
+
+
+def test_a_device_that_takes_no_arrays_of_others_says_so() -> None:
+    loop = DeviceLoop(NumpyDevice())
+    assert loop.dlpack_device is None
+    x: Any = DeviceArray(object(), (2, 0), np.arange(8), SHAPE)
+    with pytest.raises(BackendError, match="x lies on a device that this one takes no arrays from"):
+        loop.network(x, np.ones(8, np.float32), labels=LABELS, guidance=GUIDANCE)
+    assert loop.describe()["noise"] == "uploaded"
 
 
 def test_a_failing_device_gives_everything_back() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from sparse_engine.errors import OptionError
 from sparse_engine.sampling import labels, normal, philox4x32
+from sparse_engine.sampling.noise import SeededNoise
 
 # philox4x32-10 in Random123's kat_vectors: counter, key, output.
 KNOWN_ANSWERS = [
@@ -59,6 +60,15 @@ def test_an_image_does_not_depend_on_its_batch() -> None:
     for image in (0, 1, 42, 43, 69):
         np.testing.assert_array_equal(normal(5, [image], 2, shape)[0], together[image])
     np.testing.assert_array_equal(normal(5, [69, 3, 3], 2, shape), together[[69, 3, 3]])
+
+
+def test_a_seeds_noise_as_a_function_of_the_draw() -> None:
+    noise = SeededNoise(2**40 + 3, np.array([4, 2**32 - 1, 9]), (3, 5))
+    np.testing.assert_array_equal(noise(6), normal(2**40 + 3, [4, 2**32 - 1, 9], 6, (3, 5)))
+    np.testing.assert_array_equal(noise.of(slice(1, 3))(6), noise(6)[1:])
+    np.testing.assert_array_equal(noise.of(np.array([2, 2]))(6), noise(6)[[2, 2]])
+    assert noise.origin.tolist() == [3, 2**8, 4, 2**32 - 1, 9]
+    assert noise.origin.dtype == np.uint32
 
 
 def test_seeds_images_and_draws_are_independent() -> None:

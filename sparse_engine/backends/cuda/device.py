@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import abc
 import collections
+import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,11 @@ from sparse_engine.backends.device_loop import StepBuffers
 from sparse_engine.errors import BackendError
 
 from .dlpack import CUDA, SharedArray
-from .runtime import Cuda
+from .dlpack_in import DeviceArray
+from .runtime import Cuda, Kernel
 
 STAGING_BYTES = 256 << 20  # pinned memory that uploads may hold at once; beyond it they wait for the GPU
+NOISE_SOURCE, NOISE_THREADS = Path(__file__).with_name("noise.cu"), 256  # threads of a block
 OUTPUTS = ("x_next", "m")
 _TENSORS = ("x", "t", "coef", "clip", "base", "h1", "h2", "z", *OUTPUTS)
 
@@ -113,6 +117,8 @@ class CudaDevice(abc.ABC):
         self._cuda, self._index = cuda, index
         self._stream = cuda.create_stream()
         self._staging = Staging(cuda, self._stream)
+        self._noise: Kernel | None = None
+        self.dlpack_device = (CUDA, index)
 
     def allocate(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
         """See ``StepDevice``."""
@@ -139,6 +145,15 @@ class CudaDevice(abc.ABC):
             )
         self._staging.upload(buffer.address, np.ascontiguousarray(array))
 
+    def take(self, buffer: Buffer, array: DeviceArray) -> None:
+        """See ``TakingDevice``."""
+        self._cuda.use()
+        row = buffer.nbytes // buffer.shape[0]
+        with array.lent(self._cuda.stream_address(self._stream)) as address:
+            for at, first, count in array.runs():
+                self._cuda.copy(buffer.address + at * row, address + first * row, count * row, self._stream)
+            self._cuda.synchronize(self._stream)
+
     def copy(self, target: Buffer, source: Buffer) -> None:
         """See ``StepDevice``."""
         self._cuda.copy(target.address, source.address, source.nbytes, self._stream)
@@ -163,6 +178,22 @@ class CudaDevice(abc.ABC):
             cuda.free(copy.address)
 
         return SharedArray(copy.address, copy.shape, copy.dtype.type, (CUDA, self._index), release)
+
+    def ready_noise(self) -> None:
+        """See ``NoiseDevice``."""
+        if self._noise is None:
+            self._cuda.use()
+            self._noise = self._cuda.compile(NOISE_SOURCE.read_text(), "normal")
+
+    def draw(self, z: Buffer, origin: Buffer, draw: Buffer) -> None:
+        """See ``NoiseDevice``."""
+        if self._noise is None:
+            raise BackendError("the noise kernel is drawn from before it is compiled")
+        images, elements = z.shape[0], math.prod(z.shape[1:])
+        blocks = -(-images * -(-elements // 4) // NOISE_THREADS)
+        pointers = [(each.address, ctypes.c_void_p) for each in (z, origin, draw)]
+        sizes = [(each, ctypes.c_uint) for each in (elements, images)]
+        self._cuda.launch_kernel(self._noise, blocks, NOISE_THREADS, [*pointers, *sizes], self._stream)
 
     @abc.abstractmethod
     def step(self, buffers: StepBuffers[Buffer]) -> None:
@@ -189,6 +220,8 @@ class CudaDevice(abc.ABC):
         finally:
             self._staging.close()
             self._release()
+            if self._noise is not None:
+                self._cuda.unload(self._noise)
             self._cuda.destroy_stream(self._stream)
             self._stream = None
 

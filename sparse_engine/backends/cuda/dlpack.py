@@ -15,7 +15,9 @@ CPU, CUDA = 1, 2  # DLDeviceType
 _KINDS = {"i": 0, "u": 1, "f": 2}  # DLDataTypeCode
 
 
-class _Tensor(ctypes.Structure):
+class Tensor(ctypes.Structure):
+    """DLTensor."""
+
     _fields_ = (
         ("data", ctypes.c_void_p),
         ("device_type", ctypes.c_int32),
@@ -30,23 +32,23 @@ class _Tensor(ctypes.Structure):
     )
 
 
-class _Managed(ctypes.Structure):
-    pass
+class Managed(ctypes.Structure):
+    """DLManagedTensor."""
 
 
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Managed))
-_Managed._fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
+_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(Managed))
+Managed._fields_ = (("tensor", Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
 
 _Destructor = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, _Destructor)
-_is_named = ctypes.pythonapi.PyCapsule_IsValid
-_is_named.restype, _is_named.argtypes = ctypes.c_int, (ctypes.c_void_p, ctypes.c_char_p)
-_pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
-_pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_char_p)
-_UNUSED = b"dltensor"  # a consumer renames the capsule when it takes it
+is_named = ctypes.pythonapi.PyCapsule_IsValid
+is_named.restype, is_named.argtypes = ctypes.c_int, (ctypes.c_void_p, ctypes.c_char_p)
+pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_char_p)
+UNUSED = b"dltensor"  # a consumer renames the capsule when it takes it
 _alive: dict[
-    int, tuple[_Managed, Any, Any]
+    int, tuple[Managed, Any, Any]
 ] = {}  # address of the structure -> what it points to, until it is given back
 
 
@@ -77,8 +79,8 @@ class SharedArray:
     def __dlpack__(self, *, stream: Any = None, **_: Any) -> Any:
         """A capsule for the consumer. The data is complete: no stream has to wait for another."""
         shape = (ctypes.c_int64 * len(self.shape))(*self.shape)
-        managed = _Managed()
-        managed.tensor = _Tensor(
+        managed = Managed()
+        managed.tensor = Tensor(
             data=self._address,
             device_type=self._device[0],
             device_id=self._device[1],
@@ -91,7 +93,7 @@ class SharedArray:
         managed.deleter = _forget
         address = ctypes.addressof(managed)
         _alive[address] = (managed, shape, self)
-        return _new_capsule(address, _UNUSED, _drop_capsule)
+        return _new_capsule(address, UNUSED, _drop_capsule)
 
     def __del__(self) -> None:
         self._release()
@@ -106,5 +108,5 @@ def _forget(managed: Any) -> None:
 @_Destructor
 def _drop_capsule(capsule: int) -> None:
     """Called when a capsule goes; what no consumer took goes with it."""
-    if _is_named(capsule, _UNUSED):
-        _alive.pop(_pointer_of(capsule, _UNUSED), None)
+    if is_named(capsule, UNUSED):
+        _alive.pop(pointer_of(capsule, UNUSED), None)

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from sparse_engine.backends.base import NoiseSource, StepCallback
-from sparse_engine.backends.device_loop import DeviceLoop
+from sparse_engine.backends.device_loop import DeviceLoop, noise_of
+from sparse_engine.backends.device_noise import DeviceNoise
 from sparse_engine.errors import EngineClosedError, UnsupportedError
 from sparse_engine.sampling import Trajectory
+from sparse_engine.tactics import TacticCache
 
 from .device import Buffer, CudaDevice
+from .dlpack_in import DeviceArray
 
 
 class CudaRunner:
     """A ``StepRunner``. Each lane is a stream with execution contexts of its own; a caller waits for a free one.
+
+    A callback may use the engine, and close it: it runs on its caller's lane, which the caller's thread keeps until the
+    outermost call ends.
 
     Args:
         lanes: one device each.
@@ -35,16 +42,35 @@ class CudaRunner:
         release: Callable[[], None] = lambda: None,
     ) -> None:
         self._devices, self._profile, self._description, self._release = lanes, profile, description, release
-        self._loops: list[DeviceLoop[Buffer]] = [DeviceLoop(device, smallest=profile[0]) for device in lanes]
+        tactics = TacticCache(**{key: description[key] for key in ("device", "library") if key in description})
+        self._loops: list[DeviceLoop[Buffer]] = [
+            DeviceLoop(device, smallest=profile[0], noise=DeviceNoise(device, tactics)) for device in lanes
+        ]
         self._idle: queue.Queue[DeviceLoop[Buffer]] = queue.Queue()
         for loop in self._loops:
             self._idle.put(loop)
+        self._own = threading.local()  # .loop: the lane that a thread is on; .closes: a callback has closed the runner
         self._closed = False
+
+    @property
+    def dlpack_device(self) -> tuple[int, int]:
+        """See ``DeviceLoop.dlpack_device``."""
+        return self._devices[0].dlpack_device
+
+    @property
+    def records(self) -> bool:
+        """See ``DeviceLoop``."""
+        return self._loops[0].records
+
+    @records.setter
+    def records(self, value: bool) -> None:
+        for loop in self._loops:
+            loop.records = value
 
     def run(
         self,
         trajectory: Trajectory,
-        x: np.ndarray,
+        x: np.ndarray | DeviceArray,
         *,
         labels: np.ndarray | None,
         guidance: np.ndarray,
@@ -73,7 +99,7 @@ class CudaRunner:
                 x[rows],
                 labels=None if labels is None else labels[:, rows],
                 guidance=guidance,
-                noise=lambda draw: noise(draw)[rows],
+                noise=noise_of(noise, rows),
                 callback=None if callback is None else tell,
                 on_device=on_device,
             )
@@ -83,7 +109,9 @@ class CudaRunner:
                 return part(loop, np.arange(len(x)), len(x))
             return np.concatenate([part(loop, rows, count)[:count] for rows, count in self._parts(len(x))])
 
-    def network(self, x: np.ndarray, t: np.ndarray, *, labels: np.ndarray | None, guidance: np.ndarray) -> np.ndarray:
+    def network(
+        self, x: np.ndarray | DeviceArray, t: np.ndarray, *, labels: np.ndarray | None, guidance: np.ndarray
+    ) -> np.ndarray:
         """See ``StepRunner.network``."""
         with self._lane() as loop:
             results = []
@@ -101,8 +129,15 @@ class CudaRunner:
         if self._closed:
             return
         self._closed = True
-        for loop, device in zip(self._loops, self._devices, strict=True):
+        for loop in self._loops:
             loop.close()
+        if getattr(self._own, "loop", None) is None:
+            self._give_back()
+        else:
+            self._own.closes = True  # the lane under this callback still has buffers to free
+
+    def _give_back(self) -> None:
+        for device in self._devices:
             device.close()
         self._release()
 
@@ -110,11 +145,18 @@ class CudaRunner:
     def _lane(self) -> Iterator[DeviceLoop[Buffer]]:
         if self._closed:
             raise EngineClosedError("the engine was closed by another thread", "load it again with SparseEngine.load")
-        loop = self._idle.get()
+        own = self._own
+        if getattr(own, "loop", None) is not None:
+            yield own.loop
+            return
+        own.loop = self._idle.get()
         try:
-            yield loop
+            yield own.loop
         finally:
+            loop, own.loop = own.loop, None
             self._idle.put(loop)
+            if getattr(own, "closes", False):
+                self._give_back()
 
     def _parts(self, size: int) -> list[tuple[np.ndarray, int]]:
         """(rows, how many of them count) of each part of a batch; the last row fills the smallest batch up."""

@@ -7,7 +7,7 @@ the host.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ import numpy as np
 
 from sparse_engine.backends.device_loop import CaptureError, OutOfDeviceMemoryError
 from sparse_engine.errors import BackendError, OptionError, UnsupportedError
+
+from .nvrtc import compile_cubin
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,16 @@ def _check(runtime: Any, code: Any, call: str) -> None:
     raise BackendError(what, "check nvidia-smi; after a fault the process has to be started again")
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """A function on the GPU, and the module that holds it."""
+
+    module: Any
+    function: Any
+
+
 class Cuda:
-    """Memory, streams, events and graphs of one GPU. Each thread that uses it calls ``use`` first."""
+    """Memory, streams, events, graphs and kernels of one GPU. Each thread that uses it calls ``use`` first."""
 
     def __init__(self, index: int) -> None:
         self._runtime = _runtime()
@@ -204,3 +214,35 @@ class Cuda:
     def destroy_graph(self, graph: Any) -> None:
         """Give a recorded graph back."""
         self._call("cudaGraphExecDestroy", graph)
+
+    def compile(self, source: str, name: str) -> Kernel:
+        """A kernel of a program in CUDA C++, for this GPU. Raises UnsupportedError where NVRTC does not make it."""
+        attributes = self._runtime.cudaDeviceAttr
+        major = self._call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMajor, self._device)
+        minor = self._call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMinor, self._device)
+        module = _call_driver("cuModuleLoadData", compile_cubin(source, f"{major}{minor}"))
+        return Kernel(module, _call_driver("cuModuleGetFunction", module, name.encode()))
+
+    def launch_kernel(
+        self, kernel: Kernel, blocks: int, threads: int, arguments: Sequence[tuple[int, Any]], stream: Any
+    ) -> None:
+        """Enqueue a kernel on a row of blocks; its arguments are (value, ctypes type), copied before this returns."""
+        values, types = zip(*arguments, strict=True)
+        shape = (blocks, 1, 1, threads, 1, 1)
+        _call_driver("cuLaunchKernel", kernel.function, *shape, 0, int(stream), (values, types), 0)
+
+    def unload(self, kernel: Kernel) -> None:
+        """Give a kernel back."""
+        _call_driver("cuModuleUnload", kernel.module)
+
+
+def _call_driver(name: str, *arguments: Any) -> Any:
+    """A call of the driver's own interface, where alone kernels are loaded from memory and launched by handle."""
+    from cuda.bindings import driver
+
+    code, *results = getattr(driver, name)(*arguments)
+    if code != driver.CUresult.CUDA_SUCCESS:
+        _, text = driver.cuGetErrorString(code)
+        reason = text.decode(errors="replace") if text else "unknown"
+        raise BackendError(f"{name} failed: {reason} (error {int(code)})", "check nvidia-smi, and update the driver")
+    return results[0] if results else None
