@@ -1,8 +1,9 @@
 """A network in a lower precision: its large products in fp16 or bf16, float32 where rounding would show.
 
 What stays float32: normalisations (their statistics are sums over hundreds of squares), softmax, the embedding of
-time, the layers that a family names (its ends), and, in the step graph, the solver's lines. Masks are derived from
-the stored float32 weights before this; a zero rounds to zero, so weights that are 2:4 stay 2:4.
+time, the layers that a family names (its ends), and, in the step graph, the solver's lines. A backend that runs
+attention as one fused kernel takes the softmax with it: in TensorRT its precision is the library's (docs/precision.md).
+Masks are derived from the stored float32 weights before this; a zero rounds to zero, so weights that are 2:4 stay 2:4.
 """
 
 from __future__ import annotations

@@ -22,9 +22,10 @@ class TensorRTOptions:
         hardware_compatible: the plan runs on Ampere and every later GPU, slower.
         version_compatible: the plan runs on later versions of TensorRT of the same major number; it holds code of the
             host for that (TensorRT's lean runtime), which loading it runs.
-        strip_weights: leave the weights out of the plan and put them back when it is loaded.
-        compute_capabilities: GPUs that a TensorRT for RTX plan is for ("8.6", "12.0"); none is the one found here, or,
-            where there is none, any.
+        strip_weights: leave the weights out of the plan and put them back when it is loaded; TensorRT for RTX needs
+            the GPU for that.
+        compute_capabilities: GPUs that a TensorRT for RTX plan is for ("8.6", "12.0"). None is every one from 8.0 that
+            the library knows and that has the precision, whether or not there is a GPU here.
     """
 
     linear: str = "auto"

@@ -103,7 +103,8 @@ def _plan_line(backend: dict[str, Any]) -> str:
         f"Linears as {backend['linear']}, attention {backend['attention']}"
     )
     timed = [f"{name} {value:.3g} ms" for name, value in (backend["timed"] or {}).items()]
-    return f"{line}; timed: {', '.join(timed)}" if timed else line
+    failed = [f"; {name} left out: {why}" for name, why in (backend.get("failed") or {}).items()]
+    return "".join([line, f"; timed: {', '.join(timed)}" if timed else "", *failed])
 
 
 def _layer_table(report: dict[str, Any]) -> Table:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import enum
 import json
+import weakref
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import onnx
 
-from tests.backends.fake_cuda import FakeCuda, FakeEngine
+from tests.backends.fake_cuda import FakeContext, FakeCuda, FakeEngine
 from tests.backends.test_cuda_runner import step
 
 COMMON_FLAGS = (
@@ -128,8 +130,28 @@ class INetworkDefinition:
         return self._layers[index]
 
 
+class BuiltEngine(FakeEngine):
+    """The engine of a plan; it has no context where there is no memory for one."""
+
+    def __init__(self, cuda: FakeCuda, how: dict[str, Any], runs: bool) -> None:
+        super().__init__(cuda, step, labels=True)
+        self.information = json.dumps({"Layers": how["layers"]})
+        self._flags, self._runs = how["flags"], runs
+
+    def create_execution_context(self, strategy: Any) -> FakeContext | None:  # type: ignore[override]
+        assert "STRIP_PLAN" not in self._flags, "run without its weights"
+        return super().create_execution_context(strategy) if self._runs else None
+
+
+How = Callable[[dict[str, Any]], bool]
+
+
 class FakeTensorRTBuilder:
-    """A module ``tensorrt`` of a version. ``products`` are the names of the graph's products in the last build."""
+    """A module ``tensorrt`` of a version.
+
+    ``cannot_build`` and ``cannot_run`` are given how a plan is built; ``engines`` are those still held,
+    ``most_engines`` how many there were at once.
+    """
 
     ILogger, IProgressMonitor, IAttentionInputLayer = ILogger, IProgressMonitor, IAttentionInputLayer
     ProfilingVerbosity = enum.Enum("ProfilingVerbosity", "LAYER_NAMES_ONLY NONE DETAILED")
@@ -147,6 +169,9 @@ class FakeTensorRTBuilder:
         kinds = ("CONVOLUTION", "MATRIX_MULTIPLY", *(("ATTENTION_INPUT",) if self.has_attention else ()))
         self.LayerType = enum.Enum("LayerType", kinds)
         self.plans: list[dict[str, Any]] = []
+        self.cannot_build: How = lambda how: False
+        self.cannot_run: How = lambda how: False
+        self.engines, self.most_engines = weakref.WeakSet[BuiltEngine](), 0
         self.attentions: list[Documented] = []
         library = self
 
@@ -193,12 +218,14 @@ class FakeTensorRTBuilder:
                 if "VERSION_COMPATIBLE" in how["flags"] and not self.engine_host_code_allowed:
                     self.logger.log(ILogger.Severity.ERROR, "Plan contains host code, which is not allowed")
                     return None
-                engine = FakeEngine(cuda, step, labels=True)
-                engine.information = json.dumps({"Layers": how["layers"]})
+                engine = BuiltEngine(cuda, how, runs=not library.cannot_run(how))
+                library.engines.add(engine)
+                library.most_engines = max(library.most_engines, len(library.engines))
                 return engine
 
         self.Builder, self.OnnxParser, self.Runtime = Builder, OnnxParser, Runtime
         self._products: list[str] = []
+        self._operator = ""
 
     def takes(self, node: onnx.NodeProto) -> bool:
         return node.op_type != "Attention" or self.has_attention
@@ -208,6 +235,7 @@ class FakeTensorRTBuilder:
             shape = tuple(dim.dim_value or -1 for dim in value.type.tensor_type.shape.dim)
             network._inputs.append(SimpleNamespace(name=value.name, shape=shape))
         self._products = [node.name for node in proto.graph.node if node.op_type in ("MatMul", "Gemm", "Conv")]
+        self._operator = next(node.op_type for node in proto.graph.node if node.name == "mid_block.mlp.fc1")
         for node in proto.graph.node:
             if node.op_type == "Attention" and self.has_attention:
                 attention = Documented(decomposable=False, causal=False, mask=None, name=node.name)
@@ -232,7 +260,8 @@ class FakeTensorRTBuilder:
             said = f"Chose {len(self._products)} layer(s) using sparse tactics: {found}"
             logger.log(ILogger.Severity.INFO, f"(Sparsity) {said}")
         kernel = SPARSE_KERNEL if sparse else DENSE_KERNEL
-        plan = {
+        plan: dict[str, Any] = {
+            "operator": self._operator,
             "flags": sorted(flag.name for flag in config._flags),
             "level": config.builder_optimization_level,
             "verbosity": config.profiling_verbosity.name,
@@ -243,6 +272,9 @@ class FakeTensorRTBuilder:
                 {"Name": "x", "Metadata": f"[ONNX Layer: {name}]", "TacticName": kernel} for name in self._products
             ],
         }
+        if self.cannot_build(plan):
+            logger.log(ILogger.Severity.ERROR, f"Could not find any implementation for a {self._operator}")
+            return None
         if config._timings is not None:
             config._timings.entries += b"."
         self.plans.append(plan)

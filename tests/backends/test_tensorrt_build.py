@@ -19,13 +19,16 @@ from sparse_engine.backends import BuildOptions, StepGraph, TensorRTOptions, bac
 from sparse_engine.backends.tensorrt import builder
 from sparse_engine.backends.tensorrt.builder import Messages, build_plan, make_logger
 from sparse_engine.backends.tensorrt.cache import PlanCache, TimingCache
+from sparse_engine.backends.tensorrt.graph import with_linear_form
 from sparse_engine.backends.tensorrt.libraries import RTX, TENSORRT, Library
 from sparse_engine.backends.tensorrt.plans import candidates
 from sparse_engine.bench.grid import PRESETS, random_model
+from sparse_engine.calibration.quantize import observed_tensors, quantize, scheme_for
 from sparse_engine.cli.main import run
 from sparse_engine.errors import BackendError, OptionError, UnsupportedError
 from sparse_engine.export.bake import bake
 from sparse_engine.export.build import export_baked, write_built
+from sparse_engine.export.families.uvit import UViTConfig
 
 pytestmark = pytest.mark.skipif(not RTX.availability().version, reason="tensorrt_rtx is not installed")
 
@@ -104,6 +107,31 @@ def test_a_plan_of_each_form(library: Library, linear: str, make: Make) -> None:
     file = EngineFile(make(library, linear=linear))
     assert file.manifest.backend["linear"] == linear
     assert accepted(library, file.read("step.plan"))
+
+
+@pytest.mark.parametrize("linear", ["matmul", "gemm", "conv1x1"])
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_a_quantised_plan_of_each_form(
+    precision: str, linear: str, small_model: tuple, step_graph: Callable[[str], StepGraph]
+) -> None:
+    names = [layer.name for layer in small_model[1].sparse_layers]
+    scheme = scheme_for("tensorrt-rtx", precision)
+    ranges = dict.fromkeys(observed_tensors(step_graph("fp16"), names, names, scheme), (-4.0, 4.0))
+    graph = with_linear_form(quantize(step_graph("fp16"), ranges, names, names, scheme), linear)
+    options = BuildOptions(True, precision, (1, 2, 4))
+    plan = build_plan(RTX, graph, options, sparse=True, timings=None, messages=Messages())
+    assert accepted(RTX, bytes(plan))
+
+
+@pytest.mark.parametrize("heads,attention", [(1, "plain"), (2, "Attention")])
+def test_attention_is_one_node_up_to_the_largest_head_of_fused_kernels(
+    heads: int, attention: str, tmp_path: Path
+) -> None:
+    model = random_model(UViTConfig(8, 2, 3, 320, 2, heads))
+    baked = bake(model)
+    path, options = tmp_path / "x.sengine", BuildOptions(True, "fp16", (1, 2, 4))
+    write_built(path, model, baked, export_baked(model, baked, "fp16"), backend_named("tensorrt-rtx"), options)
+    assert EngineFile(path).manifest.backend["attention"] == attention
 
 
 @pytest.mark.slow

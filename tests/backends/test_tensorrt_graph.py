@@ -12,6 +12,7 @@ import pytest
 
 from sparse_engine.backends.base import StepGraph, weights_payload
 from sparse_engine.backends.tensorrt.graph import with_attention_nodes, with_linear_form
+from sparse_engine.calibration.quantize import observed_tensors, quantize, scheme_for
 from sparse_engine.export.masks import is_n_of_m
 
 Graphs = Callable[[str], StepGraph]
@@ -21,12 +22,14 @@ OPERATOR = {"matmul": "MatMul", "gemm": "Gemm", "conv1x1": "Conv"}
 
 
 def run(graph: StepGraph, folder: Path) -> list[np.ndarray]:
-    """The step in ONNX Runtime, on a batch of 3 and two passes."""
+    """The step in ONNX Runtime as it is written, on a batch of 3 and two passes."""
     weights = weights_payload(graph.weights)
     with (folder / weights.name).open("wb") as stream:
         stream.writelines(weights.chunks())
     (folder / "step.onnx").write_bytes(graph.proto.SerializeToString())
-    session = onnxruntime.InferenceSession(folder / "step.onnx", providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(folder / "step.onnx", options, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
     feed = {name: rng.standard_normal((3, 3, 8, 8), np.float32) for name in ("x", "base", "h1", "h2", "z")}
     feed |= {"t": rng.uniform(0, 999, 3).astype(np.float32), "y": rng.integers(0, 5, (2, 3))}
@@ -93,16 +96,70 @@ def test_low_precision_keeps_float32_where_it_matters(step_graph: Graphs) -> Non
     assert names["decoder_pred"] == onnx.TensorProto.FLOAT
 
 
-def test_quantised_layers_stay_as_they_are(step_graph: Graphs) -> None:
-    graph = step_graph("fp32")
-    proto = onnx.ModelProto()
-    proto.CopyFrom(graph.proto)
-    node = next(node for node in proto.graph.node if node.name == "mid_block.mlp.fc1")
-    dequantise = onnx.helper.make_node("DequantizeLinear", [node.input[1], "scale"], ["dequantised"], axis=1)
-    node.input[1] = "dequantised"
-    proto.graph.node.insert(0, dequantise)
-    rewritten = with_linear_form(StepGraph(proto, graph.weights, graph.layers), "gemm")
-    kinds = {node.name: node.op_type for node in rewritten.proto.graph.node}
-    assert kinds["mid_block.mlp.fc1"] == "MatMul"
-    assert kinds["mid_block.mlp.fc2"] == "Gemm"
-    assert rewritten.layers["mid_block.mlp.fc1"] == graph.layers["mid_block.mlp.fc1"]
+def quantised(step_graph: Graphs, small_model: tuple, precision: str) -> StepGraph:
+    """The step with its 2:4 layers in 8 bits and the rest in float32, which rounds next to nothing otherwise."""
+    names = [layer.name for layer in small_model[1].sparse_layers]
+    graph, scheme = step_graph("fp32"), scheme_for("tensorrt", precision)
+    ranges = dict.fromkeys(observed_tensors(graph, names, names, scheme), (-4.0, 4.0))
+    return quantize(graph, ranges, names, names, scheme)
+
+
+def neighbours(graph: onnx.GraphProto, node: onnx.NodeProto) -> tuple[str | None, str | None, set[str]]:
+    """What a product's input and weight come from, and what reads its output."""
+    producers = {output: each.op_type for each in graph.node for output in each.output}
+    readers = {each.op_type for each in graph.node if node.output[0] in each.input}
+    return producers.get(node.input[0]), producers.get(node.input[1]), readers
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("form", ["gemm", "conv1x1"])
+def test_quantised_layers_take_the_form_with_their_pairs_next_to_the_product(
+    step_graph: Graphs, small_model: tuple, precision: str, form: str, tmp_path: Path
+) -> None:
+    plain = quantised(step_graph, small_model, precision)
+    graph = with_linear_form(plain, form)
+    nodes = {node.name: node for node in graph.proto.graph.node}
+    rounded_outputs = 0
+    for layer in small_model[1].sparse_layers:
+        initializer, axis = graph.layers[layer.name]
+        product, codes = nodes[layer.name], graph.weights[initializer]
+        assert product.op_type == OPERATOR[form]
+        source, weight, readers = neighbours(graph.proto.graph, product)
+        assert (source, weight) == ("DequantizeLinear", "DequantizeLinear")
+        dequantise = nodes[f"{layer.name}.dequantise"]
+        assert dequantise.input[0] == initializer
+        assert [entry.i for entry in dequantise.attribute if entry.name == "axis"] == [0]
+        assert axis == 1
+        assert is_n_of_m(codes.astype(np.float32), axis=axis)
+        assert codes.shape[:2] == plain.weights[initializer].shape[::-1]
+        rounded_outputs += readers == {"QuantizeLinear"}
+    expected_readers = [neighbours(plain.proto.graph, node)[2] for node in bias_or_product(plain, small_model)]
+    assert rounded_outputs == sum(each == {"QuantizeLinear"} for each in expected_readers)
+    assert (rounded_outputs > 0) == (precision == "int8")
+    for found, expected in zip(run(graph, tmp_path), run(plain, tmp_path), strict=True):
+        assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def bias_or_product(graph: StepGraph, small_model: tuple) -> list[onnx.NodeProto]:
+    """The node that ends each of the 2:4 Linears of a graph of MatMuls."""
+    nodes = {node.name: node for node in graph.proto.graph.node}
+    products = [nodes[layer.name] for layer in small_model[1].sparse_layers]
+    adds = {each: node for node in graph.proto.graph.node if node.op_type == "Add" for each in node.input}
+    return [adds.get(node.output[0], node) for node in products]
+
+
+def test_a_pair_that_others_read_keeps_its_shape(step_graph: Graphs, small_model: tuple, tmp_path: Path) -> None:
+    plain = quantised(step_graph, small_model, "int8")
+    node = next(node for node in plain.proto.graph.node if node.name == "mid_block.mlp.fc1")
+    shared = onnx.helper.make_node("Identity", [node.input[0]], ["shared"], name="shared")
+    plain.proto.graph.node.insert(list(plain.proto.graph.node).index(node), shared)
+    graph = with_linear_form(plain, "gemm")
+    assert len(run(graph, tmp_path)) == 2
+
+
+def test_heads_beyond_the_fused_kernels_stay_plain(step_graph: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparse_engine.backends.tensorrt.graph.LARGEST_FUSED_HEAD", 15)  # here they are 16 wide
+    graph, fused = with_attention_nodes(step_graph("fp16"))
+    assert fused == 0
+    kinds = [node.op_type for node in graph.proto.graph.node]
+    assert (kinds.count("Softmax"), kinds.count("Attention")) == (3, 0)

@@ -63,7 +63,8 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     made = Machine()
-    monkeypatch.setattr(cuda, "find_gpu", lambda device=None: made.gpu)
+    for module in (cuda, libraries):
+        monkeypatch.setattr(module, "find_gpu", lambda device=None: made.gpu)
     monkeypatch.setattr(cuda, "Cuda", lambda index: made.cuda)
     monkeypatch.setattr(Library, "load", lambda self: made.trt)
     monkeypatch.setattr(Library, "availability", lambda self: Availability(True, made.version))
@@ -75,7 +76,9 @@ def engine_file(machine: Machine, small_model: tuple, step_graph: Callable[[str]
     return make_file(tmp_path / "x.sengine", small_model, step_graph)
 
 
-def make_file(path: Path, small_model: tuple, step_graph: Callable[[str], StepGraph], **changed: Any) -> Path:
+def make_file(
+    path: Path, small_model: tuple, step_graph: Callable[[str], StepGraph], precision: str = "fp16", **changed: Any
+) -> Path:
     """An engine file with a plan in it, as the backend would have built it."""
 
     class Builder:
@@ -89,7 +92,7 @@ def make_file(path: Path, small_model: tuple, step_graph: Callable[[str], StepGr
             files += [bytes_payload("step.onnx", graph.proto.SerializeToString()), weights_payload(graph.weights)]
             return Payload(files, {**BUILT, **changed})
 
-    write_built(path, *small_model, step_graph("fp16"), Builder(), BuildOptions(True, "fp16"))  # type: ignore[arg-type]
+    write_built(path, *small_model, step_graph("fp16"), Builder(), BuildOptions(True, precision))  # type: ignore[arg-type]
     return path
 
 
@@ -143,6 +146,26 @@ def test_a_gpu_that_an_rtx_plan_was_not_built_for(
     changed = {"name": "tensorrt-rtx", "compute_capability": None, "compute_capabilities": ["8.9", "12.0"]}
     path = make_file(tmp_path / "rtx.sengine", small_model, step_graph, **changed)
     assert "was built for compute capability 8.9, 12.0; here is tensorrt-rtx" in refused(path, machine).what
+
+
+@pytest.mark.parametrize(
+    "gpu,what",
+    [
+        (Gpu(0, "NVIDIA H100", "9.0", 80 << 30, "12.4"), "was built for compute capability 8.0, 8.6, 8.9, 12.0; here"),
+        (A40, "is in fp8, which needs compute capability 8.9; here is tensorrt-rtx"),
+    ],
+    ids=["not of the library", "without the precision"],
+)
+def test_an_rtx_plan_for_any_gpu_is_for_those_that_have_its_precision(
+    machine: Machine, small_model: tuple, step_graph: Callable[[str], StepGraph], tmp_path: Path, gpu: Gpu, what: str
+) -> None:
+    changed = {"name": "tensorrt-rtx", "compute_capability": None}
+    path = make_file(tmp_path / "rtx.sengine", small_model, step_graph, precision="fp8", **changed)
+    machine.gpu = gpu
+    error = refused(path, machine)
+    assert what in error.what
+    assert error.fix is not None
+    assert "--backend tensorrt-rtx --precision" in error.fix
 
 
 @pytest.mark.parametrize(
@@ -244,7 +267,8 @@ def test_plans_are_timed_and_the_fastest_is_kept_and_reported(
     def choose(candidates: dict[str, Callable[[], object]]) -> Choice:
         for run in candidates.values():
             run()
-        return Choice(fastest, {name: 1.0 if name == fastest else 2.0 for name in candidates})
+        times = {name: 1.0 if name == fastest else 2.0 for name in candidates}
+        return Choice(min(times, key=lambda name: times[name]), times)
 
     monkeypatch.setattr(plans, "build_plan", build_plan)
     monkeypatch.setattr(plans, "fastest", choose)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +16,11 @@ from sparse_engine.backends.cuda import runtime as cuda
 from sparse_engine.backends.cuda.runtime import Gpu
 from sparse_engine.backends.tensorrt import libraries, plans
 from sparse_engine.backends.tensorrt.libraries import TENSORRT, Library
+from sparse_engine.errors import BackendError
 from sparse_engine.export.build import write_built
 from sparse_engine.manifest import Manifest
 from sparse_engine.tactics import Choice
-from tests.backends.fake_builder import SPARSE_KERNEL, FakeTensorRTBuilder
+from tests.backends.fake_builder import SPARSE_KERNEL, FakeTensorRTBuilder, How
 from tests.backends.fake_cuda import FakeCuda
 
 A40 = Gpu(1, "NVIDIA A40", "8.6", 48 << 30, "12.4")
@@ -27,21 +30,29 @@ VERSIONS = ["10.13.3.9", "10.14.1.48", "11.1.0.106"]
 Build = Callable[..., tuple[Manifest, FakeTensorRTBuilder]]
 
 
+def never(how: dict[str, Any]) -> bool:
+    return False
+
+
 @pytest.fixture
 def build(
     small_model: tuple, step_graph: Callable[[str], StepGraph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Build:
     """Build with a version of the library; "sparse conv1x1" is found to be the fastest."""
 
-    def choose(candidates: dict[str, Callable[[], object]]) -> Choice:
-        for run in candidates.values():
-            run()
-        fastest = next((name for name in candidates if name == "sparse conv1x1"), next(iter(candidates)))
-        return Choice(fastest, {name: 1.0 if name == fastest else 2.0 for name in candidates})
-
-    def make(version: str, **options: Any) -> tuple[Manifest, FakeTensorRTBuilder]:
-        gpu = FakeCuda()
+    def make(
+        version: str, cannot_build: How = never, cannot_run: How = never, memory: int = 1 << 30, **options: Any
+    ) -> tuple[Manifest, FakeTensorRTBuilder]:
+        gpu = FakeCuda(memory)
         trt = FakeTensorRTBuilder(version, gpu)
+        trt.cannot_build, trt.cannot_run = cannot_build, cannot_run
+
+        def choose(candidates: dict[str, Callable[[], object]]) -> Choice:
+            for run in candidates.values():
+                run()
+            times = {name: 1.0 if name == "sparse conv1x1" else 2.0 for name in candidates}
+            return Choice(min(times, key=lambda name: times[name]), times)
+
         monkeypatch.setenv("SPARSE_ENGINE_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(Library, "load", lambda self: trt)
         monkeypatch.setattr(libraries.util, "find_spec", lambda name: object())
@@ -58,6 +69,7 @@ def build(
         graph = step_graph(backend.graph_precision(wanted))
         manifest = write_built(tmp_path / "x.sengine", *small_model, graph, backend, wanted)
         assert gpu.leaks() == {}
+        assert trt.most_engines <= 2, "more plans on the GPU than are compared"
         return manifest, trt
 
     return make
@@ -106,9 +118,76 @@ def test_compatible_plans_are_timed_and_loaded_as_what_they_are(version: str, bu
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_stripped_plans_take_back_the_very_weights(version: str, build: Build) -> None:
-    _, trt = build(version, strip_weights=True, linear="matmul")
-    assert all({"STRIP_PLAN", "REFIT_IDENTICAL"} <= set(plan["flags"]) for plan in trt.plans)
+def test_only_the_fastest_plan_is_stripped_and_none_is_timed_without_its_weights(version: str, build: Build) -> None:
+    manifest, trt = build(version, strip_weights=True)
+    stripped = [{"STRIP_PLAN", "REFIT_IDENTICAL"} <= set(plan["flags"]) for plan in trt.plans]
+    assert stripped == [False, False, False, False, True]
+    assert trt.plans[-1]["operator"] == "Conv"
+    assert manifest.backend["linear"] == "conv1x1"
+    assert manifest.backend["flags"]["strip_weights"]
+    assert {"step.plan", "step.onnx", "weights.bin"} <= set(manifest.files)
+
+
+def of(*operators: str, sparse: bool | None = None) -> How:
+    """Plans of Linears as some operators; sparse ones or dense ones only where that is given."""
+    return lambda how: how["operator"] in operators and sparse in (None, "SPARSE_WEIGHTS" in how["flags"])
+
+
+def test_a_form_that_cannot_be_built_is_left_out_and_said(build: Build) -> None:
+    manifest, trt = build(VERSIONS[0], cannot_build=of("Conv"))
+    assert len(trt.plans) == 3
+    assert manifest.backend["linear"] == "matmul"
+    assert set(manifest.backend["timed"]) == {"sparse matmul", "sparse gemm", "dense matmul"}
+    assert list(manifest.backend["failed"]) == ["sparse conv1x1"]
+    assert "Could not find any implementation for a Conv" in manifest.backend["failed"]["sparse conv1x1"]
+
+
+def test_a_plan_that_cannot_be_run_is_left_out_and_said(build: Build) -> None:
+    manifest, _ = build(VERSIONS[0], cannot_run=of("MatMul", sparse=True))
+    assert manifest.backend["linear"] == "conv1x1"
+    assert set(manifest.backend["timed"]) == {"sparse gemm", "sparse conv1x1", "dense matmul"}
+    assert "cannot create an execution context" in manifest.backend["failed"]["sparse matmul"]
+
+
+def test_plans_that_do_not_fit_beside_each_other_are_timed_alone(build: Build) -> None:
+    manifest, _ = build(VERSIONS[0], memory=30_000)  # one takes 22 kB
+    assert manifest.backend["failed"] == {}
+    assert set(manifest.backend["timed"]) == {"sparse matmul", "sparse gemm", "sparse conv1x1", "dense matmul"}
+    assert manifest.backend["linear"] == "conv1x1"
+
+
+def test_dense_is_kept_where_no_sparse_plan_is_left_and_the_report_says_why(build: Build) -> None:
+    manifest, _ = build(VERSIONS[0], cannot_build=of("MatMul", "Gemm", "Conv", sparse=True))
+    assert manifest.backend["timed"] is None
+    assert set(manifest.backend["failed"]) == {"sparse matmul", "sparse gemm", "sparse conv1x1"}
+    whys = {layer["why"] for layer in manifest.layers if layer["masked"]}
+    assert whys == {"no plan with sparse kernels could be built and run"}
+
+
+def test_a_build_fails_where_no_candidate_is_left(build: Build) -> None:
+    every = of("MatMul", "Gemm", "Conv")
+    with pytest.raises(BackendError, match="could not build a plan: Could not find any implementation for a MatMul"):
+        build(VERSIONS[0], cannot_build=every)
+    with pytest.raises(BackendError, match="cannot create an execution context"):
+        build(VERSIONS[0], cannot_run=every)
+
+
+def test_times_of_different_pairs_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is twice as slow in each round as in the one before."""
+    speeds, slowdown = {"a": 3.0, "b": 2.0, "c": 2.5, "d": 1.0}, itertools.count()
+
+    def choose(runs: dict[str, Callable[[], object]]) -> Choice:
+        factor = 2 ** next(slowdown)
+        times = {name: speeds[name] * factor for name in runs}
+        return Choice(min(times, key=lambda name: times[name]), times)
+
+    monkeypatch.setattr(plans, "fastest", choose)
+    monkeypatch.setattr(plans, "Cuda", lambda index: None)
+    monkeypatch.setattr(plans, "_timed_run", lambda *_: None)
+    built: Any = [SimpleNamespace(candidate=SimpleNamespace(name=name)) for name in speeds]
+    times, failed = plans.time_plans(TENSORRT, built, A40, BuildOptions(True))
+    assert failed == {}
+    assert times == pytest.approx({name: value / plans.STEPS_TIMED for name, value in speeds.items()})
 
 
 def test_a_tensorrt_that_is_too_old_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

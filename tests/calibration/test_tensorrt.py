@@ -5,14 +5,17 @@ from pathlib import Path
 import pytest
 
 from sparse_engine.artifact import EngineFile
+from sparse_engine.backends import TensorRTOptions
 from sparse_engine.calibration.apply import Quantisation
 from sparse_engine.export.build import build_engine
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx")
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_a_plan_is_built(tmp_path: Path, conditional_checkpoint: Path, calibration_file: Path, precision: str) -> None:
+@pytest.mark.parametrize("precision,linear", [("int8", "matmul"), ("fp8", "conv1x1")])
+def test_a_plan_is_built(
+    tmp_path: Path, conditional_checkpoint: Path, calibration_file: Path, precision: str, linear: str
+) -> None:
     path, _ = build_engine(
         conditional_checkpoint,
         tmp_path / "model.sengine",
@@ -20,11 +23,13 @@ def test_a_plan_is_built(tmp_path: Path, conditional_checkpoint: Path, calibrati
         backend="tensorrt-rtx",
         precision=precision,
         quantisation=Quantisation(calibration_file),
+        tensorrt=TensorRTOptions(linear=linear),
         heads=4,
         null_class=4,
     )
     manifest = EngineFile(path).manifest
     assert (manifest.backend["name"], manifest.precision) == ("tensorrt-rtx", precision)
+    assert manifest.backend["linear"] == linear
     assert any(name.endswith(".plan") for name in manifest.files)
     formats = {"int8": ("int8", "int8"), "fp8": ("float8_e4m3fn", "float8_e4m3fn")}
     assert (manifest.quantisation["weights"], manifest.quantisation["activations"]) == formats[precision]

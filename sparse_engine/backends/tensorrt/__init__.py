@@ -16,7 +16,7 @@ from sparse_engine.backends.base import (
     bytes_payload,
     weights_payload,
 )
-from sparse_engine.errors import BackendError, OptionError, SparseEngineError
+from sparse_engine.errors import BackendError, OptionError
 
 from .libraries import RTX, TENSORRT, Library, normalised
 
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from sparse_engine.backends.cuda.runner import CudaRunner
     from sparse_engine.backends.cuda.runtime import Gpu
 
+    from .plans import Chosen
+
 RTX_IS_DENSE = "TensorRT for RTX has no sparse kernels: the flag is taken and not used"
 DENSE_WAS_FASTER = "the dense plan was faster than every sparse one"
+NO_SPARSE_PLAN = "no plan with sparse kernels could be built and run"
 
 
 class _Backend:
@@ -54,48 +57,55 @@ class _Backend:
         """Build the candidates, time them where there is a GPU, and keep the fastest."""
         from sparse_engine.backends.cuda.runtime import Cuda
 
-        from .plan import PLAN_FILE, Plan
-        from .plans import PlanBuilder, candidates, time_plans
-        from .report import layer_reports
+        from .plan import PLAN_FILE
+        from .plans import PlanBuilder, candidates, choose_plan
 
-        gpu = self._gpu(options)
+        gpu = self.library.gpu_for(options)
         if gpu is not None:
             Cuda(gpu.index).use()  # TensorRT builds for the calling thread's GPU
-        version = self.availability().version or ""
-        builder = PlanBuilder(self.library, graph, options, gpu, version)
-        built = [builder.build(each) for each in candidates(self.library, options, bool(sparse_layers), gpu)]
-        chosen, timed = built[0], None
-        if len(built) > 1 and gpu is not None:
-            options.progress("timing the plans")
-            timed = time_plans(self.library, built, gpu, options)
-            chosen = next(each for each in built if each.candidate.name == timed.kernel)
-        kernels = {}
-        if gpu is not None:
-            compatible = options.tensorrt.version_compatible
-            just_built = Plan(self.library, chosen.plan, "the plan just built", version_compatible=compatible)
-            kernels = just_built.kernels()
-        layers = layer_reports(graph.layers, sparse_layers, chosen.sparsity, kernels)
-        if not self.library.has_sparse_kernels:
-            layers = {name: {"chosen": False, "kernel": None, "why": RTX_IS_DENSE} for name in layers}
-        elif not chosen.candidate.sparse:
-            layers |= {name: {**layers[name], "chosen": False, "why": DENSE_WAS_FASTER} for name in sparse_layers}
-        plan = chosen.plan
+        builder = PlanBuilder(self.library, graph, options, gpu, self.availability().version or "")
+        wanted = candidates(self.library, options, bool(sparse_layers), gpu)
+        chosen = choose_plan(self.library, builder, wanted, gpu, options)
+        plan = chosen.built.plan
         files = [PayloadFile(PLAN_FILE, len(plan), lambda: (plan,), aligned=True)]
         if options.tensorrt.strip_weights:
-            files += [bytes_payload(GRAPH_FILE, chosen.graph.proto.SerializeToString())]
-            files += [weights_payload(chosen.graph.weights)]
-        profile = (options.batch[1],) * 3 if options.tensorrt.static_batch else options.batch
-        backend: dict[str, Any] = {
+            files += [bytes_payload(GRAPH_FILE, chosen.built.graph.proto.SerializeToString())]
+            files += [weights_payload(chosen.built.graph.weights)]
+        backend = {**self._description(chosen, options), **self._target(options, gpu)}
+        return Payload(files, backend, self._layers(graph, sparse_layers, chosen, options))
+
+    def _description(self, chosen: Chosen, options: BuildOptions) -> dict[str, Any]:
+        """How the plan was built, as ``docs/engine-file.md`` has it."""
+        built = chosen.built
+        return {
             "name": self.name,
-            "linear": chosen.candidate.form,
-            "attention": chosen.attention,
-            "profile": profile,
-            "sparsity": dataclasses.asdict(chosen.sparsity),
-            "timed": None if timed is None else timed.milliseconds,
+            "linear": built.candidate.form,
+            "attention": built.attention,
+            "profile": (options.batch[1],) * 3 if options.tensorrt.static_batch else options.batch,
+            "sparsity": dataclasses.asdict(built.sparsity),
+            "timed": chosen.milliseconds,
+            "failed": chosen.failed,
             "flags": {**dataclasses.asdict(options.tensorrt), "tf32": options.precision != "fp32"},
-            **self._target(options, gpu),
         }
-        return Payload(files, backend, layers)
+
+    def _layers(
+        self, graph: StepGraph, sparse_layers: list[str], chosen: Chosen, options: BuildOptions
+    ) -> dict[str, dict[str, Any]]:
+        """What runs each layer, as far as the library says."""
+        from .plan import Plan
+        from .report import layer_reports
+
+        built = chosen.built
+        if not self.library.has_sparse_kernels:
+            return {name: {"chosen": False, "kernel": None, "why": RTX_IS_DENSE} for name in graph.layers}
+        compatible = options.tensorrt.version_compatible
+        plan = Plan(self.library, built.plan, "the plan just built", version_compatible=compatible)
+        layers = layer_reports(graph.layers, sparse_layers, built.sparsity, plan.kernels())
+        if sparse_layers and not built.candidate.sparse:
+            compared = any(name.startswith("sparse") for name in chosen.milliseconds or ())
+            why = DENSE_WAS_FASTER if compared else NO_SPARSE_PLAN
+            layers |= {name: {**layers[name], "chosen": False, "why": why} for name in sparse_layers}
+        return layers
 
     def _target(self, options: BuildOptions, gpu: Gpu | None) -> dict[str, Any]:
         """What the plan runs on, as ``plan.check_fits`` reads it."""
@@ -112,17 +122,6 @@ class _Backend:
             target["compute_capability"] = gpu.compute_capability
         return target
 
-    def _gpu(self, options: BuildOptions) -> Gpu | None:
-        """The GPU to build and time on; None where the library can do without."""
-        from sparse_engine.backends.cuda.runtime import find_gpu
-
-        try:
-            return find_gpu(options.device)
-        except SparseEngineError:
-            if options.device is not None or not self.library.builds_without_gpu:
-                raise
-            return None
-
     def load(self, engine: EngineFile, *, threads: int | None, device: str | None, autotune: bool) -> CudaRunner:
         """Deserialise the plan, once it is known to fit this machine; ``threads`` is how many callers run at once."""
         from sparse_engine.backends.cuda.runner import CudaRunner
@@ -133,7 +132,7 @@ class _Backend:
         if threads is not None and threads < 1:
             raise OptionError(f"threads = {threads}; expected 1 or more, or None for one")
         gpu = find_gpu(device)
-        check_fits(engine, self.availability().version or "", gpu)
+        check_fits(engine, self.library, self.availability().version or "", gpu)
         cuda = Cuda(gpu.index)
         cuda.use()
         built = engine.manifest.backend

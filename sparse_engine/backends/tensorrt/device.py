@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable
 from typing import Any
 
-from sparse_engine.backends.cuda.device import OUTPUTS, Buffer, CudaDevice, tensors
+from sparse_engine.backends.cuda.device import OUTPUTS, Buffer, CudaDevice, Recording, tensors
 from sparse_engine.backends.cuda.runtime import Cuda
-from sparse_engine.backends.device_loop import OutOfDeviceMemoryError, StepBuffers
+from sparse_engine.backends.device_loop import CaptureError, OutOfDeviceMemoryError, StepBuffers
 from sparse_engine.errors import BackendError
 
 MAX_CONTEXTS = 4  # shapes with an execution context of their own
@@ -23,13 +24,13 @@ class TensorRTDevice(CudaDevice):
         cuda: the GPU.
         engine: TensorRT's ``ICudaEngine`` of a step graph.
         index: the GPU's number, for DLPack.
-        user_managed: TensorRT's ``ExecutionContextAllocationStrategy.USER_MANAGED``.
+        settings: what its execution contexts are created with; see ``Library.context_settings``.
         owner: what has to live as long as the engine.
     """
 
-    def __init__(self, cuda: Cuda, engine: Any, index: int, user_managed: Any, owner: Any = None) -> None:
+    def __init__(self, cuda: Cuda, engine: Any, index: int, settings: Any, owner: Any = None) -> None:
         super().__init__(cuda, index)
-        self._engine, self._user_managed, self._owner = engine, user_managed, owner
+        self._engine, self._settings, self._owner = engine, settings, owner
         self._scratch_bytes = max(int(engine.device_memory_size_v2), 1)
         self._scratch: int | None = None
         self._contexts: collections.OrderedDict[tuple[int, ...], Any] = collections.OrderedDict()
@@ -44,6 +45,15 @@ class TensorRTDevice(CudaDevice):
                 raise BackendError(f"TensorRT does not take a buffer for {name}")
         if not context.execute_async_v3(self._cuda.stream_address(self._stream)):
             raise BackendError("TensorRT could not enqueue a step", "run with --debug for its own messages")
+
+    def capture(self, work: Callable[[], None]) -> Recording:
+        """See ``StepDevice``. TensorRT for RTX says of a context whether it can be recorded."""
+        stream = self._cuda.stream_address(self._stream)
+        for context in self._contexts.values():
+            capturable = getattr(context, "is_stream_capturable", None)
+            if capturable is not None and not capturable(stream):
+                raise CaptureError("TensorRT cannot record this engine's steps: its context is not stream capturable")
+        return super().capture(work)
 
     def _context(self, named: dict[str, Buffer]) -> Any:
         """The execution context of a step's shapes."""
@@ -60,7 +70,7 @@ class TensorRTDevice(CudaDevice):
     def _create_context(self, named: dict[str, Buffer]) -> Any:
         if self._scratch is None:
             self._scratch = self._cuda.allocate(self._scratch_bytes)
-        context = self._engine.create_execution_context(self._user_managed)
+        context = self._engine.create_execution_context(self._settings)
         if context is None:
             raise OutOfDeviceMemoryError("TensorRT cannot create an execution context", "use a smaller batch")
         context.set_device_memory(self._scratch, self._scratch_bytes)
@@ -79,3 +89,4 @@ class TensorRTDevice(CudaDevice):
         if self._scratch is not None:
             self._cuda.free(self._scratch)
             self._scratch = None
+        self._engine = self._settings = self._owner = None  # weights go with the last that holds the engine

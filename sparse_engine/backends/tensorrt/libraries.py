@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata, util
 from types import ModuleType
 from typing import Any
 
 from sparse_engine.backends.base import Availability
-from sparse_engine.backends.cuda.runtime import find_gpu
+from sparse_engine.backends.cuda.runtime import Gpu, find_gpu
 from sparse_engine.backends.options import LINEAR_FORMS, BuildOptions, TensorRTOptions
 from sparse_engine.errors import OptionError, SparseEngineError, UnsupportedError
 
@@ -48,7 +49,7 @@ class Library:
 
     @property
     def _install(self) -> str:
-        index = "" if self.builds_without_gpu else " --extra-index-url https://pypi.nvidia.com"
+        index = "" if self.builds_without_gpu else ", with NVIDIA's package index as --extra-index-url"
         return f"pip install 'sparse-engine[{self.extra}]'{index}"
 
     def availability(self) -> Availability:
@@ -64,7 +65,7 @@ class Library:
         except SparseEngineError as error:
             return Availability(False, version, error.what, error.fix, builds=self.builds_without_gpu)
         own = gpu.compute_capability
-        if self.builds_without_gpu and own not in (known := compute_capabilities(self.load())):
+        if self.builds_without_gpu and own not in (known := self.targets(())):
             reason = f"{gpu.name} has compute capability {own}; {self.name} is for {', '.join(known)}"
             return Availability(False, version, reason, "use --backend tensorrt or torch", builds=True)
         if float(own) < OLDEST_GPU:
@@ -95,6 +96,7 @@ class Library:
             raise UnsupportedError(f"--require-sparse: {self.name} has no sparse kernels", "use --backend tensorrt")
         if self.builds_without_gpu:
             self._check_portable(wanted, given)
+            self._check_strippable(options)
         else:
             if wanted.compute_capabilities:
                 raise OptionError(
@@ -110,13 +112,48 @@ class Library:
                     f"--{flag.replace('_', '-')} is not for tensorrt-rtx",
                     "leave it out; --compute-capabilities says which GPUs the plan is for",
                 )
-        known = compute_capabilities(self.load())
+        known = known_compute_capabilities(self.load())
         for each in wanted.compute_capabilities:
             if normalised(each) not in known:
                 raise UnsupportedError(
                     f"--compute-capabilities {each}: {self.name} {self._version()} builds for {', '.join(known)}"
                 )
             _check_gpu(float(normalised(each)), precision, self.name)
+
+    def _check_strippable(self, options: BuildOptions) -> None:
+        """RTX compiles a plan's kernels while it builds where weights are to be put back later, so it needs the GPU."""
+        if options.tensorrt.strip_weights and self.gpu_for(options) is None:
+            raise UnsupportedError(
+                f"--strip-weights: {self.name} builds such plans only on a GPU that runs them; there is none here",
+                "leave it out, or build where the engine will run",
+            )
+
+    def gpu_for(self, options: BuildOptions) -> Gpu | None:
+        """The GPU here that runs what these options build; None where there is none and the library does without.
+
+        Raises UnsupportedError, OptionError: there is no such GPU, and the library, or ``device``, asks for one.
+        """
+        try:
+            gpu = find_gpu(options.device)
+        except SparseEngineError:
+            if options.device is not None or not self.builds_without_gpu:
+                raise
+            return None
+        if not self.builds_without_gpu:
+            return gpu
+        own = gpu.compute_capability
+        runs = own in self.targets(options.tensorrt.compute_capabilities) and float(own) >= oldest(options.precision)
+        return gpu if runs else None
+
+    def targets(self, compute_capabilities: Sequence[str]) -> list[str]:
+        """The compute capabilities that a plan is for: with none named every one that RTX builds for.
+
+        Empty for TensorRT, whose plans are for the GPU they were built on.
+        """
+        if not self.builds_without_gpu:
+            return []
+        named = [normalised(each) for each in compute_capabilities]
+        return named or known_compute_capabilities(self.load())
 
     def network_flags(self, trt: Any) -> int:
         """Precision is that of the graph: TensorRT 11 and RTX know nothing else, TensorRT 10 has to be told."""
@@ -126,6 +163,7 @@ class Library:
     def target(self, trt: Any, config: Any, options: TensorRTOptions) -> None:
         """Tell a builder's configuration what the plan is to run on."""
         if self.builds_without_gpu:
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or its steps cannot be recorded
             members = [f"SM{normalised(each).replace('.', '')}" for each in options.compute_capabilities]
             if members:
                 config.num_compute_capabilities = len(members)
@@ -136,6 +174,21 @@ class Library:
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         if options.version_compatible:
             config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+
+    def context_settings(self, trt: Any, engine: Any) -> Any:
+        """What an engine's execution contexts are created with: we allocate their memory.
+
+        RTX compiles kernels for a shape while others stand in for them; a recording would keep the stand-ins, so that
+        the first step of a shape has to wait for its own.
+        """
+        user_managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self.builds_without_gpu:
+            return user_managed
+        settings = engine.create_runtime_config()
+        settings.set_execution_context_allocation_strategy(user_managed)
+        eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        settings.dynamic_shapes_kernel_specialization_strategy = eager
+        return settings
 
 
 TENSORRT = Library(
@@ -151,8 +204,10 @@ RTX = Library(
 )
 
 
-def compute_capabilities(trt: Any) -> list[str]:
-    """The GPUs that an RTX plan can be for, from 8.0: float32 products are not built for older ones."""
+def known_compute_capabilities(trt: Any) -> list[str]:
+    """The GPUs that an RTX plan can be for, from 8.0: float32 products are not built for older ones, and what RTX
+    builds where it is told none is not for them either.
+    """
     numbers = [match[1] for name in dir(trt.ComputeCapability) if (match := re.fullmatch(r"SM(\d+)", name))]
     return sorted((f"{number[:-1]}.{number[-1]}" for number in numbers if int(number) >= 80), key=float)
 
@@ -165,10 +220,15 @@ def normalised(compute_capability: str) -> str:
     return f"{match[1]}.{match[2]}"
 
 
+def oldest(precision: str) -> float:
+    """The oldest compute capability that has a precision."""
+    return OLDEST.get(precision, OLDEST_GPU)
+
+
 def _check_gpu(compute_capability: float, precision: str, name: str) -> None:
-    oldest = OLDEST.get(precision, OLDEST_GPU)
-    if compute_capability < oldest:
+    wanted = oldest(precision)
+    if compute_capability < wanted:
         raise UnsupportedError(
-            f"precision {precision} with {name} needs compute capability {oldest}; this is for {compute_capability}",
+            f"precision {precision} with {name} needs compute capability {wanted}; this is for {compute_capability}",
             "build with --precision fp16",
         )

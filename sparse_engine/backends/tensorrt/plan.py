@@ -13,7 +13,7 @@ from sparse_engine.errors import BackendError, EngineFileError
 
 from .builder import Messages, make_logger
 from .device import TensorRTDevice
-from .libraries import Library
+from .libraries import Library, oldest
 from .report import parse_inspector
 
 PLAN_FILE = "step.plan"
@@ -36,7 +36,7 @@ class Plan:
     def __init__(
         self, library: Library, data: bytes | memoryview, where: str, *, version_compatible: bool = False
     ) -> None:
-        self._trt, messages = library.load(), Messages()
+        self._library, self._trt, messages = library, library.load(), Messages()
         self._logger = make_logger(self._trt, messages)  # the bindings do not all keep what they are given
         self._runtime = self._trt.Runtime(self._logger)
         if version_compatible:
@@ -73,8 +73,8 @@ class Plan:
 
     def device(self, cuda: Cuda, gpu: Gpu) -> TensorRTDevice:
         """One stream that runs it."""
-        user_managed = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        return TensorRTDevice(cuda, self.engine, gpu.index, user_managed, owner=self)
+        settings = self._library.context_settings(self._trt, self.engine)
+        return TensorRTDevice(cuda, self.engine, gpu.index, settings, owner=self)
 
 
 def mapped(file: EngineFile) -> memoryview:
@@ -85,7 +85,7 @@ def mapped(file: EngineFile) -> memoryview:
     return memoryview(whole)[offset : offset + size]
 
 
-def check_fits(file: EngineFile, version: str, gpu: Gpu) -> None:
+def check_fits(file: EngineFile, library: Library, version: str, gpu: Gpu) -> None:
     """Refuse a plan of another version or GPU, saying what it was built for and what is here.
 
     Raises EngineFileError.
@@ -96,9 +96,13 @@ def check_fits(file: EngineFile, version: str, gpu: Gpu) -> None:
     same_major = was.split(".")[0] == version.split(".")[0]
     if was != version and not (built.get("version_compatible") and same_major and _numbers(was) <= _numbers(version)):
         raise _misfit(file, f"{file.path} was built by {name} {was}; here is {here}")
-    capabilities = built.get("compute_capabilities") or []
+    capabilities = library.targets(built.get("compute_capabilities") or [])
     if capabilities and gpu.compute_capability not in capabilities:
         raise _misfit(file, f"{file.path} was built for compute capability {', '.join(capabilities)}; here is {here}")
+    precision = file.manifest.precision
+    if float(gpu.compute_capability) < oldest(precision):
+        what = f"{file.path} is in {precision}, which needs compute capability {oldest(precision)}; here is {here}"
+        raise _misfit(file, what, "fp16")
     own = built.get("compute_capability")
     portable = built.get("hardware_compatible") and float(gpu.compute_capability) >= 8.0
     if own and not portable and (own, built.get("device")) != (gpu.compute_capability, gpu.name):
@@ -110,12 +114,13 @@ def _numbers(version: str) -> list[int]:
     return [int(part) for part in version.split(".")[:3] if part.isdecimal()]
 
 
-def _misfit(file: EngineFile, what: str) -> EngineFileError:
+def _misfit(file: EngineFile, what: str, precision: str | None = None) -> EngineFileError:
+    """The error, with the command that builds for this machine; in another precision where one is given."""
     manifest = file.manifest
     sparse = " --sparse" if manifest.sparse else ""
     batch = ",".join(map(str, manifest.batch))
     return EngineFileError(
         what,
         f"rebuild it here: sparse-engine build CHECKPOINT{sparse} --backend {manifest.backend['name']} "
-        f"--precision {manifest.precision} --batch {batch} -o {file.path}",
+        f"--precision {precision or manifest.precision} --batch {batch} -o {file.path}",
     )

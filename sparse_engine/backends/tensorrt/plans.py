@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 
+from sparse_engine import __version__
 from sparse_engine.backends.base import IDENTITY_ROW, NO_CLIP, StepGraph, weights_payload
 from sparse_engine.backends.cuda.device import Buffer
 from sparse_engine.backends.cuda.runtime import Cuda, Gpu
 from sparse_engine.backends.device_loop import StepBuffers
 from sparse_engine.backends.options import LINEAR_FORMS, BuildOptions
-from sparse_engine.errors import BackendError
-from sparse_engine.tactics import Choice, fastest
+from sparse_engine.errors import BackendError, SparseEngineError
+from sparse_engine.tactics import fastest
 
 from .builder import Messages, build_plan
 from .cache import PlanCache, TimingCache, graph_digest
-from .device import TensorRTDevice
 from .graph import with_attention_nodes, with_linear_form
 from .libraries import Library
 from .plan import Plan
@@ -30,6 +30,7 @@ from .report import Sparsity, parse_log
 log = logging.getLogger(__name__)
 
 STEPS_TIMED = 8  # enqueued together, so that the host's part is hidden
+REVISION = 2  # of what this package does to a graph and a builder's configuration: plans of another are not served
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,21 @@ class Built:
     plan: bytes | memoryview
     attention: str
     sparsity: Sparsity
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The plan that a build ends with.
+
+    Attributes:
+        built: it.
+        milliseconds: candidate -> time of a step; None where there was nothing to compare.
+        failed: candidate -> why it was not built or could not be timed.
+    """
+
+    built: Built
+    milliseconds: dict[str, float] | None
+    failed: dict[str, str]
 
 
 def candidates(library: Library, options: BuildOptions, sparse: bool, gpu: Gpu | None) -> list[Candidate]:
@@ -81,32 +97,38 @@ class PlanBuilder:
         self._library, self._graph, self._options = library, graph, options
         self._machine = {"library": library.name, "version": version, "gpu": gpu and dataclasses.asdict(gpu)}
 
-    def build(self, candidate: Candidate) -> Built:
-        """Build one, with attention as one node where the library takes it. Raises as ``build_plan``."""
+    def build(self, candidate: Candidate, *, strip: bool = False) -> Built:
+        """Build one, with attention as one node where the library takes it. Raises as ``build_plan``.
+
+        ``strip``: without its weights; it then has to be refitted before it runs.
+        """
         plain = with_linear_form(self._graph, candidate.form)
         graph, fused = with_attention_nodes(plain)
         low = self._options.precision not in ("fp32", "tf32")  # there are no fused kernels of float32
         if fused and low:
             try:
-                return self._build(candidate, graph, "Attention")
+                return self._build(candidate, graph, "Attention", strip)
             except BackendError as error:
                 log.info("attention as one node: %s; building it in its plain form", error.what)
-        return self._build(candidate, plain, "plain")
+        return self._build(candidate, plain, "plain", strip)
 
-    def _build(self, candidate: Candidate, graph: StepGraph, attention: str) -> Built:
-        options, timings, messages = self._options, None, Messages()
+    def _build(self, candidate: Candidate, graph: StepGraph, attention: str, strip: bool) -> Built:
+        timings, messages = None, Messages()
+        wanted = dataclasses.replace(self._options.tensorrt, strip_weights=strip)
+        options = dataclasses.replace(self._options, tensorrt=wanted)
         proto = graph.proto.SerializeToString(deterministic=True)
-        facts = {**self._machine, "graph": graph_digest(proto, weights_payload(graph.weights))}
-        flags = dataclasses.asdict(options.tensorrt) | {"precision": options.precision, "batch": options.batch}
+        builder = {"builder": f"{__version__} revision {REVISION}"}
+        facts = {**self._machine, **builder, "graph": graph_digest(proto, weights_payload(graph.weights))}
+        flags = dataclasses.asdict(wanted) | {"precision": options.precision, "batch": options.batch}
         plans = PlanCache({**facts, **flags, "sparse": candidate.sparse})
-        kept = plans.load() if options.tensorrt.cache else None
+        kept = plans.load() if wanted.cache else None
         if kept is not None:
             return Built(candidate, graph, kept[0], attention, Sparsity.from_dict(kept[1]))
-        if options.tensorrt.cache and self._library.times_kernels:
+        if wanted.cache and self._library.times_kernels:
             timings = TimingCache(self._machine)
 
         def progress(stage: str) -> None:
-            options.progress(f"{candidate.name}: {stage}")
+            self._options.progress(f"{candidate.name}: {stage}")
 
         plan = build_plan(
             self._library,
@@ -117,47 +139,110 @@ class PlanBuilder:
             messages=messages,
         )
         sparsity = parse_log(messages.texts())
-        if options.tensorrt.cache:
+        if wanted.cache:
             plans.store(plan, dataclasses.asdict(sparsity))
         return Built(candidate, graph, plan, attention, sparsity)
 
 
-def time_plans(library: Library, plans: Sequence[Built], gpu: Gpu, options: BuildOptions) -> Choice:
-    """Run steps of each plan at the usual batch, in turn, and take the fastest; its times are of one step."""
-    cuda, runs, compatible = Cuda(gpu.index), {}, options.tensorrt.version_compatible
-    with contextlib.ExitStack() as held:
-        for built in plans:
-            plan = Plan(library, built.plan, built.candidate.name, version_compatible=compatible)
-            device = plan.device(cuda, gpu)
-            held.callback(device.close)
-            runs[built.candidate.name] = _timed_run(device, built.graph, options.batch[1], held)
-        choice = fastest(runs)
-        return Choice(choice.kernel, {name: value / STEPS_TIMED for name, value in choice.milliseconds.items()})
+def choose_plan(
+    library: Library, builder: PlanBuilder, wanted: Sequence[Candidate], gpu: Gpu | None, options: BuildOptions
+) -> Chosen:
+    """Build the candidates, time them where there is a GPU, and keep the fastest; only its weights are stripped.
+
+    A candidate that cannot be built or run is left out. Raises what the first of them met where none is left.
+    """
+    built, failed = list[Built](), dict[str, SparseEngineError]()
+    for each in wanted:
+        try:
+            built.append(builder.build(each))
+        except SparseEngineError as error:
+            log.info("%s is left out: %s", each.name, error)
+            failed[each.name] = error.with_traceback(None)
+    times: dict[str, float] = {}
+    if len(built) > 1 and gpu is not None:
+        options.progress("timing the plans")
+        times, unfit = time_plans(library, built, gpu, options)
+        failed |= unfit
+        built = [each for each in built if each.candidate.name in times]
+    if not built:
+        raise next(iter(failed.values()))
+    chosen = min(built, key=lambda each: times.get(each.candidate.name, 0.0))
+    if options.tensorrt.strip_weights:
+        chosen = builder.build(chosen.candidate, strip=True)
+    return Chosen(chosen, times or None, {name: error.what for name, error in failed.items()})
+
+
+def time_plans(
+    library: Library, plans: Sequence[Built], gpu: Gpu, options: BuildOptions
+) -> tuple[dict[str, float], dict[str, SparseEngineError]]:
+    """Run steps of the plans at the usual batch.
+
+    The GPU holds two of them at once, the fastest so far and the next, which run in turn. What counts is their ratio:
+    it is applied to the first plan's time, so that times of different pairs compare. One that cannot run beside
+    another, for want of memory or for whatever reason, runs alone.
+
+    Returns:
+        candidate -> milliseconds of a step; and candidate -> why it could not be run.
+    """
+    cuda, queue = Cuda(gpu.index), list(plans)
+    milliseconds, failed = dict[str, float](), dict[str, SparseEngineError]()
+    best: dict[str, Callable[[], object]] = {}
+    with contextlib.ExitStack() as kept:
+        while queue:
+            name = queue[0].candidate.name
+            with contextlib.ExitStack() as held:
+                try:
+                    run = _timed_run(library, queue[0], cuda, gpu, options, held)
+                    found = fastest({**best, name: run}).milliseconds
+                except BackendError as error:
+                    if best:
+                        best = {}
+                        held.close()
+                        kept.close()
+                        continue
+                    log.info("%s cannot be timed: %s", name, error)
+                    failed[name] = error.with_traceback(None)  # its frames hold the plan
+                else:
+                    unit = next((milliseconds[each] / found[each] for each in best), 1 / STEPS_TIMED)
+                    milliseconds[name] = found[name] * unit
+                    if name == min(milliseconds, key=lambda each: milliseconds[each]):
+                        best = {name: run}
+                        kept.close()
+                        kept.enter_context(held.pop_all())
+            queue.pop(0)
+    return milliseconds, failed
 
 
 def _timed_run(
-    device: TensorRTDevice, graph: StepGraph, batch: int, held: contextlib.ExitStack
+    library: Library, built: Built, cuda: Cuda, gpu: Gpu, options: BuildOptions, held: contextlib.ExitStack
 ) -> Callable[[], object]:
-    """A function that runs some steps on zeros and waits for them; its buffers are given back with ``held``."""
-    inputs = {value.name: value.type.tensor_type.shape for value in graph.proto.graph.input}
-    shape = (batch, *(dim.dim_value for dim in inputs["x"].dim[1:]))
+    """A function that runs some steps on zeros and waits for them; what it uses is given back with ``held``."""
+    compatible = options.tensorrt.version_compatible
+    plan = Plan(library, built.plan, built.candidate.name, version_compatible=compatible)
+    device, made = plan.device(cuda, gpu), list[Buffer]()
+
+    def free() -> None:
+        for each in made:
+            device.free(each)
+
+    for release in (device.close, free, device.synchronize):  # the last is the first to run
+        held.callback(release)
+    inputs = {value.name: value.type.tensor_type.shape for value in built.graph.proto.graph.input}
+    shape = (options.batch[1], *(dim.dim_value for dim in inputs["x"].dim[1:]))
 
     def buffer(shape: tuple[int, ...], dtype: type[np.generic] = np.float32, value: Any = 0) -> Buffer:
-        made = device.allocate(shape, dtype)
-        held.callback(device.free, made)
-        device.upload(made, np.full(shape, value, dtype))
-        return made
+        made.append(device.allocate(shape, dtype))
+        device.upload(made[-1], np.full(shape, value, dtype))
+        return made[-1]
 
     buffers = StepBuffers(
-        t=buffer((batch,)),
-        labels=buffer((1, batch), np.int64) if "y" in inputs else None,
+        t=buffer(shape[:1]),
+        labels=buffer((1, shape[0]), np.int64) if "y" in inputs else None,
         guidance=buffer((1,), value=1),
         coef=buffer((8,), value=IDENTITY_ROW),
         clip=buffer((2,), value=NO_CLIP),
         **{name: buffer(shape) for name in ("x", "base", "h1", "h2", "z", "x_next", "m")},
     )
-
-    held.callback(device.synchronize)
 
     def run() -> None:
         for _ in range(STEPS_TIMED):
