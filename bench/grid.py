@@ -49,7 +49,7 @@ class Preset:
 
     def config(self, patch: int, mlp_ratio: int) -> UViTConfig:
         """The network of one cell. Raises OptionError where the heads do not divide the embedding."""
-        if self.embed_dim % self.heads:
+        if self.heads < 1 or self.embed_dim % self.heads:
             raise OptionError(f"heads = {self.heads} does not divide embed_dim = {self.embed_dim}")
         return UViTConfig(32, patch, 3, self.embed_dim, self.depth, self.heads, mlp_ratio=float(mlp_ratio))
 

@@ -21,6 +21,7 @@ from .settings import Settings
 Row = dict[str, Any]
 Save = Callable[[Row], None]
 RANDOM_PATCH, RANDOM_MLP_RATIO = 2, 4  # of `--random`: U-ViT's own
+MOST_SAMPLES = 65536  # in a batch
 DEFAULT_BATCHES = "1,4,16"
 
 
@@ -119,7 +120,10 @@ def parse_batches(text: str) -> list[int]:
     """ "1,4,16" -> the sizes. Raises OptionError on anything else."""
     if not re.fullmatch(r"\s*[1-9]\d*\s*(,\s*[1-9]\d*\s*)*", text):
         raise OptionError(f"--batch {text!r}: expected whole numbers of 1 or more", "for example --batch 1,4,16")
-    return [int(size) for size in text.split(",")]
+    sizes = [int(size) for size in text.split(",")]
+    if max(sizes) > MOST_SAMPLES:
+        raise OptionError(f"--batch {text!r}: expected at most {MOST_SAMPLES}")
+    return sizes
 
 
 def _run_model(

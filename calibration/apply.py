@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -43,7 +44,7 @@ class Quantisation:
     def __post_init__(self) -> None:
         range_method(self.ranges)
         check_strength(self.smooth)
-        if self.max_quality_loss is not None and not self.max_quality_loss > 0:
+        if self.max_quality_loss is not None and not 0 < self.max_quality_loss < math.inf:
             raise OptionError(
                 f"--max-quality-loss {self.max_quality_loss:g}; expected a number above 0, such as 0.02 for 2 %"
             )

@@ -115,6 +115,8 @@ def collect(
             f"the engine is {manifest.precision}; calibration needs the ranges of the float model",
             "calibrate the checkpoint, or an engine built in fp32",
         )
+    if not 0 <= seed < 2**64:
+        raise OptionError(f"seed = {seed}; expected a whole number from 0 to 2**64 - 1")
     if images < 1 or steps < 1 or images * (steps // EVERY) < MIN_SAMPLES:
         raise OptionError(
             f"{images} images of {steps} steps leave fewer than {MIN_SAMPLES} calibration samples",

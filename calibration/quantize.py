@@ -46,6 +46,8 @@ SCHEMES = {
     ("tensorrt", "fp8"): Scheme(FLOAT8, FLOAT8),
     ("tensorrt-rtx", "int8"): Scheme(INT8, INT8),
     ("tensorrt-rtx", "fp8"): Scheme(FLOAT8, FLOAT8),
+    ("torch", "int8"): Scheme(INT8, INT8),
+    ("torch", "fp8"): Scheme(FLOAT8, FLOAT8),
 }
 QUANTISED_PRECISIONS = ("int8", "fp8")
 

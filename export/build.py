@@ -29,6 +29,7 @@ from .step_graph import check_graph, export_step_graph
 # Share of a layer's weight energy that a mask may remove before the build warns: between the most that a layer trained
 # under the mask lost and the 13 % of one that was not (1.9 % and 13.9 % in examples/digits/README.md).
 ENERGY_WARNING = 0.05
+LARGEST_BATCH = 65536
 
 
 def default_output(checkpoint: Path) -> Path:
@@ -89,6 +90,8 @@ def build_engine(
     chosen = usable_backend(backend, to_build=True)
     options = BuildOptions(sparse, precision, _checked_batch(batch), device, require_sparse, tensorrt, progress)
     check_quantisation(precision, quantisation)
+    if require_sparse and not sparse:
+        raise OptionError("--require-sparse is given without --sparse: no layer would be sparse", "give both")
     if precision != "auto":
         chosen.check(options)
     progress("reading the checkpoint")
@@ -107,7 +110,7 @@ def build_engine(
     else:
         graph, quantised = graph_for(model, baked, chosen, options, data, quantisation)
     progress(f"building for {chosen.name}")
-    progress(f"writing {path}")
+    progress("writing the engine file")
     return path, write_built(path, model, baked, graph, chosen, options, quantised, notes)
 
 
@@ -200,8 +203,11 @@ def _proven_sparse(baked: Baked, graph: StepGraph) -> list[str]:
 
 def _checked_batch(batch: tuple[int, int, int]) -> tuple[int, int, int]:
     smallest, usual, largest = batch
-    if not 1 <= smallest <= usual <= largest:
-        raise OptionError(f"batch {batch}: expected 1 <= smallest <= usual <= largest")
+    if not 1 <= smallest <= usual <= largest <= LARGEST_BATCH:
+        raise OptionError(
+            f"batch {batch}: expected 1 <= smallest <= usual <= largest <= {LARGEST_BATCH}",
+            "for example --batch 1,16,64",
+        )
     return batch
 
 

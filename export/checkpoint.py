@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from sparse_engine.artifact import SUFFIX
 from sparse_engine.errors import CheckpointError
 
 # Where a training script puts the weights: the averaged ones first, since those are what the authors sample from.
@@ -81,6 +82,8 @@ def _weights_file(path: Path) -> tuple[Path, list[str]]:
         raise CheckpointError(f"{path} is a folder without {' or '.join(FOLDER_FILES)}", "name the weights file itself")
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist", "check the path of the checkpoint")
+    if path.suffix == SUFFIX:
+        raise CheckpointError(f"{path} is an engine; expected a checkpoint", "name the file that it was built from")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty", "copy or download the checkpoint again")
     return path, []

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+
+import numpy as np
+from onnx import NodeProto, numpy_helper
 
 from sparse_engine.backends import Backend, BuildOptions, StepGraph
 from sparse_engine.calibration.apply import Quantisation, Quantised, quantize_model
@@ -81,7 +85,38 @@ def quantise(
         initializer, axis = places[name]
         if not is_n_of_m(weights[initializer], axis=axis):
             raise BackendError(f"{name}: its quantised weights are not 2:4 along the inputs")
-    return quantised
+    if wanted.smooth is None:
+        return quantised
+    state = {**graph.state, **_migrated(graph, quantised.graph)}
+    return dataclasses.replace(quantised, graph=dataclasses.replace(quantised.graph, state=state))
+
+
+def _migrated(before: StepGraph, after: StepGraph) -> dict[str, np.ndarray]:
+    """What smoothing changed of a network's float weights, under the checkpoint's keys, for who rebuilds the network.
+
+    That is the normalisations, and the layers that were smoothed and then stay float; the others are in 8 bits.
+    """
+    changed = {}
+    norms = _normalisations(before)
+    for output, node in _normalisations(after).items():
+        for old, new in zip(norms[output].input[1:], node.input[1:], strict=True):  # scale and bias
+            if old != new:
+                changed[old.removeprefix("network.")] = _constant(after, new)
+    for name, (initializer, axis) in after.layers.items():
+        weight = after.weights[initializer]
+        if initializer != before.layers[name][0] and weight.dtype.itemsize > 1:
+            changed[f"{name}.weight"] = (weight if axis == 1 else weight.T).astype(np.float32)
+    return changed
+
+
+def _normalisations(graph: StepGraph) -> dict[str, NodeProto]:
+    return {node.output[0]: node for node in graph.proto.graph.node if node.op_type == "LayerNormalization"}
+
+
+def _constant(graph: StepGraph, name: str) -> np.ndarray:
+    if name in graph.weights:
+        return graph.weights[name]
+    return numpy_helper.to_array(next(tensor for tensor in graph.proto.graph.initializer if tensor.name == name))
 
 
 def describe_quantised(manifest: Manifest, quantised: Quantised) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from sparse_engine import sampling
 from sparse_engine.engine import SparseEngine
-from sparse_engine.errors import VerificationError
+from sparse_engine.errors import OptionError, VerificationError
 from sparse_engine.images import psnr
 from sparse_engine.manifest import Manifest
 
@@ -84,7 +85,10 @@ def verify_engine(
 
     Raises:
         EngineFileError, CheckpointError: one of the two cannot be used.
+        OptionError: the tolerance is none.
     """
+    if not 0 < tolerance < math.inf:
+        raise OptionError(f"tolerance {tolerance:g}: expected a number above 0", "for example 1e-4")
     with SparseEngine.load(path, threads=threads, check=True) as engine:
         reference = Reference(engine.manifest, checkpoint)
         times = [_time_error(engine, reference, t * engine.schedule.t_max, seed) for t in TIMES]

@@ -26,6 +26,8 @@ PACKAGES = (
     "tensorrt-rtx",
     "cuda-python",
 )
+AMPERE = (8, 0)  # the first compute capability with 2:4 products
+_TORCH_FOR_CUDA = "for a GPU: pip uninstall -y torch, then pip install 'torch>=2.7' (on Linux with CUDA)"
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd")
 
 
@@ -49,6 +51,7 @@ def diagnose() -> list[Finding]:
         *(_package(name) for name in PACKAGES if _version(name) or name in ("numpy", "onnx")),
         *_conflicts(),
         *(_backend(name) for name in BACKENDS),
+        *_torch_on_gpu(),
         _export(),
     ]
 
@@ -142,13 +145,50 @@ def _conflicts() -> list[Finding]:
 
 
 def _backend(name: str) -> Finding:
-    found = backend_named(name).availability()
+    try:
+        found = backend_named(name).availability()
+    except (ImportError, OSError) as error:
+        return Finding(f"backend {name}", False, f"its library cannot be loaded: {error}", "install it again")
     if found.usable:
-        return Finding(f"backend {name}", True, f"usable, {found.version}")
+        slower = "" if found.automatic else ", on the CPU alone, where onnxruntime is faster"
+        return Finding(f"backend {name}", True, f"usable, {found.version}{slower}")
     if found.builds:
         what = f"{found.version} builds engines, but cannot run them here: {found.reason}"
         return Finding(f"backend {name}", False, what, found.fix)
     return Finding(f"backend {name}", False, found.reason or "not usable", found.fix)
+
+
+def _torch_on_gpu() -> list[Finding]:
+    """What the torch backend needs to run 2:4 layers: CUDA, cuSPARSELt, and a GPU that has 2:4 products."""
+    if not _version("torch"):
+        return []
+    try:
+        import torch
+    except (ImportError, OSError):  # which the finding of the backend says
+        return []
+    if torch.version.cuda is None:
+        found = f"torch {torch.__version__} is built without CUDA and cuSPARSELt"
+        return [Finding("torch: CUDA", False, found, _TORCH_FOR_CUDA)]
+    library = getattr(torch.backends, "cusparselt", None)
+    sparse = Finding("torch: cuSPARSELt", True, "there")
+    if library is None or not library.is_available():
+        sparse = Finding("torch: cuSPARSELt", False, f"not in torch {torch.__version__}", _TORCH_FOR_CUDA)
+    return [Finding("torch: CUDA", True, torch.version.cuda), sparse, _torch_gpu()]
+
+
+def _torch_gpu() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("torch: 2:4 on a GPU", False, "torch sees no GPU", "check nvidia-smi and the driver's version")
+    devices = range(torch.cuda.device_count())
+    capabilities = {torch.cuda.get_device_name(each): torch.cuda.get_device_capability(each) for each in devices}
+    able = [name for name, capability in capabilities.items() if capability >= AMPERE]
+    if able:
+        return Finding("torch: 2:4 on a GPU", True, ", ".join(able))
+    listed = ", ".join(f"{name} has {major}.{minor}" for name, (major, minor) in capabilities.items())
+    fix = "an Ampere GPU or newer; on this one layers run dense"
+    return Finding("torch: 2:4 on a GPU", False, f"{listed}; 2:4 needs compute capability 8.0", fix)
 
 
 def _export() -> Finding:

@@ -18,6 +18,8 @@ from sparse_engine.errors import EngineClosedError, OptionError, UnsupportedErro
 from sparse_engine.manifest import Manifest
 from sparse_engine.sampling.noise import SeededNoise
 
+MOST_IMAGES = 2**32  # an image's number is one word of the noise's counter
+MOST_GUIDANCE = 1e6  # far beyond any that draws a picture, and far from float32's end
 Callback = Callable[[int, float, np.ndarray], object]
 Labels = int | Sequence[int] | np.ndarray
 Decoder = Callable[[np.ndarray], np.ndarray]
@@ -107,8 +109,8 @@ class SparseEngine:
                 the same, one batch, left on the device that made it: an object with ``__dlpack__`` (a tensor for the
                 torch backend).
             noise: float32 [n, C, H, W] to start from in place of the seed's: an array, or any object with
-                ``__dlpack__``. One that lies on the engine's own GPU is copied there (not for ``init``, nor by the
-                torch backend), and is not looked through for NaN; any other comes by way of the host.
+                ``__dlpack__``. One that lies on the engine's own GPU is copied there (not for ``init``), and is not
+                looked through for NaN; any other comes by way of the host.
             init: the same, in the model's range: start from these, noised to ``t_start``.
             t_start: the schedule time to start from; None is the schedule's end.
             callback: called with (step, t, x) after each step of each batch; returning False stops.
@@ -432,6 +434,8 @@ def to_uint8(x: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
 def _check_count(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise OptionError(f"{name} = {value!r}; expected a whole number of 1 or more")
+    if value > MOST_IMAGES:
+        raise OptionError(f"{name} = {value}; expected at most {MOST_IMAGES}, the images that a seed has")
 
 
 def _number(name: str, value: float) -> float:
@@ -439,8 +443,8 @@ def _number(name: str, value: float) -> float:
         number = float(value)
     except (TypeError, ValueError) as error:
         raise OptionError(f"{name} = {value!r}; expected a number") from error
-    if not np.isfinite(number):
-        raise OptionError(f"{name} = {value}; expected a finite number")
+    if not abs(number) <= MOST_GUIDANCE:  # nor NaN
+        raise OptionError(f"{name} = {value}; expected a finite number, at most {MOST_GUIDANCE:.0e}")
     return number
 
 

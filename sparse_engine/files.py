@@ -43,6 +43,12 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 def check_writable(path: Path) -> None:
     """Say before the work, not after it, that a file cannot be written. Raises OutputError."""
+    try:
+        special = path.exists() and not (path.is_file() or path.is_dir())
+    except OSError as error:  # a name that is too long, for one
+        raise output_error(path, error) from error
+    if special:  # it would be replaced by a file
+        raise OutputError(f"{path} is a device or a pipe; expected a file name", "write to a file")
     if path.is_dir():
         raise OutputError(f"{path} is a folder; expected a file name", f"write to {path / 'NAME'}")
     if not path.parent.is_dir():

@@ -48,9 +48,9 @@ def _write_folder(folder: Path, batches: Iterable[np.ndarray]) -> int:
         raise OutputError(
             f"{folder}: {folder.suffix} is no kind of file that samples go to", "use .png, .npz or a folder"
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"{folder} is there already and is not an empty folder", "name a new folder")
     try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise OutputError(f"{folder} is there already and is not an empty folder", "name a new folder")
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     except OSError as error:
         raise output_error(folder, error) from error

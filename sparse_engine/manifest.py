@@ -85,9 +85,27 @@ class Manifest:
         missing = [name for name in names if name not in values]
         if missing or not isinstance(values["files"], dict):
             raise EngineFileError(f"{where}: its manifest lacks {', '.join(missing) or 'files'}", "rebuild the engine")
+        if not _well_formed(values):
+            raise EngineFileError(f"{where}: its manifest is damaged", "rebuild the engine")
         manifest = cls(**{name: values[name] for name in names})
         manifest.data_shape = tuple(manifest.data_shape)  # type: ignore[assignment]
         manifest.batch = tuple(manifest.batch)  # type: ignore[assignment]
         if manifest.value_range is not None:
             manifest.value_range = tuple(manifest.value_range)  # type: ignore[assignment]
         return manifest
+
+
+def _well_formed(values: dict[str, Any]) -> bool:
+    """Whether what every reader takes apart has the form that the specification says."""
+    lists = [
+        (values["data_shape"], 3),
+        (values["batch"], 3),
+        *([(values["value_range"], 2)] if values["value_range"] else []),
+    ]
+    numbers = all(
+        isinstance(each, list) and len(each) == length and all(isinstance(item, (int, float)) for item in each)
+        for each, length in lists
+    )
+    files = all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in values["files"].values())
+    layers = isinstance(values["layers"], list) and all(isinstance(layer, dict) for layer in values["layers"])
+    return numbers and files and layers and isinstance(values["backend"], dict)

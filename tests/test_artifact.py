@@ -152,6 +152,26 @@ def test_manifest_without_an_entry(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "entry",
+    [
+        {"data_shape": 3},
+        {"data_shape": [3, 8]},
+        {"batch": ["1", "2", "4"]},
+        {"value_range": [0, 1, 2]},
+        {"files": {"step.onnx": 7}},
+        {"files": {"step.onnx": {"size": 7}}},
+        {"backend": "onnxruntime"},
+        {"layers": {"fc1": 1}},
+    ],
+    ids=str,
+)
+def test_manifest_with_an_entry_of_another_form(path: Path, entry: dict) -> None:
+    rewritten(path, **entry)
+    with pytest.raises(EngineFileError, match=r"its manifest is damaged.*\n.*rebuild"):
+        EngineFile(path)
+
+
+@pytest.mark.parametrize(
     "content", [b"", b"hello" * 100, b"\x89PNG\r\n" + bytes(500)], ids=["empty", "text", "picture"]
 )
 def test_renamed_from_something_else(tmp_path: Path, content: bytes) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_engine.backends.torch.choose import Chooser
+from sparse_engine.backends.torch.codes import LIMITS, QuantisedWeight, quantise
+from sparse_engine.backends.torch.layers import QuantisedLayer
 from sparse_engine.backends.torch.products import CusparseltProduct, CutlassProduct, DenseProduct
+from sparse_engine.backends.torch.quantised import NAMES
+from sparse_engine.errors import OptionError
 
 from .measure import seconds_each
 from .session import Results, Row, Session
@@ -20,7 +26,10 @@ REHEARSED_ATTENTION = (1, 2, 17, 32)
 
 
 def run(session: Session, results: Results) -> None:
-    """Fill in the rows "copy", one per product, and "attention"; every file's header describes the device."""
+    """Fill in the rows "copy", one per product and per layer in 8 bits, and "attention".
+
+    Every file's header describes the device.
+    """
     if results.wants(name="copy"):
         with results.row(name="copy") as row:
             _copy(session, row)
@@ -28,6 +37,11 @@ def run(session: Session, results: Results) -> None:
         if results.wants(name=name):
             with results.row(name=name) as row:
                 _product(session, row, make)
+    for codes, name in itertools.product(LIMITS, UVIT_S_LAYERS):
+        key = {"name": f"{name} in {NAMES[codes]}"}
+        if results.wants(**key):
+            with results.row(**key) as row:
+                _layer_in_8_bits(session, row, name, codes)
     if results.wants(name="attention"):
         with results.row(name="attention") as row:
             _attention(session, row)
@@ -35,8 +49,10 @@ def run(session: Session, results: Results) -> None:
 
 def ceilings(results: Results) -> tuple[float, float]:
     """(operations a second of the best dense 16-bit product, bytes a second of a copy) that step 1 measured."""
-    rows = {row["name"]: row for row in results.rows}
-    dense = [rows[name]["tera_operations"] for name in ("fp16 dense", "bf16 dense") if "tera_operations" in rows[name]]
+    rows = {row["name"]: row for row in results.rows if "failed" not in row}
+    dense = [rows[name]["tera_operations"] for name in ("fp16 dense", "bf16 dense") if name in rows]
+    if not dense or "copy" not in rows:
+        raise OptionError("there are no ceilings to hold layers against", "run step 1 first")
     return 1e12 * max(dense), 1e9 * rows["copy"]["gigabytes_per_second"]
 
 
@@ -105,6 +121,24 @@ PRODUCTS: dict[str, Make] = {
     "fp8 dense": _fp8,
     "fp8 cusparselt": _fp8_sparse,
 }
+
+
+UVIT_S_LAYERS = {"attn.qkv": (1536, 512), "attn.proj": (512, 512), "mlp.fc1": (2048, 512), "mlp.fc2": (512, 2048)}
+UVIT_S_TOKENS, BATCHES = 257, (1, 16, 64)  # smallest, usual and largest
+
+
+def _layer_in_8_bits(session: Session, row: Row, name: str, codes: torch.dtype) -> None:
+    """What a 2:4 layer of U-ViT-S gets, and how fast each product of its codes is."""
+    shape = (REHEARSED_SIDE, REHEARSED_SIDE) if session.rehearsal else UVIT_S_LAYERS[name]
+    weight = keep_two_of_four(torch.randn(shape, device=session.device))
+    largest = LIMITS[codes][1]
+    scale = weight.abs().amax(1) / largest
+    input_scale = torch.tensor(4 / largest, device=session.device)  # of what is normal
+    stored = QuantisedWeight(quantise(weight, scale[:, None], codes), scale, input_scale)
+    bias = torch.randn(shape[0], device=session.device, dtype=torch.float16)
+    chooser = Chooser({name: UVIT_S_TOKENS}, BATCHES, session.device, autotune=True)
+    row |= {"shape": list(shape), "tokens": UVIT_S_TOKENS * BATCHES[1]}
+    row |= chooser.choose(name, QuantisedLayer(stored, bias, torch.float16, sparse=True)).to_dict()
 
 
 def _product(session: Session, row: Row, make: Make) -> None:

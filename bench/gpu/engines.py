@@ -23,7 +23,7 @@ from sparse_engine.bench.grid import PAPER_SAMPLER, PAPER_STEPS, random_model
 from sparse_engine.bench.statistics import speedup, spread
 from sparse_engine.bench.timing import interleave
 from sparse_engine.bench.workload import Workload
-from sparse_engine.errors import UnsupportedError
+from sparse_engine.errors import BackendError, UnsupportedError
 from sparse_engine.export.build import write_built
 from sparse_engine.export.families.uvit import UViTConfig
 from sparse_engine.images import psnr
@@ -40,6 +40,7 @@ REFERENCE_IMAGES = 4  # of a batch, sampled in float32
 _EAGER = "eager "
 END_TO_END = 256
 SCHEDULE_TIME = 0.5
+TOLERATED = 3e-2  # of the largest prediction, in fp16
 
 
 def run_rtx(session: Session, results: Results) -> None:
@@ -94,6 +95,9 @@ def _compare(
             engine = _engine(session, Path(name), backend, config, sparse, batch, tensorrt)
             engines[kind] = held.enter_context(engine)
             row |= {f"{kind}_parity": reference.parity(engine), f"{kind}_psnr": reference.psnr(engine)}
+            if not row[f"{kind}_parity"] <= TOLERATED:
+                error = f"{kind} computes something else: relative error {row[f'{kind}_parity']:.1e}"
+                raise BackendError(error, "no time of it is worth anything")
         _time_steps(session, row, engines, batch, steps)
         for kind, engine in engines.items():
             info = engine.info

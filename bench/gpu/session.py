@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from sparse_engine.backends.torch.products import ObstacleError
 from sparse_engine.bench.grid import PRESETS, Preset
 from sparse_engine.bench.results_file import describe_run, read_results, write_results
-from sparse_engine.errors import SparseEngineError
+from sparse_engine.errors import InputError, OptionError, SparseEngineError, UnsupportedError
 from sparse_engine.export.families.uvit import UViTConfig
 
 from .facts import describe_device
@@ -88,14 +89,21 @@ class Results:
         header: everything but the rows.
         budget: seconds until no new row is begun.
         keep_failed: rows that failed are not measured again either.
+
+    Attributes:
+        not_begun: how many rows were left for want of time.
+
+    Raises InputError (on construction) where the file at ``path`` is no results file of this script.
     """
 
     def __init__(self, path: Path, header: Row, budget: float, keep_failed: bool = False) -> None:
         self.path, self._results = path, header
-        self._ends = time.monotonic() + budget
+        self._ends, self.not_begun = time.monotonic() + budget, 0
         if path.is_file():
-            rows = read_results(path)["rows"]
-            self._results["rows"] = [row for row in rows if keep_failed or "failed" not in row]
+            found = read_results(path)
+            if found.get("kind") != header["kind"] or not isinstance(found.get("rows"), list):
+                raise InputError(f"{path} holds no results of this script", "move it away, or write elsewhere with -o")
+            self._results["rows"] = [row for row in found["rows"] if keep_failed or "failed" not in row]
 
     @property
     def rows(self) -> list[Row]:
@@ -105,7 +113,11 @@ class Results:
 
     def wants(self, **key: Any) -> bool:
         """Whether a row is still to be measured, and there is time to begin it."""
-        return not self._has(key) and time.monotonic() < self._ends
+        if self._has(key):
+            return False
+        in_time = time.monotonic() < self._ends
+        self.not_begun += not in_time
+        return in_time
 
     @contextlib.contextmanager
     def row(self, **key: Any) -> Iterator[Row]:
@@ -121,6 +133,8 @@ class Results:
             yield row
         except Exception as error:  # a failure is a result, and the next row may do better
             row["failed"] = failure(error)
+            if self._is_unsupported(error):
+                row["unsupported"] = True
             broken = error if has_broken_cuda(error) else None
         row["seconds"] = time.perf_counter() - started
         self._put(key, row)
@@ -130,6 +144,11 @@ class Results:
     def _put(self, key: Mapping[str, Any], row: Row) -> None:
         self._results["rows"] = [each for each in self.rows if not _is(each, key)] + [row]
         self.write()
+
+    def _is_unsupported(self, error: Exception) -> bool:
+        """Whether this machine is known not to do what failed; a rehearsal's CPU is also no device of some backends."""
+        kinds = (UnsupportedError, ObstacleError, *((OptionError,) if self._results["rehearsal"] else ()))
+        return isinstance(error, kinds)
 
     def write(self) -> None:
         """Write the file."""

@@ -9,12 +9,11 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from sparse_engine.__main__ import EXIT_INTERRUPTED
 from sparse_engine.errors import OptionError
 from sparse_engine.files import check_writable
 
 from .terminal import bench_module, console, errors, print_json, progress
-
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
 def command(

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sparse_engine.artifact import EngineFile
 from sparse_engine.backends import TensorRTOptions, backend_named
+from sparse_engine.backends.options import LINEAR_FORMS
 from sparse_engine.engine import SparseEngine
-from sparse_engine.errors import OptionError, UnsupportedError
+from sparse_engine.errors import EngineFileError, OptionError, UnsupportedError
+from sparse_engine.files import check_writable, output_error
 
 from .terminal import console, export_module, parse_globs, print_json, progress
 
 if TYPE_CHECKING:
     from sparse_engine.calibration.apply import Quantisation
+
+WORKSPACES = (0.001, 1e6)  # GiB
 
 
 def _tensorrt(text: str, *names: str) -> Any:
@@ -79,11 +87,12 @@ def command(
     """Build an engine from a checkpoint."""
     builder = export_module("build")
     masks = export_module("masks")
-    with progress() as display:
+    path = output if output is not None else builder.default_output(checkpoint)
+    with progress() as display, _kept_if_done(path) as built:
         task = display.add_task("starting", total=None)
-        path, manifest = builder.build_engine(
+        _, manifest = builder.build_engine(
             checkpoint,
-            output,
+            built,
             sparse=sparse,
             mask=mask,
             pattern=masks.Pattern.parse(pattern),
@@ -94,10 +103,10 @@ def command(
             device=device,
             require_sparse=require_sparse,
             tensorrt=TensorRTOptions(
-                linear=linear,
+                linear=_linear(linear),
                 static_batch=static_batch,
-                workspace=None if workspace is None else int(workspace * 2**30),
-                optimization_level=optimization_level,
+                workspace=_bytes(workspace),
+                optimization_level=_level(optimization_level),
                 cache=cache,
                 hardware_compatible=hardware_compatible,
                 version_compatible=version_compatible,
@@ -113,9 +122,9 @@ def command(
             progress=lambda stage: display.update(task, description=stage),
         )
         display.update(task, description="choosing kernels")
-        info = _report(path, manifest, device, autotune)
+        info = _report(built, manifest, device, autotune)
         if require_sparse:
-            _check_all_sparse(builder, path, info["layers"])
+            builder.check_all_sparse(info["layers"])
     if as_json:
         print_json({"path": str(path), "bytes": path.stat().st_size, **info})
         return
@@ -133,6 +142,48 @@ def command(
         highlight=False,
         soft_wrap=True,
     )
+
+
+@contextmanager
+def _kept_if_done(path: Path) -> Iterator[Path]:
+    """Where to build: a file beside ``path``, which takes its place if the block ends well; otherwise it goes.
+
+    So an engine that was there stays until the new one is known to be what was required. Raises OutputError.
+    """
+    check_writable(path)
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise output_error(path, error) from error
+    with temporary as folder:
+        built = Path(folder) / path.name
+        yield built
+        try:
+            built.replace(path)
+        except OSError as error:
+            raise output_error(path, error) from error
+
+
+def _bytes(workspace: float | None) -> int | None:
+    """GiB -> bytes. Raises OptionError on what is no such size."""
+    if workspace is None:
+        return None
+    least, most = WORKSPACES
+    if not least <= workspace <= most:
+        raise OptionError(f"--workspace {workspace:g}: expected {least} to {most:.0f} GiB", "for example --workspace 4")
+    return int(workspace * 2**30)
+
+
+def _linear(form: str) -> str:
+    if form not in LINEAR_FORMS:
+        raise OptionError(f"--linear {form!r} is not known; expected one of {', '.join(LINEAR_FORMS)}")
+    return form
+
+
+def _level(level: int) -> int:
+    if not 0 <= level <= 5:
+        raise OptionError(f"--optimization-level {level}: expected 0 to 5")
+    return level
 
 
 def _wanted(
@@ -154,17 +205,13 @@ def _report(path: Path, manifest: Any, device: str | None, autotune: bool) -> di
     """What each layer runs here; where the engine is for another machine, what its builder said."""
     if not backend_named(manifest.backend["name"]).availability().usable:
         return manifest.to_dict()
-    with SparseEngine.load(path, device=device, autotune=autotune) as engine:
-        return engine.info
-
-
-def _check_all_sparse(builder: Any, path: Path, layers: list[dict[str, Any]]) -> None:
-    """An engine that is not what was required is not left behind."""
     try:
-        builder.check_all_sparse(layers)
-    except UnsupportedError:
-        path.unlink()
-        raise
+        with SparseEngine.load(path, device=device, autotune=autotune) as engine:
+            return engine.info
+    except (UnsupportedError, EngineFileError) as error:
+        EngineFile(path)  # raises where the file is damaged; otherwise it is a plan for another GPU
+        manifest.notes.append(f"cannot run here: {error.what.removeprefix(f'{path} ')}")
+        return manifest.to_dict()
 
 
 def _batch(text: str) -> tuple[int, int, int]:

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from sparse_engine.artifact import SUFFIX, EngineFile
 from sparse_engine.engine import SparseEngine
-from sparse_engine.errors import UnsupportedError
+from sparse_engine.errors import EngineFileError, UnsupportedError
+from sparse_engine.files import check_writable
 
 from .terminal import console, export_module, human, make_table, parse_globs, print_json
 
@@ -29,6 +30,8 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a checkpoint's or an engine's layers: masked, 2:4, parameters and MACs before and after."""
+    if plot is not None:
+        check_writable(plot)
     if path.suffix == SUFFIX:
         report = _engine_report(path, check)
     else:
@@ -58,7 +61,7 @@ def _engine_report(path: Path, check: bool) -> dict[str, Any]:
     try:
         with SparseEngine.load(path) as engine:
             return engine.info
-    except UnsupportedError as error:
+    except (UnsupportedError, EngineFileError) as error:  # it was opened: what it does not fit is this machine
         return {**file.manifest.to_dict(), "notes": [*file.manifest.notes, f"cannot run here: {error.what}"]}
 
 

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from sparse_engine import __version__
+from sparse_engine.__main__ import EXIT_INTERRUPTED
 from sparse_engine.errors import SparseEngineError
 
 from . import bench, build, calibrate, doctor, export_triton, inspect, sample, samplers, verify
 from .terminal import errors
 
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 # Typer brings click inside itself, or imports it, by version; the base of a usage error is the same class either way.
 ClickException: Any = typer.BadParameter.__mro__[2]
 
@@ -70,6 +70,10 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         errors.print("interrupted; nothing half-written was left behind")
         return EXIT_INTERRUPTED
+    except MemoryError as error:
+        errors.print(f"error: out of memory: {error}", style="bold red", markup=False, highlight=False)
+        errors.print("fix: ask for fewer samples or steps at a time, or a smaller batch", markup=False)
+        return 1
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
         return 0

@@ -16,6 +16,8 @@ from sparse_engine.images import write_samples
 
 from .terminal import errors, progress
 
+MOST_LABELS = 2**31
+
 
 def command(
     engine: Annotated[Path, typer.Argument(help="A .sengine file.")],
@@ -95,6 +97,8 @@ def _labels(text: str | None, n: int) -> np.ndarray | None:
         low, dash, high = part.strip().partition("-")
         if not low.isdecimal() or (dash and not high.isdecimal()):
             raise OptionError(f"--labels {text!r}: {part!r} is no class", "write them as 3, 0,1,2 or 0-9")
+        if int(high or low) > MOST_LABELS:
+            raise OptionError(f"--labels {text!r}: {part.strip()!r} is no class: no model has so many")
         span = int(high or low) + 1 - int(low)
         if span > max(n, 1):
             raise OptionError(f"--labels {text!r}: {part.strip()!r} are {span} classes for {n} samples")

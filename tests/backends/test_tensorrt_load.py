@@ -296,7 +296,7 @@ def test_plans_are_timed_and_the_fastest_is_kept_and_reported(
 
 
 def test_threads_of_zero(machine: Machine, engine_file: Path) -> None:
-    with pytest.raises(OptionError, match="threads = 0; expected 1 or more"):
+    with pytest.raises(OptionError, match="threads = 0; expected 1 to 4096"):
         SparseEngine.load(engine_file, threads=0)
 
 

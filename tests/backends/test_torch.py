@@ -104,11 +104,12 @@ def test_the_payload_is_safetensors_of_packed_weights(half: Path, small_model: t
     values, positions = (stored[f"mid_block.mlp.fc1.weight.{part}"] for part in ("values", "positions"))
     assert (values.dtype, values.nbytes + positions.nbytes) == (torch.float16, 9 * 64 * 256 * 2 // 16)
     assert stored["patch_embed.proj.weight"].dtype == torch.float32  # an end of the network
-    state, layers = read_network(EngineFile(half))
-    assert len(layers) == 12
+    network = read_network(EngineFile(half))
+    assert len(network.packed) == 12
+    assert not network.quantised
     baked = small_model[1].state
-    assert state.keys() == baked.keys()
-    for name, tensor in state.items():
+    assert network.state.keys() == baked.keys()
+    for name, tensor in network.state.items():
         assert torch.equal(tensor, torch.from_numpy(baked[name]).to(tensor.dtype)), name
 
 

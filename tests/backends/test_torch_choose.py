@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_engine.backends.torch import choose
+from sparse_engine.backends.torch import choose, layers
 from sparse_engine.backends.torch.choose import Chooser, check_product, nearest
+from sparse_engine.backends.torch.layers import FloatLayer
 from sparse_engine.backends.torch.network import (
     TwoFourLinear,
     TwoFourPointwise,
@@ -61,8 +62,8 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, ..
 
     monkeypatch.setenv("SPARSE_ENGINE_CACHE", str(tmp_path))
     monkeypatch.setattr("sparse_engine.tactics.fastest", fastest)
-    monkeypatch.setattr(choose, "CusparseltProduct", FakeCusparselt)
-    monkeypatch.setattr(choose, "CutlassProduct", FakeCutlass)
+    monkeypatch.setattr(layers, "CusparseltProduct", FakeCusparselt)
+    monkeypatch.setattr(layers, "CutlassProduct", FakeCutlass)
     monkeypatch.setattr(choose, "Recorded", lambda calls, device, pool: lambda: [call() for call in calls])
     monkeypatch.setattr(choose, "_calls", lambda product, x, count: [lambda: product(x)] * count)
     monkeypatch.setattr(choose, "repeats", lambda operations: 2)
@@ -75,12 +76,12 @@ def chooser(device: torch.device = CUDA, autotune: bool = True) -> Chooser:
     return Chooser(dict.fromkeys(("fc", "pointwise", "conv"), TOKENS), BATCHES, device, autotune)
 
 
-def layer(dtype: torch.dtype = torch.float16) -> tuple[torch.Tensor, torch.Tensor]:
-    return two_of_four(32, 64, dtype), torch.randn(32).to(dtype)
+def layer(dtype: torch.dtype = torch.float16) -> FloatLayer:
+    return FloatLayer(two_of_four(32, 64, dtype), torch.randn(32).to(dtype))
 
 
 def test_the_fastest_stays_for_each_batch_and_the_report_says_by_how_much(timed: list[tuple[str, ...]]) -> None:
-    choice = chooser().choose("fc", *layer())
+    choice = chooser().choose("fc", layer())
     assert timed == [("cusparselt", "cutlass", "dense", "cusparselt 3 2 1")] * 3
     assert sorted(choice.products) == [TOKENS * batch for batch in BATCHES]
     assert {product.algorithm for product in choice.products.values()} == {(3, 2, 1)}
@@ -93,8 +94,8 @@ def test_the_fastest_stays_for_each_batch_and_the_report_says_by_how_much(timed:
 
 
 def test_choices_are_remembered_with_their_algorithm(timed: list[tuple[str, ...]]) -> None:
-    first = chooser().choose("fc", *layer())
-    again = chooser().choose("fc", *layer())
+    first = chooser().choose("fc", layer())
+    again = chooser().choose("fc", layer())
     assert len(timed) == 3
     assert again.to_dict() == first.to_dict()
     assert {product.algorithm for product in again.products.values()} == {(3, 2, 1)}
@@ -103,20 +104,20 @@ def test_choices_are_remembered_with_their_algorithm(timed: list[tuple[str, ...]
 def test_what_was_remembered_and_is_not_to_be_had_runs_dense(
     timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chooser().choose("fc", *layer())
+    chooser().choose("fc", layer())
 
     def refuse(self: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(FakeCusparselt, "__init__", refuse)
-    choice = chooser().choose("fc", *layer())
+    choice = chooser().choose("fc", layer())
     assert {type(product) for product in choice.products.values()} == {DenseProduct}
     assert choice.to_dict()["kernel"] == "dense"
 
 
 def test_a_faster_dense_product_stays(timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SPEED, "dense", 0.5)
-    report = chooser().choose("fc", *layer()).to_dict()
+    report = chooser().choose("fc", layer()).to_dict()
     assert (report["chosen"], report["kernel"]) == (False, "dense")
 
 
@@ -124,7 +125,7 @@ def test_a_product_that_computes_something_else_is_never_chosen(
     timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeCusparselt, "forward", lambda self, x: 1.1 * DenseProduct.forward(self, x))
-    choice = chooser().choose("fc", *layer())
+    choice = chooser().choose("fc", layer())
     assert timed == [("cutlass", "dense")] * 3
     assert choice.kernel == "cutlass"
 
@@ -136,9 +137,19 @@ def test_a_library_that_refuses_is_reported_and_left_out(
         raise RuntimeError("CUDA error: architecture mismatch when calling cusparseLtInit\nmore")
 
     monkeypatch.setattr(FakeCusparselt, "__init__", refuse)
-    choice = chooser().choose("fc", *layer())
+    choice = chooser().choose("fc", layer())
     assert choice.kernel == "cutlass"
     assert choice.why == ("faster at the usual batch; CUDA error: architecture mismatch when calling cusparseLtInit")
+
+
+def test_an_operator_of_another_pytorch_is_reported_and_left_out(
+    timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        raise TypeError("_cslt_sparse_mm() got an unexpected keyword argument 'split_k_mode'")
+
+    monkeypatch.setattr(FakeCusparselt, "forward", forward)
+    assert chooser().choose("fc", layer()).kernel == "cutlass"
 
 
 def test_a_failed_search_leaves_the_default_algorithm(
@@ -148,7 +159,7 @@ def test_a_failed_search_leaves_the_default_algorithm(
         raise RuntimeError("no search here")
 
     monkeypatch.setattr(FakeCusparselt, "search", fail)
-    choice = chooser().choose("fc", *layer())
+    choice = chooser().choose("fc", layer())
     assert choice.kernel == "cusparselt"
     assert {product.algorithm for product in choice.products.values()} == {DEFAULT_ALGORITHM}
 
@@ -164,22 +175,21 @@ def test_a_batch_without_memory_to_time_it_takes_the_product_of_another(
         return randn(*shape, **options)
 
     monkeypatch.setattr(torch, "randn", limited)
-    assert sorted(chooser().choose("fc", *layer()).products) == [TOKENS, 4 * TOKENS]
-    weight = two_of_four(64, 128, torch.float16)
-    limit = 1
-    choice = chooser().choose("fc", weight, None)
+    assert sorted(chooser().choose("fc", layer()).products) == [TOKENS, 4 * TOKENS]
+    weight, limit = torch.ones(64, 128, dtype=torch.float16), 1
+    choice = chooser().choose("fc", FloatLayer(weight, None))
     assert (choice.kernel, choice.why) == ("dense", "no product could be timed")
 
 
 def test_without_timing_sparse_by_default(timed: list[tuple[str, ...]]) -> None:
-    choice = chooser(autotune=False).choose("fc", *layer())
+    choice = chooser(autotune=False).choose("fc", layer())
     assert not timed
     assert (choice.kernel, choice.why) == ("cusparselt", "not timed: sparse by default")
 
 
 def test_on_a_cpu_dense_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSE_ENGINE_CACHE", str(tmp_path))
-    choice = chooser(torch.device("cpu")).choose("fc", *layer())
+    choice = chooser(torch.device("cpu")).choose("fc", layer())
     assert choice.to_dict() == {
         "chosen": False,
         "kernel": "dense",
@@ -190,7 +200,7 @@ def test_on_a_cpu_dense_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("error", [0.0, 0.005, 0.05, float("nan")])
 def test_products_are_held_against_float32(error: float) -> None:
-    weight, bias = layer()
+    linear = layer()
     x = torch.randn(300, 64).half()
 
     class Off(DenseProduct):
@@ -200,20 +210,34 @@ def test_products_are_held_against_float32(error: float) -> None:
             return y
 
     if error in (0.0, 0.005):
-        check_product(Off(weight, bias), weight, bias, x)
+        check_product(Off(linear.weight, linear.bias), linear, x)
     else:
-        with pytest.raises(ObstacleError, match="computes something else: relative error"):
-            check_product(Off(weight, bias), weight, bias, x)
+        with pytest.raises(ObstacleError, match="computes something else: off by .* where outputs reach"):
+            check_product(Off(linear.weight, linear.bias), linear, x)
+
+
+def test_a_layer_of_zeros_is_a_layer(timed: list[tuple[str, ...]]) -> None:
+    """As a zero-initialised output projection is until it is trained."""
+    zeros = FloatLayer(torch.zeros(32, 64, dtype=torch.float16), None)
+    assert chooser().choose("fc", zeros).kernel == "cusparselt"
+    product = DenseProduct(zeros.weight, torch.full((32,), 1e-3).half())
+    with pytest.raises(ObstacleError, match="off by 1.0e-03 where outputs reach 0.0e"):
+        check_product(product, zeros, torch.randn(8, 64).half())
+
+
+def test_a_layer_whose_dense_product_overflows_loads_all_the_same(timed: list[tuple[str, ...]]) -> None:
+    choice = chooser().choose("fc", FloatLayer(two_of_four(32, 64).mul(6e4).half(), None))
+    assert (choice.kernel, choice.why) == ("dense", "no product could be timed")
 
 
 def test_the_search_is_short_whatever_the_layer(timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, bias = layer()
+    linear = layer()
     rows: list[int] = []
     monkeypatch.setattr(FakeCusparselt, "search", lambda self, x: rows.append(len(x)) or (3, 2, 1))
-    chooser().choose("fc", weight, bias)
-    monkeypatch.setattr(choose, "SEARCHED_OPERATIONS", 2 * 50 * weight.numel())
+    chooser().choose("fc", linear)
+    monkeypatch.setattr(choose, "SEARCHED_OPERATIONS", 2 * 50 * linear.weight.numel())
     monkeypatch.setattr(choose, "TacticCache", lambda **facts: TacticCache(**facts, another="cache"))
-    chooser().choose("fc", weight, bias)
+    chooser().choose("fc", linear)
     assert rows == [10, 40, 160, 10, 40, 50]
 
 

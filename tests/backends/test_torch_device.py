@@ -8,9 +8,11 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from sparse_engine.backends.cuda.dlpack_in import DeviceArray
 from sparse_engine.backends.device_loop import CaptureError, StepBuffers
 from sparse_engine.backends.torch.device import TorchDevice
 from sparse_engine.errors import EngineClosedError
@@ -19,14 +21,17 @@ EYE = torch.eye(64)
 
 
 class FakeStream:
+    fake: FakeCuda
+
     def __init__(self, *arguments: Any) -> None:
         self.waited_for: list[Any] = []
 
     def wait_stream(self, stream: Any) -> None:
         self.waited_for.append(stream)
+        self.fake.order.append(f"ours waits for {stream}")
 
     def synchronize(self) -> None:
-        pass
+        self.fake.order.append("the host waits for ours")
 
 
 class FakeCuda:
@@ -34,6 +39,7 @@ class FakeCuda:
 
     def __init__(self) -> None:
         self.events: list[str] = []
+        self.order: list[str] = []  # of streams
         self.streams: list[FakeStream] = []
         self.fail: Exception | None = None
 
@@ -58,6 +64,9 @@ class FakeCuda:
         yield
         self.streams.pop()
 
+    def current(self) -> str:
+        return "ours" if self.streams else "the default stream"
+
 
 class FakeGraph:
     fake: FakeCuda
@@ -78,11 +87,12 @@ class Identity(torch.nn.Module):
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
-    monkeypatch.setattr(FakeGraph, "fake", fake, raising=False)
+    for kind in (FakeGraph, FakeStream):
+        monkeypatch.setattr(kind, "fake", fake, raising=False)
     handles = itertools.count(1)
     for name, value in {
         "Stream": FakeStream,
-        "current_stream": lambda device=None: "the default stream",
+        "current_stream": lambda device=None: fake.current(),
         "graph_pool_handle": lambda: (0, next(handles)),
         "device": lambda device: contextlib.nullcontext(),
         "stream": fake.stream,
@@ -113,6 +123,18 @@ def buffers() -> StepBuffers[torch.Tensor]:
 def test_the_stream_waits_for_the_weights(cuda: FakeCuda) -> None:
     stream: Any = make()._stream
     assert stream.waited_for == ["the default stream"]
+
+
+def test_rows_of_a_tensor_on_the_same_device_are_copied_there() -> None:
+    device, owner = TorchDevice(torch.device("cpu"), Identity(), compiled=False), torch.arange(12.0).reshape(4, 3)
+    array = DeviceArray(owner, device.dlpack_device, np.array([2, 3, 0]), (3,))
+    buffer = torch.zeros(3, 3)
+    device.take(buffer, array)
+    assert buffer.tolist() == owner[[2, 3, 0]].tolist()
+
+
+def test_a_cuda_device_takes_what_lies_on_its_own_gpu(cuda: FakeCuda) -> None:
+    assert make().dlpack_device == (2, 0)
 
 
 def test_a_recording_is_launched_on_the_stream_and_released(cuda: FakeCuda) -> None:
@@ -156,6 +178,36 @@ def test_an_invalidated_recording_is_an_error_too(cuda: FakeCuda) -> None:
     with pytest.raises(CaptureError, match="previous error during capture"):
         device.capture(lambda: None)
     assert device._pool == (0, 2)  # PyTorch holds the first for one that is still being recorded into
+
+
+def test_a_shared_copy_is_of_the_callers_memory_and_made_between_the_callers_work(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory of our stream would go back to it, and be overwritten there, while the caller's work still reads it."""
+    device, buffer = make(), torch.ones(2)
+    empty_like, copy_ = torch.empty_like, torch.Tensor.copy_
+
+    def allocate(tensor: torch.Tensor) -> torch.Tensor:
+        cuda.order.append(f"memory of {cuda.current()}")
+        return empty_like(tensor)
+
+    def copy(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        cuda.order.append(f"copy on {cuda.current()}")
+        return copy_(target, source)
+
+    cuda.order.clear()
+    monkeypatch.setattr(torch, "empty_like", allocate)
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    monkeypatch.setattr(torch.Tensor, "clone", None)
+    shared = device.share(buffer)
+    assert cuda.order == [
+        "memory of the default stream",
+        "ours waits for the default stream",
+        "copy on ours",
+        "the host waits for ours",
+    ]
+    assert shared.tolist() == [1, 1]
+    assert shared.data_ptr() != buffer.data_ptr()
 
 
 def test_a_closed_device_runs_nothing(cuda: FakeCuda) -> None:

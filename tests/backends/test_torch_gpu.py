@@ -12,10 +12,16 @@ import pytest
 import torch
 
 from sparse_engine import SparseEngine
+from sparse_engine.backends.torch.layers import QuantisedLayer
 from sparse_engine.backends.torch.products import CusparseltProduct, CutlassProduct, ObstacleError
+from sparse_engine.backends.torch.quantised import CusparseltCodesProduct, DenseCodesProduct, DequantisedProduct
+from sparse_engine.calibration.apply import Quantisation
+from sparse_engine.calibration.collect import collect
+from sparse_engine.calibration.sensitivity import relative_error
 from sparse_engine.export.families.uvit import UViTConfig
 from sparse_engine.images import psnr
 from tests.backends.test_torch_packing import two_of_four
+from tests.backends.test_torch_quantised import eight_bits
 from tests.conftest import save_checkpoint
 
 pytestmark = [
@@ -58,6 +64,47 @@ def test_sparse_products_against_float64(kind: type, dtype: torch.dtype, rows: i
     if kind is CusparseltProduct:
         product.algorithm = product.search(x)
         assert (product(x).double() - expected).abs().max() / scale < 1.6e-2
+
+
+@pytest.mark.parametrize("rows", [1, 16, 257, 4112])
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("kind", [DequantisedProduct, DenseCodesProduct, CusparseltCodesProduct])
+def test_products_of_codes_against_float32(kind: Any, precision: str, rows: int) -> None:
+    stored = eight_bits(precision, outputs=192, inputs=256).to(torch.device("cuda"))
+    bias = torch.randn(192, device="cuda", dtype=torch.float16)
+    linear = QuantisedLayer(stored, bias, torch.float16, sparse=True)
+    x = torch.randn(rows, 256, device="cuda", dtype=torch.float16)
+    try:
+        product = kind(stored, bias, torch.float16)
+        found = product(x)
+    except (ObstacleError, RuntimeError) as error:
+        pytest.skip(f"not on this GPU: {error}")
+    expected = linear.expected(x)
+    scale = expected.abs().max()
+    assert (found.float() - expected).abs().max() / scale < 5e-3
+    if kind is CusparseltCodesProduct:
+        product.algorithm = product.search(x)
+        assert (product(x).float() - expected).abs().max() / scale < 5e-3
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_an_engine_in_8_bits_draws_what_a_cpu_draws(precision: str, tmp_path: Path, build: Callable[..., Path]) -> None:
+    checkpoint = save_checkpoint(tmp_path / "gpu.pth", CONFIG)
+    options: dict[str, Any] = {"sparse": True, "null_class": 4, "batch": (1, 4, 16)}
+    with SparseEngine.load(build(checkpoint, backend="onnxruntime", **options)) as engine:
+        data = collect(engine, images=20, steps=8, sampler="ddim")
+    data.save(tmp_path / "calib.npz")
+    wanted = Quantisation(tmp_path / "calib.npz")
+    path = build(checkpoint, backend="torch", precision=precision, quantisation=wanted, **options)
+    predictions = []
+    for device in ("cuda", "cpu"):
+        with SparseEngine.load(path, device=device) as engine:
+            predictions.append(engine.predict(data.x, data.times, labels=data.labels))
+            layers = engine.info["layers"]
+            if device == "cuda":
+                assert all(layer["timed_by_tokens"] for layer in layers if layer["quantised"])
+                assert any(layer["kernel"] != "dense" for layer in layers if layer["quantised"])
+    assert relative_error(*predictions) < 0.03
 
 
 def test_a_gpu_draws_what_a_cpu_draws(engines: dict[str, Path]) -> None:

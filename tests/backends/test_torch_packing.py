@@ -21,6 +21,7 @@ from sparse_engine.backends.torch.products import (
     cutlass_linear,
     pack_for_cutlass,
     shape_obstacle,
+    split_arguments,
 )
 from sparse_engine.errors import EngineFileError, UnsupportedError
 
@@ -212,6 +213,24 @@ def test_the_sparse_operators_pad_rows_and_pass_what_their_libraries_expect(
     for found in (cutlass_linear(x, weight, meta, bias, 32), cutlass_linear(x, weight, meta, None, 32) + bias):
         torch.testing.assert_close(found, expected)
         assert found.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "known,expected",
+    [
+        ({"split_k", "split_k_mode"}, {"split_k": 2, "split_k_mode": 1}),
+        ({"split_k", "split_k_one_kernel"}, {"split_k": 2, "split_k_one_kernel": True}),  # PyTorch 2.7
+    ],
+)
+def test_a_split_is_told_as_the_installed_pytorch_takes_it(
+    known: set[str], expected: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert products._sparse_mm_arguments() >= {"alg_id", "split_k"}  # of the one that is installed
+    monkeypatch.setattr(products, "_sparse_mm_arguments", lambda: known)
+    found = split_arguments(2, 1)
+    assert found == expected
+    assert [type(value) for value in found.values()] == [type(value) for value in expected.values()]
+    assert split_arguments(1, -1) == {}
 
 
 def test_the_sparse_operators_know_their_shapes_without_running() -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from sparse_engine.bench.gpu.table import section
 from sparse_engine.bench.grid import PAPER
 from sparse_engine.errors import OptionError, UnsupportedError
 from sparse_engine.export.masks import magnitude_mask
+from sparse_engine.sampling import VPLinear, make_trajectory
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 REHEARSE = ["--device", "cpu", "--rehearse", "--no-compile", "--here"]
@@ -53,6 +55,9 @@ def test_ceilings(measured: Path) -> None:
     assert dense["tera_operations"] == pytest.approx(2 * 256**3 / dense["milliseconds"] / 1e9)
     assert found["fp16 cusparselt"]["failed"] == "ObstacleError: no CUDA: the engine runs on cpu"
     assert set(found["attention"]["milliseconds"]) == {"fused", "plain"}
+    in_8_bits = {name: row for name, row in found.items() if name.endswith((" in int8", " in fp8"))}
+    assert len(in_8_bits) == 8
+    assert {(row["kernel"], row["why"]) for row in in_8_bits.values()} == {("dense", "no CUDA: the engine runs on cpu")}
 
 
 def test_the_ways_are_checked_and_timed(measured: Path) -> None:
@@ -117,8 +122,27 @@ def test_another_backends_engines_are_compared(tmp_path: Path, monkeypatch: pyte
     assert rehearse(tmp_path, "5") == 0
     (row,) = rows(tmp_path, "tensorrt-rtx")
     assert row["sparse_parity"] < 1e-5
+    assert row["sparse_psnr"] is None or row["sparse_psnr"] > 80  # both are in float32
+    assert (row["sampler"], row["steps"]) == ("euler-ode", 48)
+    for measured in (row["milliseconds"], row["eager_milliseconds"]):
+        assert {kind: each["median"] > 0 for kind, each in measured.items()} == {"sparse": True, "dense": True}
     assert row["speedup"]["low"] <= row["speedup"]["median"] <= row["speedup"]["high"]
     assert set(row["sparse_kernels"].values()) == {"dense"}
+
+
+def test_steps_are_timed_without_noise_and_one_by_one_where_asked() -> None:
+    given: list[dict[str, Any]] = []
+    runner = SimpleNamespace(records=None)
+    engine: Any = SimpleNamespace(
+        _runner=runner,
+        manifest=SimpleNamespace(data_shape=(3, 8, 8)),
+        sample=lambda n, **options: given.append({"n": n, "records": runner.records, **options}),
+    )
+    for recorded in (True, False):
+        engines._stepping(engine, 2, 24, recorded=recorded)()
+    assert [(call["n"], call["steps"], call["records"]) for call in given] == [(2, 24, True), (2, 24, False)]
+    assert all(call["noise"].shape == (2, 3, 8, 8) for call in given)
+    assert not make_trajectory(given[0]["sampler"], VPLinear(), 24).stochastic
 
 
 def test_a_step_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -174,6 +198,102 @@ def test_a_step_that_breaks_cuda_is_followed_by_another_behind_it(
     assert "step 1 ended with exit code -11" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "code,output,rehearsed,message",
+    [
+        (1, "FAILED tests/a.py::b\n1 failed, 9 passed", False, "exit code 1: 1 failed, 9 passed; FAILED tests/a.py::b"),
+        (5, "400 deselected in 0.10s", False, "exit code 5: 400 deselected"),
+        (1, "No module named pytest", False, "exit code 1: No module named pytest"),
+        (-11, "", False, "exit code -11: no output"),
+        (0, "10 skipped, 400 deselected in 0.1s", False, "no test has passed: 10 skipped"),
+        (0, "10 skipped, 400 deselected in 0.1s", True, None),
+        (0, "9 passed, 1 skipped in 0.1s", False, None),
+    ],
+)
+def test_tests_that_fail_fail_the_run_and_are_run_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    code: int,
+    output: str,
+    rehearsed: bool,
+    message: str | None,
+) -> None:
+    here = dataclasses.replace(session(tmp_path), rehearsal=rehearsed)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], code, output))
+    assert script.run_step(2, here) == (message is None)
+    (row,) = json.loads(here.results("tests").path.read_text())["rows"]
+    assert (row["exit_code"], row["output"]) == (code, output.splitlines())
+    assert ("failed" in row) == (message is not None)
+    assert here.results("tests").wants(name="tests") == (message is not None)
+    assert (message or "") in capsys.readouterr().err
+
+
+def test_tests_that_hang_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(command: list[str], **options: Any) -> subprocess.CompletedProcess:
+        if "pytest" in command:
+            raise subprocess.TimeoutExpired(command, options["timeout"])
+        return run(command, **options)
+
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", hang)
+    assert rehearse(tmp_path, "2") == 1
+    assert rows(tmp_path, "tests")[0]["failed"] == "the tests did not end within the budget of 240 s"
+
+
+@pytest.mark.parametrize(
+    "step,error,succeeds",
+    [
+        (4, ValueError("computes something else"), False),
+        (4, UnsupportedError("this GPU has no such unit"), True),
+        (1, ValueError("no kernel for this GPU"), True),  # what a GPU does not have is what step 1 asks
+    ],
+)
+def test_a_row_that_failed_fails_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, error: Exception, succeeds: bool
+) -> None:
+    def measure(session: Session, results: Results) -> None:
+        with results.row(name="good"):
+            pass
+        with results.row(name="bad"):
+            raise error
+
+    monkeypatch.setitem(script.STEPS, step, (script.STEPS[step][0], measure))
+    assert rehearse(tmp_path, str(step)) == (0 if succeeds else 1)
+
+
+def test_a_step_of_which_nothing_could_be_measured_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(session: Session, results: Results) -> None:
+        with results.row(name="copy"):
+            raise ValueError("out of order")
+
+    monkeypatch.setitem(script.STEPS, 1, ("device", measure))
+    assert rehearse(tmp_path, "1") == 1
+
+
+def test_rows_that_were_not_begun_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert rehearse(tmp_path, "1", "--budget", "0") == 0
+    assert f"{10 + len(ceilings.PRODUCTS)} more were not begun within the budget" in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_the_scripts_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = session(tmp_path).results("device").path
+    path.parent.mkdir()
+    path.write_text(json.dumps({"schema": "sparse-engine-bench/2", "kind": "model", "rows": []}))
+    assert rehearse(tmp_path, "1") == 1
+    assert "holds no results of this script" in capsys.readouterr().err
+    assert json.loads(path.read_text())["kind"] == "model"
+
+
+def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def interrupt(session: Session, results: Results) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(script.STEPS, 1, ("device", interrupt))
+    assert rehearse(tmp_path, "1") == 130
+    assert "what was measured is kept" in capsys.readouterr().err
+
+
 def session(folder: Path) -> Session:
     return Session(torch.device("cpu"), True, folder / "rehearsal", 60.0, False, "a command")
 
@@ -190,6 +310,9 @@ def test_a_step_that_fails_leaves_the_others(tmp_path: Path, capsys: pytest.Capt
         (["--device", "cpu", "--steps", "9"], "--steps '9': expected some of 1 to 8"),
         (["--device", "cpu", "--steps", "all"], "--steps 'all'"),
         (["--device", "gpu"], "device 'gpu'"),
+        (["--device", "cpu", "--rehearse", "--budget", "nan"], "--budget nan: expected seconds"),
+        (["--device", "cpu", "--rehearse", "--budget", "inf"], "--budget inf: expected seconds"),
+        (["--device", "cpu", "--rehearse", "--budget", "-1"], "--budget -1.0: expected seconds"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:

@@ -7,15 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sparse_engine import cli
+from sparse_engine import SparseEngine, cli
+from sparse_engine.artifact import EngineFile
 from sparse_engine.cli.inspect import _kernel
 from sparse_engine.cli.main import run
+from sparse_engine.errors import BackendError, EngineFileError
 from tests.conftest import TINY, random_state
 
 FAST = ["--steps", "2", "--sampler", "ddim"]
@@ -136,6 +139,18 @@ BAD_INPUT = {
         "expected 1 <= smallest <= usual <= largest",
     ),
     "batch no numbers": (["build", "{tiny}", "--heads", "4", "--batch", "many"], "expected three whole numbers"),
+    "batch too large": (["build", "{tiny}", "--heads", "4", "--batch", "1,1,1" + "0" * 30], "<= largest <= 65536"),
+    "workspace nan": (["build", "{tiny}", "--workspace", "nan"], "--workspace nan: expected 0.001 to 1000000 GiB"),
+    "workspace inf": (["build", "{tiny}", "--workspace", "inf"], "--workspace inf: expected"),
+    "workspace negative": (["build", "{tiny}", "--workspace=-1"], "--workspace -1: expected"),
+    "workspace 0": (["build", "{tiny}", "--workspace", "0"], "--workspace 0: expected"),
+    "workspace huge": (["build", "{tiny}", "--workspace", "1e308"], "--workspace 1e+308: expected"),
+    "linear": (["build", "{tiny}", "--linear", "gem"], "--linear 'gem' is not known"),
+    "sparse required of nothing": (
+        ["build", "{tiny}", "--require-sparse"],
+        "--require-sparse is given without --sparse",
+    ),
+    "level": (["build", "{tiny}", "--optimization-level", "6"], "--optimization-level 6: expected 0 to 5"),
     "precision": (["build", "{tiny}", "--heads", "4", "--precision", "fp4"], "precision 'fp4' is not supported"),
     "backend": (["build", "{tiny}", "--backend", "abacus"], "backend 'abacus' is not known"),
     "no folder": (["build", "{tiny}", "-o", "no/where.sengine"], "the folder no does not exist"),
@@ -148,6 +163,19 @@ BAD_INPUT = {
     "labels uneven": (["sample", "{engine}", "-n", "5", "--labels", "0-1"], "do not fill 5 samples evenly"),
     "unwritable output": (["sample", "{engine}", "-o", "no/where.png"], "the folder no does not exist"),
     "inspect junk engine": (["inspect", "{junk_engine}"], "is no engine file"),
+    "no such many samples": (["sample", "{engine}", "-n", "99999999999"], "the images that a seed has"),
+    "no such many steps": (["sample", "{engine}", "--steps", "99999999999"], "expected at most 1000000"),
+    "no such many labels": (["sample", "{engine}", "--labels", "9" * 24], "no model has so many"),
+    "no such many threads": (["sample", "{engine}", "--threads", "1000000000"], "expected 1 to 4096"),
+    "guidance": (["sample", "{engine}", "--guidance", "1e308"], "expected a finite number"),
+    "tolerance": (["verify", "{engine}", "--against", "{tiny}", "--tolerance", "nan"], "expected a number above 0"),
+    "an engine for a checkpoint": (["build", "{junk_engine}"], "is an engine; expected a checkpoint"),
+    "output a pipe": (["build", "{tiny}", "--heads", "4", "-o", "{pipe}"], "is a device or a pipe"),
+    "plot to a pipe": (["inspect", "{tiny}", "--heads", "4", "--plot", "{pipe}"], "is a device or a pipe"),
+    "long name": (["sample", "{engine}", "-o", "x" * 300], "cannot be written"),
+    "long file name": (["sample", "{engine}", "-o", "x" * 300 + ".png"], "cannot be written"),
+    "seed of a calibration": (["calibrate", "{tiny}", "--heads", "4", "--seed", "-1"], "seed = -1; expected"),
+    "batch of the grid": (["bench", "--compare-dense", "--batch", "9" * 30], "expected at most 65536"),
     "unknown option": (["build", "--fast"], "No such option"),
 }
 
@@ -166,9 +194,11 @@ def test_bad_input_is_two_lines_and_exit_2_and_leaves_nothing(
     inputs.mkdir()
     (inputs / "junk.pth").write_text("not a checkpoint " * 50)
     (inputs / "junk.sengine").write_text("not an engine " * 50)
+    os.mkfifo(inputs / "pipe")
     names = {
         "junk": inputs / "junk.pth",
         "junk_engine": inputs / "junk.sengine",
+        "pipe": inputs / "pipe",
         "tiny": tiny_checkpoint,
         "engine": tiny_engine,
     }
@@ -183,6 +213,75 @@ def test_bad_input_is_two_lines_and_exit_2_and_leaves_nothing(
         assert shown.err.startswith("error: ")
         assert len(shown.err.strip().splitlines()) <= 2
     assert os.listdir(work) == []
+
+
+def dense_here(path: Path, *_: Any) -> dict[str, Any]:
+    return {"layers": [{"name": "fc1", "masked": True, "chosen": False, "kernel": "dense"}]}
+
+
+def refused(*_: Any) -> dict[str, Any]:
+    raise BackendError("the runtime refuses it")
+
+
+def interrupted(*_: Any) -> dict[str, Any]:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "report,code,message",
+    [
+        (dense_here, 2, "--require-sparse: 1 masked layers stay dense, such as fc1 (kernel dense)"),
+        (refused, 1, "the runtime refuses it"),
+        (interrupted, 130, "nothing half-written was left behind"),
+    ],
+)
+@pytest.mark.parametrize("before", [None, b"an engine that is in use"])
+def test_a_build_that_fails_at_its_end_leaves_what_was_there(
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    report: Any,
+    code: int,
+    message: str,
+    before: bytes | None,
+) -> None:
+    engine = tmp_path / "x.sengine"
+    if before is not None:
+        engine.write_bytes(before)
+    monkeypatch.setattr("sparse_engine.cli.build._report", report)
+    given = ["--sparse", "--require-sparse", "--heads", "4", "-o", str(engine)]
+    assert run(["build", str(tiny_checkpoint), *given]) == code
+    assert message in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == ({"x.sengine": before} if before else {})
+
+
+def test_a_build_replaces_what_was_there(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    engine = tmp_path / "x.sengine"
+    engine.write_bytes(b"an older engine")
+    assert run(["build", str(tiny_checkpoint), "--sparse", "--require-sparse", "--heads", "4", "-o", str(engine)]) == 0
+    assert os.listdir(tmp_path) == ["x.sengine"]
+    assert EngineFile(engine).manifest.sparse
+
+
+def test_a_plan_for_another_gpu_is_kept(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def misfit(path: Path, **_: Any) -> None:
+        raise EngineFileError(f"{path} was built for compute capability 8.6; here is 9.0")
+
+    monkeypatch.setattr(SparseEngine, "load", misfit)
+    assert run(["build", str(tiny_checkpoint), "--heads", "4", "-o", str(tmp_path / "x.sengine")]) == 0
+    said = capsys.readouterr().out
+    assert "note: cannot run here: was built for compute capability 8.6; here is 9.0" in said
+    assert os.listdir(tmp_path) == ["x.sengine"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
+    tmp_path.chmod(0o500)
+    assert run(["build", str(tiny_checkpoint), "--heads", "4", "-o", str(tmp_path / "x.sengine")]) == 2
+    assert "cannot be written to" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
+import torch
 
 from sparse_engine import SparseEngine
 from sparse_engine.artifact import EngineFile
@@ -13,9 +15,12 @@ from sparse_engine.backends.base import GRAPH_FILE
 from sparse_engine.calibration.apply import Quantisation
 from sparse_engine.calibration.collect import CalibrationData, collect
 from sparse_engine.calibration.sensitivity import relative_error
+from sparse_engine.calibration.smooth import migrate
 from sparse_engine.errors import BackendError, InputError, OptionError, QualityLimitError, UnsupportedError
 from sparse_engine.export import fastest, quantise
-from sparse_engine.export.build import build_engine
+from sparse_engine.export.bake import bake
+from sparse_engine.export.build import build_engine, export_baked
+from sparse_engine.export.model import load_model
 from sparse_engine.tactics import Choice
 
 INNER = 13  # of 16 layers: four a block in three blocks, and one skip_linear
@@ -103,6 +108,34 @@ def test_weights_that_lost_their_pattern_are_not_built(
     with pytest.raises(BackendError, match="its quantised weights are not 2:4 along the inputs"):
         build(tmp_path, conditional_checkpoint, calibration)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_network_rebuilt_from_a_smoothed_graph_computes_the_same(conditional_checkpoint: Path) -> None:
+    """Nothing is in 8 bits here: all that smoothing changed is in the state."""
+    model = load_model(conditional_checkpoint, heads=4, null_class=4)
+    baked = bake(model)
+    graph = export_baked(model, baked)
+    rng = np.random.default_rng(0)
+    names = [name for name in graph.layers if name.endswith(("qkv", "fc1"))]
+    factors = {name: rng.uniform(0.5, 2, 32).astype(np.float32) for name in names}
+    changed = quantise._migrated(graph, migrate(graph, factors))
+    assert len(changed) == 3 * len(names)
+    x, t, y = torch.randn(2, 3, 8, 8), torch.full((2,), 500.0), torch.tensor([1, 2])
+    found, expected = (model.network(state)(x, t, y) for state in ({**baked.state, **changed}, baked.state))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not np.allclose(changed["mid_block.norm1.weight"], baked.state["mid_block.norm1.weight"])
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_the_torch_backend_has_both(
+    precision: str, tmp_path: Path, conditional_checkpoint: Path, calibration: Quantisation, data: CalibrationData
+) -> None:
+    path = build(tmp_path, conditional_checkpoint, calibration, backend="torch", precision=precision)
+    manifest = EngineFile(path).manifest
+    assert (manifest.precision, manifest.backend["name"]) == (precision, "torch")
+    assert sum(layer["quantised"] == precision for layer in manifest.layers) == INNER
+    with SparseEngine.load(path, device="cpu") as engine:
+        assert engine.predict(data.x, data.times, labels=data.labels).shape == data.x.shape
 
 
 def test_a_quantised_engine_is_not_calibrated_on(int8_engine: Path) -> None:

@@ -17,6 +17,7 @@ from sparse_engine.backends.base import (
     bytes_payload,
     weights_payload,
 )
+from sparse_engine.backends.options import check_threads
 from sparse_engine.errors import OptionError, UnsupportedError
 
 from .compute import products_in
@@ -97,8 +98,7 @@ class OnnxRuntimeBackend:
                 f"device {device!r}: {engine.path} was built for onnxruntime on {built_for}",
                 f"leave the device out, or build it with --device {device}",
             )
-        if threads is not None and threads < 1:
-            raise OptionError(f"threads = {threads}; expected 1 or more, or None for one per core")
+        check_threads(threads)
         return OnnxRuntimeRunner(engine, threads, autotune)
 
 

@@ -25,7 +25,8 @@ from sparse_engine.backends.base import (
 from sparse_engine.backends.cuda.device import OUTPUTS, Buffer, CudaDevice, Recording, tensors
 from sparse_engine.backends.cuda.runtime import Cuda, find_gpu
 from sparse_engine.backends.device_loop import CaptureError, OutOfDeviceMemoryError, StepBuffers
-from sparse_engine.errors import BackendError, OptionError, UnsupportedError
+from sparse_engine.backends.options import check_threads
+from sparse_engine.errors import BackendError, UnsupportedError
 
 from .attention import runtime_nodes
 from .session import Prepared, create_session, weights_in_place
@@ -88,8 +89,7 @@ def load_cuda(engine: EngineFile, device: str, threads: int | None) -> CudaRunne
             f"device {device!r}: {engine.path} was built for the CPU, its weights packed for our own kernels",
             "build it with --device cuda",
         )
-    if threads is not None and threads < 1:
-        raise OptionError(f"threads = {threads}; expected 1 or more, or None for one")
+    check_threads(threads)
     _check_provider()
     gpu = find_gpu(device)
     lanes: list[Any] = []

@@ -16,7 +16,8 @@ from sparse_engine.backends.base import (
     bytes_payload,
     weights_payload,
 )
-from sparse_engine.errors import BackendError, OptionError
+from sparse_engine.backends.options import check_threads
+from sparse_engine.errors import BackendError
 
 from .libraries import RTX, TENSORRT, Library, normalised
 
@@ -129,8 +130,7 @@ class _Backend:
 
         from .plan import Plan, check_fits, mapped
 
-        if threads is not None and threads < 1:
-            raise OptionError(f"threads = {threads}; expected 1 or more, or None for one")
+        check_threads(threads)
         gpu = find_gpu(device)
         check_fits(engine, self.library, self.availability().version or "", gpu)
         cuda = Cuda(gpu.index)

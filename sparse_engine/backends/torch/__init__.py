@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.base import Availability, Payload, StepGraph
-from sparse_engine.backends.options import BuildOptions
-from sparse_engine.errors import OptionError, UnsupportedError
+from sparse_engine.backends.options import BuildOptions, check_threads
+from sparse_engine.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .runner import TorchRunner
 
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+
+
+def float_precision(precision: str) -> str:
+    """What the layers of an engine are in that are not in 8 bits."""
+    return {"int8": "fp16", "fp8": "fp16"}.get(precision, precision)
 
 
 class TorchBackend:
@@ -45,25 +50,38 @@ class TorchBackend:
         find_device(options.device)
 
     def graph_precision(self, options: BuildOptions) -> str:
-        """The engine's: what the graph holds in it says what the payload stores in it."""
-        return options.precision
+        """The engine's, or what is float in it: what the graph holds in it says what the payload stores in it."""
+        return float_precision(options.precision)
 
     def build(self, graph: StepGraph, options: BuildOptions, sparse_layers: list[str]) -> Payload:
-        """Store the weights, 2:4 layers packed; which product each gets is decided where the engine is loaded."""
+        """Store the weights, 2:4 layers packed; which product each gets is decided where the engine is loaded.
+
+        Raises UnsupportedError where a convolution that is not 1x1 is quantised.
+        """
+        from .codes import quantised_weights
         from .payload import network_payload
 
+        quantised = quantised_weights(graph)
+        for name in quantised:
+            if not _is_product(graph.weights[graph.layers[name][0]]):
+                raise UnsupportedError(
+                    f"{name}: the torch backend has 8-bit products for linear layers and 1x1 convolutions",
+                    f"build with --keep-float {name!r}",
+                )
         packable = [name for name in sparse_layers if _is_product(graph.weights[graph.layers[name][0]])]
-        packed = {"chosen": None, "kernel": "chosen where it is loaded"}
-        dense = {"chosen": False, "kernel": "dense"}
-        layers = {name: packed if name in packable else dense for name in graph.layers}
-        return Payload([network_payload(_lowered(graph), packable)], {"name": self.name}, layers)
+        later = {"kernel": "chosen where it is loaded"}
+        layers: dict[str, dict[str, Any]] = {}
+        for name in graph.layers:
+            layers[name] = {"chosen": False, "kernel": "dense"} | (later if name in quantised else {})
+            layers[name] |= {"chosen": None, **later} if name in packable else {}
+        state = _lowered(graph, self.graph_precision(options))
+        return Payload([network_payload(state, packable, quantised)], {"name": self.name}, layers)
 
     def load(self, engine: EngineFile, *, threads: int | None, device: str | None, autotune: bool) -> TorchRunner:
         """Rebuild the network and choose the products of its 2:4 layers on this machine."""
         from .runner import TorchRunner, find_device
 
-        if threads is not None and threads < 1:
-            raise OptionError(f"threads = {threads}; expected 1 or more, or None for PyTorch's own choice")
+        check_threads(threads)
         return TorchRunner.load(engine, threads, find_device(device), autotune)
 
 
@@ -72,13 +90,16 @@ def _is_product(weight: np.ndarray) -> bool:
     return weight.ndim == 2 or weight.shape[2:] == (1, 1)
 
 
-def _lowered(graph: StepGraph) -> dict[str, Tensor]:
-    """The baked weights, each layer's in the type that the step graph has it in."""
+def _lowered(graph: StepGraph, precision: str) -> dict[str, Tensor]:
+    """The baked weights, each layer's in the type that the step graph has it in; of one in 8 bits, in ``precision``."""
     import torch
+
+    from sparse_engine.export.precision import DTYPES
 
     state = {}
     for name, array in graph.state.items():
         layer, _, _ = name.rpartition(".")
         stored = graph.weights[graph.layers[layer][0]].dtype if layer in graph.layers else np.dtype(np.float32)
-        state[name] = torch.from_numpy(np.ascontiguousarray(array)).to(getattr(torch, stored.name))
+        dtype = DTYPES[precision] if stored.itemsize == 1 else getattr(torch, stored.name)
+        state[name] = torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
     return state

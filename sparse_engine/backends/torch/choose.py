@@ -1,14 +1,16 @@
-"""Which product each 2:4 layer gets, by timing the candidates inside CUDA graphs on the GPU that will run them.
+"""Which product a 2:4 or 8-bit layer gets, by timing the candidates inside CUDA graphs on the GPU that will run them.
 
 Outside a graph cuSPARSELt pays about half a millisecond of set-up at every call; inside it pays once. So a candidate is
 timed as it will run: a graph of several products in a row, over as many copies of the weight as it takes to pass the
-second-level cache, since in a network the other layers have emptied it.
+second-level cache, since in a network the other layers have emptied it. Rounding inputs to 8 bits and scaling sums are
+timed as kernels of their own; in the network torch.compile makes them one with what is next to them.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,22 +21,17 @@ from torch import Tensor, nn
 from sparse_engine import __version__
 from sparse_engine.tactics import Choice, TacticCache
 
-from .products import (
-    DEFAULT_ALGORITHM,
-    Algorithm,
-    CusparseltProduct,
-    CutlassProduct,
-    DenseProduct,
-    ObstacleError,
-)
+from .layers import CUSPARSELT, DENSE, SPARSE, Layer
+from .products import DEFAULT_ALGORITHM, Algorithm, ObstacleError
 from .recorded import Recorded, repeats
 
 log = logging.getLogger(__name__)
 
-DENSE, CUSPARSELT, CUTLASS = "dense", "cusparselt", "cutlass"
 MAX_COPIES = 16  # of a weight
 CHECKED_ROWS = 64
 SEARCHED_OPERATIONS = 5e12  # of a call in cuSPARSELt's search, which makes hundreds of them: some 10 ms
+# Why a product is left out; a TypeError is a private operator whose arguments another PyTorch has changed.
+REFUSALS = (ObstacleError, RuntimeError, TypeError)
 TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 3e-2}  # of the largest output
 
 
@@ -60,7 +57,7 @@ class LayerChoice:
             str(tokens): {"milliseconds": choice.milliseconds, "fastest": choice.kernel, "margin": choice.margin}
             for tokens, choice in self.measured.items()
         }
-        return {"chosen": self.kernel != DENSE, "kernel": self.kernel, "why": self.why, "timed_by_tokens": timed}
+        return {"chosen": self.kernel in SPARSE, "kernel": self.kernel, "why": self.why, "timed_by_tokens": timed}
 
 
 class Chooser:
@@ -80,35 +77,35 @@ class Chooser:
         self._device, self._autotune = device, autotune and device.type == "cuda"
         self._cache = TacticCache(sparse_engine=__version__, **device_facts(device))
 
-    def choose(self, name: str, weight: Tensor, bias: Tensor | None) -> LayerChoice:
-        """The products of a layer, weight [N, K] and bias [N] being on the device."""
+    def choose(self, name: str, layer: Layer) -> LayerChoice:
+        """The products of a layer, which is on the device."""
         tokens = {batch: batch * self._positions[name] for batch in self._batches}
-        made, obstacles = self._candidates(weight, bias)
+        made, obstacles = self._candidates(layer)
         if list(made) == [DENSE]:
             return LayerChoice({tokens[self._usual]: made[DENSE]}, DENSE, "; ".join(obstacles))
         if not self._autotune:
             kernel = next(name for name in made if name != DENSE)
-            return LayerChoice({tokens[self._usual]: made[kernel]}, kernel, "not timed: sparse by default")
-        measured = self._measured(made, weight, bias, list(tokens.values()))
+            why = f"not timed: {'sparse' if kernel in SPARSE else '8 bits'} by default"
+            return LayerChoice({tokens[self._usual]: made[kernel]}, kernel, "; ".join([why, *obstacles]))
+        measured = self._measured(made, layer, list(tokens.values()))
         if not measured:
             return LayerChoice({tokens[self._usual]: made[DENSE]}, DENSE, "no product could be timed")
         products = {rows: _product_named(choice.kernel, made) for rows, choice in measured.items()}
         usual = nearest(measured, tokens[self._usual])
-        kernel = DENSE if products[usual] is made[DENSE] else measured[usual].kernel.split()[0]
+        kernel = DENSE if products[usual] is made[DENSE] else _parsed(measured[usual].kernel)[0]
         why = "; ".join(["faster at the usual batch", *obstacles])
         return LayerChoice(products, kernel, why, measured)
 
-    def _measured(
-        self, made: dict[str, nn.Module], weight: Tensor, bias: Tensor | None, tokens: list[int]
-    ) -> dict[int, Choice]:
+    def _measured(self, made: dict[str, nn.Module], layer: Layer, tokens: list[int]) -> dict[int, Choice]:
         """What was timed for each number of tokens; those that could not be, for want of memory, are left out."""
         measured = {}
         for rows in tokens:
-            key = f"{weight.dtype} {tuple(weight.shape)} {'bias' if bias is not None else 'no bias'} tokens {rows}"
+            bias = "bias" if layer.bias is not None else "no bias"
+            key = f"{layer.weights} {tuple(layer.shape)} {bias} tokens {rows}"
             try:
-                choice = self._cache.choose(key, lambda rows=rows: self._timed(made, weight, bias, rows))  # type: ignore[misc]
-                measured[rows] = _per_product(choice, rows, weight)
-            except RuntimeError as error:
+                choice = self._cache.choose(key, lambda rows=rows: self._timed(made, layer, rows))  # type: ignore[misc]
+                measured[rows] = _per_product(choice, rows, layer)
+            except REFUSALS as error:  # the dense product's own, or for want of memory
                 log.warning("%s is not timed: %s", key, error)
         return measured
 
@@ -135,37 +132,35 @@ class Chooser:
             candidates[name] = Recorded([lambda each=variant: each.attend(q, k, v)] * count, self._device, pool)  # type: ignore[misc]
         return candidates
 
-    def _candidates(self, weight: Tensor, bias: Tensor | None) -> tuple[dict[str, nn.Module], list[str]]:
+    def _candidates(self, layer: Layer) -> tuple[dict[str, nn.Module], list[str]]:
         """(products that can be made, why the others cannot)."""
         made: dict[str, nn.Module] = {}
         obstacles: list[str] = []
-        for name, kind in ((CUSPARSELT, CusparseltProduct), (CUTLASS, CutlassProduct)):
+        for name, make in layer.others().items():
             try:
-                made[name] = kind(weight, bias)
-            except (ObstacleError, RuntimeError) as error:  # a RuntimeError is the library's own refusal
+                made[name] = make()
+            except REFUSALS as error:
                 reason = str(error).splitlines()[0]
                 obstacles += [] if reason in obstacles else [reason]
-        return {**made, DENSE: DenseProduct(weight, bias)}, obstacles
+        return {**made, DENSE: layer.dense()}, obstacles
 
-    def _timed(
-        self, made: dict[str, nn.Module], weight: Tensor, bias: Tensor | None, rows: int
-    ) -> dict[str, Callable[[], object]]:
+    def _timed(self, made: dict[str, nn.Module], layer: Layer, rows: int) -> dict[str, Callable[[], object]]:
         """Candidates ready to be timed on so many rows; those that fail or compute something else are left out."""
-        x = torch.randn(rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
+        x = torch.randn(rows, layer.shape[1], device=layer.device, dtype=layer.dtype)
         products = dict(made)
         if CUSPARSELT in made:
             try:
-                algorithm = made[CUSPARSELT].search(x[: searched_rows(weight)])  # type: ignore[operator]
+                algorithm = made[CUSPARSELT].search(x[: searched_rows(layer)])  # type: ignore[operator]
                 products[_algorithm_name(algorithm)] = _with_algorithm(made[CUSPARSELT], algorithm)
-            except RuntimeError as error:
+            except REFUSALS as error:
                 log.debug("cuSPARSELt's search failed: %s", error)
         candidates: dict[str, Callable[[], object]] = {}
         pool = torch.cuda.graph_pool_handle()  # shared: no two run at a time, and their results are of no use
         for name, product in products.items():
             try:
-                check_product(product, weight, bias, x)
-                candidates[name] = Recorded(_calls(product, x, repeats_of(rows, weight)), x.device, pool)
-            except (ObstacleError, RuntimeError) as error:
+                check_product(product, layer, x)
+                candidates[name] = Recorded(_calls(product, x, repeats_of(rows, layer)), x.device, pool)
+            except REFUSALS as error:
                 if name == DENSE or isinstance(error, torch.OutOfMemoryError):  # of which another would suffer, too
                     raise
                 log.debug("%s is no candidate at %d tokens: %s", name, rows, error)
@@ -173,25 +168,25 @@ class Chooser:
         return candidates
 
 
-def check_product(product: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> None:
+def check_product(product: nn.Module, layer: Layer, x: Tensor) -> None:
     """Hold a product's first and last rows against float32. Raises ObstacleError where it computes something else."""
     rows = torch.cat([x[:CHECKED_ROWS], x[-CHECKED_ROWS:]])
     y = product(x)
     found = torch.cat([y[:CHECKED_ROWS], y[-CHECKED_ROWS:]]).float()
-    expected = torch.nn.functional.linear(rows.float(), weight.float(), None if bias is None else bias.float())
-    error = float((found - expected).abs().max() / expected.abs().max())
-    if not error <= TOLERANCE[weight.dtype]:
-        raise ObstacleError(f"computes something else: relative error {error:.1e}")
+    expected = layer.expected(rows)
+    error, largest = float((found - expected).abs().max()), float(expected.abs().max())
+    if not error <= TOLERANCE[layer.dtype] * largest:  # NaN is no less than anything
+        raise ObstacleError(f"computes something else: off by {error:.1e} where outputs reach {largest:.1e}")
 
 
-def searched_rows(weight: Tensor) -> int:
+def searched_rows(layer: Layer) -> int:
     """How many rows cuSPARSELt's search is given at most: fewer than come only where these fill the GPU many times."""
-    return int(SEARCHED_OPERATIONS / (2 * weight.numel()))
+    return int(SEARCHED_OPERATIONS / (2 * layer.shape.numel()))
 
 
-def repeats_of(rows: int, weight: Tensor) -> int:
+def repeats_of(rows: int, layer: Layer) -> int:
     """How many products of a layer a timed graph holds."""
-    return repeats(2 * rows * weight.numel())
+    return repeats(2 * rows * layer.shape.numel())
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
@@ -221,8 +216,8 @@ def _calls(product: nn.Module, x: Tensor, count: int) -> list[Callable[[], objec
     return [lambda each=products[index % copies]: each(x) for index in range(count)]  # type: ignore[misc]
 
 
-def _per_product(choice: Choice, rows: int, weight: Tensor) -> Choice:
-    count = repeats_of(rows, weight)
+def _per_product(choice: Choice, rows: int, layer: Layer) -> Choice:
+    count = repeats_of(rows, layer)
     return Choice(choice.kernel, {name: value / count for name, value in choice.milliseconds.items()})
 
 
@@ -230,13 +225,16 @@ def _algorithm_name(algorithm: Algorithm) -> str:
     return f"{CUSPARSELT} {' '.join(map(str, algorithm))}"
 
 
+def _parsed(name: str) -> tuple[str, Algorithm | None]:
+    """A candidate's name -> the product's, and the algorithm that is named behind it."""
+    found = re.fullmatch(r"(.*) (-?\d+) (-?\d+) (-?\d+)", name)
+    return (name, None) if found is None else (found[1], (int(found[2]), int(found[3]), int(found[4])))
+
+
 def _product_named(name: str, made: dict[str, nn.Module]) -> nn.Module:
-    kernel, *numbers = name.split()
+    kernel, algorithm = _parsed(name)
     product = made.get(kernel, made[DENSE])  # one that was remembered may not be to be had today
-    if not numbers or product is made[DENSE]:
-        return product
-    first, second, third = map(int, numbers)
-    return _with_algorithm(product, (first, second, third))
+    return product if algorithm is None or product is made[DENSE] else _with_algorithm(product, algorithm)
 
 
 def _with_algorithm(product: nn.Module, algorithm: Algorithm) -> nn.Module:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparse_engine.backends.cuda.dlpack import CPU, CUDA
+from sparse_engine.backends.cuda.dlpack_in import DeviceArray
 from sparse_engine.backends.device_loop import CaptureError, OutOfDeviceMemoryError, StepBuffers
 from sparse_engine.errors import BackendError, EngineClosedError, SparseEngineError
 
@@ -45,6 +47,7 @@ class TorchDevice:
             self._stream.wait_stream(torch.cuda.current_stream(device))  # which has moved the weights
         self._recording = False
         self._thread = threading.local()
+        self.dlpack_device = (CUDA if cuda else CPU, device.index or 0)
 
     def allocate(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Tensor:
         """See ``StepDevice.allocate``."""
@@ -77,11 +80,26 @@ class TorchDevice:
             return buffer.to("cpu", copy=True).numpy()
 
     def share(self, buffer: Tensor) -> Tensor:
-        """See ``StepDevice.share``."""
-        with self._current():
-            shared = buffer.clone()
-        self.synchronize()
+        """See ``StepDevice.share``.
+
+        The memory is of the stream that is current where this is called, so that it goes back to the stream on which
+        the copy is used: on ours it would be handed out again while work of the caller's still reads it.
+        """
+        with self._errors():
+            shared = torch.empty_like(buffer)
+            if self._stream is not None:  # what the caller has enqueued may still use that memory
+                self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self.copy(shared, buffer)
+        self.synchronize()  # whatever stream it is used on, it is there
         return shared
+
+    def take(self, buffer: Tensor, array: DeviceArray) -> None:
+        """See ``TakingDevice.take``."""
+        with self._current():
+            source = torch.from_dlpack(array.owner)  # has our stream wait for the owner's
+            for at, first, count in array.runs():
+                buffer[at : at + count].copy_(source[first : first + count])
+        self.synchronize()
 
     def step(self, buffers: StepBuffers[Tensor]) -> None:
         """See ``StepDevice.step``. Where torch.compile fails the step runs as PyTorch's own operators from then on."""
@@ -142,16 +160,22 @@ class TorchDevice:
             if self._stream is not None:
                 stack.enter_context(torch.cuda.device(self._device))
                 stack.enter_context(torch.cuda.stream(self._stream))
-            try:
-                yield
-            except (SparseEngineError, CaptureError):
-                raise
-            except torch.OutOfMemoryError as error:
-                raise OutOfDeviceMemoryError(
-                    f"{self._device} has no memory left for this batch", "sample with a smaller batch_size"
-                ) from error
-            except RuntimeError as error:
-                raise BackendError(f"{self._device} failed: {_first_line(error)}") from error
+            stack.enter_context(self._errors())
+            yield
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Make PyTorch's errors ours."""
+        try:
+            yield
+        except (SparseEngineError, CaptureError):
+            raise
+        except torch.OutOfMemoryError as error:
+            raise OutOfDeviceMemoryError(
+                f"{self._device} has no memory left for this batch", "sample with a smaller batch_size"
+            ) from error
+        except RuntimeError as error:
+            raise BackendError(f"{self._device} failed: {_first_line(error)}") from error
 
     def _ready_thread(self) -> None:
         """cuBLAS and cuSPARSELt keep a handle for each thread, and cannot make one while a graph is being recorded."""

@@ -1,4 +1,4 @@
-"""A network rebuilt from its family and configuration, its 2:4 layers given the products that were chosen."""
+"""A network rebuilt from its family and configuration, its 2:4 and 8-bit layers given the products that were chosen."""
 
 from __future__ import annotations
 
@@ -11,24 +11,30 @@ from torch import Tensor, nn
 from sparse_engine.errors import EngineFileError
 from sparse_engine.manifest import Manifest
 
+from . import float_precision
 from .choose import Chooser, nearest
+from .codes import QuantisedWeight
+from .layers import FloatLayer, Layer, QuantisedLayer
+from .payload import StoredNetwork
 
 
-def rebuild(manifest: Manifest, state: Mapping[str, Tensor], where: str) -> nn.Module:
-    """The network of an engine, in evaluation mode and the engine's precision.
+def rebuild(manifest: Manifest, stored: StoredNetwork, where: str) -> nn.Module:
+    """The network of an engine, in evaluation mode and the engine's float precision.
 
     Args:
         manifest: names the family and its configuration. Nothing else of the file says what the network is.
-        state: its weights, under the checkpoint's keys.
+        stored: its weights; of a layer in 8 bits the network gets the values that the codes stand for.
         where: the engine, for messages.
 
     Raises:
         EngineFileError: the weights are not those of such a network.
     """
     from sparse_engine.export.families import family_named
-    from sparse_engine.export.precision import lower
+    from sparse_engine.export.precision import DTYPES, lower
 
-    family = family_named(manifest.family)
+    family, precision = family_named(manifest.family), float_precision(manifest.precision)
+    values = {f"{layer}.weight": weight.dequantised(DTYPES[precision]) for layer, weight in stored.quantised.items()}
+    state = {**stored.state, **values}
     with torch.device("meta"):
         network = family.network(family.config_from_dict(manifest.config))
     expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
@@ -40,28 +46,50 @@ def rebuild(manifest: Manifest, state: Mapping[str, Tensor], where: str) -> nn.M
             "rebuild it with sparse-engine build",
         )
     network.load_state_dict({name: state[name].reshape(shape) for name, shape in expected.items()}, assign=True)
-    return lower(network.eval().requires_grad_(False), family.float32_layers, manifest.precision)
+    return lower(network.eval().requires_grad_(False), family.float32_layers, precision)
 
 
 def choose_products(
-    network: nn.Module, layers: list[str], chooser: Chooser, progress: Callable[[str], None] = lambda layer: None
+    network: nn.Module,
+    layers: list[str],
+    chooser: Chooser,
+    progress: Callable[[str], None] = lambda layer: None,
+    quantised: Mapping[str, QuantisedWeight] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Replace 2:4 layers of a network by the products that ``chooser`` picks. Returns the report of each."""
+    """Replace layers of a network by the products that ``chooser`` picks.
+
+    Args:
+        network: on its device, every layer in it a float one.
+        layers: those with 2:4 weights.
+        chooser: picks.
+        progress: told each layer.
+        quantised: layer -> its weight in 8 bits, 2:4 or not.
+
+    Returns:
+        The report of each layer.
+    """
+    weights = quantised or {}
     report = {}
-    for name in layers:
+    for name in dict.fromkeys([*layers, *weights]):
         progress(name)
-        module = network.get_submodule(name)
+        module: Any = network.get_submodule(name)
         if is_product(module):
-            weight: Any = module.weight
-            bias: Any = module.bias
-            choice = chooser.choose(name, weight.detach().flatten(1), None if bias is None else bias.detach())
+            choice = chooser.choose(name, _layer(module, weights.get(name), name in layers))
             kind = TwoFourLinear if isinstance(module, nn.Linear) else TwoFourPointwise
-            network.set_submodule(name, kind(choice.products, weight.dtype))
+            network.set_submodule(name, kind(choice.products, module.weight.dtype))
             report[name] = choice.to_dict()
         else:
             why = f"a {type(module).__name__} that is not 1x1: PyTorch has no 2:4 product for it"
             report[name] = {"chosen": False, "kernel": "dense", "why": why}
     return report
+
+
+def _layer(module: Any, quantised: QuantisedWeight | None, sparse: bool) -> Layer:
+    """A product of a network, as products are chosen for it."""
+    weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
+    if quantised is None:
+        return FloatLayer(weight.flatten(1), bias)
+    return QuantisedLayer(quantised.to(weight.device), bias, weight.dtype, sparse)
 
 
 def choose_attention(network: nn.Module, inputs: tuple[Tensor, ...], chooser: Chooser) -> dict[str, dict[str, Any]]:
@@ -105,7 +133,7 @@ def is_product(module: nn.Module) -> bool:
 
 
 class TwoFourLinear(nn.Module):
-    """A linear layer whose product depends on the number of tokens."""
+    """A linear layer whose product depends on the number of tokens; ``dtype`` is of what goes in and comes out."""
 
     def __init__(self, products: Mapping[int, nn.Module], dtype: torch.dtype) -> None:
         super().__init__()

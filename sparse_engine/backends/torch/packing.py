@@ -20,6 +20,9 @@ BLOCK = 1 << 24  # weights packed at once: bounds the memory of the int64 indice
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Pack a weight [N, K] that is 2:4 along K, a multiple of 4. Raises UnsupportedError where it is not."""
+    if weight.dtype == torch.float8_e4m3fn:
+        values, positions = pack(_bytes(weight))
+        return values.view(weight.dtype), positions
     if weight.ndim != 2 or weight.shape[1] % 4:
         raise UnsupportedError(f"weight is {list(weight.shape)}; expected [N, K] with K a multiple of 4")
     table = _kept_by_pattern().to(weight.device)
@@ -33,6 +36,8 @@ def unpack(values: Tensor, positions: Tensor) -> Tensor:
 
     Raises EngineFileError on shapes that do not belong together, and positions that are none.
     """
+    if values.dtype == torch.float8_e4m3fn:
+        return unpack(values.view(torch.uint8), positions).view(values.dtype)
     groups = values.shape[-1] // 2
     if values.ndim != 2 or positions.shape != (len(values), -(-groups // 2)) or positions.dtype != torch.uint8:
         raise EngineFileError(
@@ -43,6 +48,12 @@ def unpack(values: Tensor, positions: Tensor) -> Tensor:
     rows = max(1, BLOCK // (4 * groups))
     parts = [_unpack_rows(*each) for each in zip(values.split(rows), positions.split(rows), strict=True)]
     return torch.cat(parts)
+
+
+def _bytes(weight: Tensor) -> Tensor:
+    """float8, which PyTorch neither compares nor gathers, as bytes; -0 becomes 0, whose byte is 0."""
+    stored = weight.view(torch.uint8)
+    return stored.masked_fill(stored == 0x80, 0)
 
 
 def _kept_by_pattern() -> Tensor:

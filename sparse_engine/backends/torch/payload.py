@@ -1,4 +1,4 @@
-"""``network.safetensors``: the baked weights of a network, its 2:4 layers packed.
+"""``network.safetensors``: the baked weights of a network, its 2:4 layers packed, its quantised layers in 8 bits.
 
 Nothing in it is executed: it is a table of tensors in the safetensors format (eight bytes with the length of a JSON
 header, the header, the data), read in place from the engine file.
@@ -10,6 +10,7 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,27 +18,58 @@ from torch import Tensor
 from sparse_engine.artifact import EngineFile, PayloadFile
 from sparse_engine.errors import EngineFileError
 
+from .codes import LIMITS, QuantisedWeight
 from .packing import pack, unpack
 
 NETWORK_FILE = "network.safetensors"
-VALUES, POSITIONS = ".values", ".positions"
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "I64": torch.int64}
+WEIGHT, VALUES, POSITIONS = ".weight", ".values", ".positions"
+CODES, SCALE, INPUT_SCALE = ".weight.codes", ".weight.scale", ".input.scale"
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_HEADER = 1 << 26
 
 
-def network_payload(state: Mapping[str, Tensor], sparse_layers: Iterable[str]) -> PayloadFile:
+@dataclass(frozen=True)
+class StoredNetwork:
+    """What a payload holds.
+
+    Attributes:
+        state: the float weights, under the checkpoint's keys; those that were packed are dense again.
+        packed: the names of the layers that were, which are 2:4.
+        quantised: layer -> its weight in 8 bits; ``state`` does not have it.
+    """
+
+    state: dict[str, Tensor]
+    packed: list[str]
+    quantised: dict[str, QuantisedWeight]
+
+
+def network_payload(
+    state: Mapping[str, Tensor], sparse_layers: Iterable[str], quantised: Mapping[str, QuantisedWeight] | None = None
+) -> PayloadFile:
     """The weights as a payload file.
 
     Args:
         state: under the checkpoint's keys, each in the type that the network computes in.
         sparse_layers: those whose ``weight`` is 2:4 along its inputs (a 1x1 convolution's, along its channels).
+        quantised: layer -> its weight in 8 bits, stored in the place of that in ``state``.
     """
     stored: dict[str, Tensor] = dict(state)
+    for layer, weight in (quantised or {}).items():
+        del stored[layer + WEIGHT]
+        stored |= {layer + CODES: weight.codes, layer + SCALE: weight.scale, layer + INPUT_SCALE: weight.input_scale}
     for layer in sparse_layers:
-        weight = stored.pop(f"{layer}.weight")
-        values, positions = pack(weight.flatten(1))
-        stored |= {f"{layer}.weight{VALUES}": values, f"{layer}.weight{POSITIONS}": positions}
+        key = layer + (CODES if layer + CODES in stored else WEIGHT)
+        values, positions = pack(stored.pop(key).flatten(1))
+        stored |= {key + VALUES: values, key + POSITIONS: positions}
     header, end = {}, 0
     for name, tensor in stored.items():
         header[name] = {
@@ -57,8 +89,8 @@ def network_payload(state: Mapping[str, Tensor], sparse_layers: Iterable[str]) -
     return PayloadFile(NETWORK_FILE, 8 + len(text) + end, chunks, aligned=True)
 
 
-def read_network(engine: EngineFile) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights of an engine, unpacked, and the names of the layers that were packed.
+def read_network(engine: EngineFile) -> StoredNetwork:
+    """The weights of an engine, unpacked.
 
     Dense tensors are mapped from the engine file; do not write into them.
 
@@ -66,14 +98,26 @@ def read_network(engine: EngineFile) -> tuple[dict[str, Tensor], list[str]]:
         EngineFileError: the payload is damaged.
     """
     tensors = _read_tensors(engine)
-    state = {name: tensor for name, tensor in tensors.items() if not name.endswith((VALUES, POSITIONS))}
-    layers = [name.removesuffix(f".weight{VALUES}") for name in tensors if name.endswith(f".weight{VALUES}")]
-    for layer in layers:
-        key = f"{layer}.weight"
+    packed = [name.removesuffix(VALUES) for name in tensors if name.endswith(VALUES)]
+    for key in packed:
         if key + POSITIONS not in tensors:
             raise _damaged(engine, f"{key} has values and no positions")
-        state[key] = unpack(tensors[key + VALUES], tensors[key + POSITIONS])
-    return state, layers
+        tensors[key] = unpack(tensors.pop(key + VALUES), tensors.pop(key + POSITIONS))
+    layers = [name.removesuffix(CODES) for name in tensors if name.endswith(CODES)]
+    quantised = {layer: _quantised_weight(engine, layer, tensors) for layer in layers}
+    return StoredNetwork(tensors, [key.removesuffix(CODES).removesuffix(WEIGHT) for key in packed], quantised)
+
+
+def _quantised_weight(engine: EngineFile, layer: str, tensors: dict[str, Tensor]) -> QuantisedWeight:
+    """Take a layer's weight out of ``tensors``."""
+    codes, scale, input_scale = (tensors.pop(layer + part, None) for part in (CODES, SCALE, INPUT_SCALE))
+    if scale is None or input_scale is None:
+        raise _damaged(engine, f"{layer}{CODES} has no scale of its weight or of its input")
+    if codes is None or codes.ndim != 2 or codes.dtype not in LIMITS:
+        raise _damaged(engine, f"{layer}{CODES} is not int8 or float8_e4m3fn [N, K]")
+    if scale.shape != codes.shape[:1] or input_scale.shape != () or scale.dtype != input_scale.dtype != torch.float32:
+        raise _damaged(engine, f"the scales of {layer} are not float32, one for each of {len(codes)} outputs and one")
+    return QuantisedWeight(codes, scale, input_scale)
 
 
 def _read_tensors(engine: EngineFile) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ reference, and for the algorithm search aten/src/ATen/native/sparse/cuda/cuSPARS
 operators of our own, which torch.compile leaves alone.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
 AMPERE = (8, 0)
-ROWS = 8  # both libraries take 16-bit inputs by rows of this multiple
-SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+ROWS = {2: 8, 1: 16}  # bytes of a value -> the libraries take rows of inputs in this multiple
+SPARSE_TYPES = (torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 Algorithm = tuple[int, int, int]  # cuSPARSELt's algorithm, split of K (1: none), and how the parts are summed
 DEFAULT_ALGORITHM: Algorithm = (0, 1, -1)
 
@@ -51,13 +52,10 @@ class CusparseltProduct(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, algorithm: Algorithm = DEFAULT_ALGORITHM) -> None:
         super().__init__()
-        _check(weight, SparseSemiStructuredTensorCUSPARSELT)
-        if not torch.backends.cusparselt.is_available():
-            raise ObstacleError(f"torch {torch.__version__} is built without cuSPARSELt")
         self.outputs, self.algorithm = weight.shape[0], algorithm
-        self.register_buffer("packed", torch._cslt_compress(weight.contiguous()))
+        self.register_buffer("packed", pack_for_cusparselt(weight))
         self.register_buffer("bias", bias)
-        self(weight.new_zeros(ROWS, weight.shape[1]))
+        self(weight.new_zeros(1, weight.shape[1]))
 
     def forward(self, x: Tensor) -> Tensor:
         """[M, K] -> [M, N]."""
@@ -65,13 +63,7 @@ class CusparseltProduct(nn.Module):
 
     def search(self, x: Tensor) -> Algorithm:
         """The algorithm that cuSPARSELt's own search, by timing, finds fastest for inputs such as x."""
-        columns = _padded(x).t()
-        module = getattr(torch._C, "_cusparselt", None)
-        if hasattr(module, "mm_search"):
-            algorithm, split_k, mode, *_ = module.mm_search(self.packed, columns, self.bias, None, None, True)  # type: ignore[union-attr]
-            return int(algorithm), int(split_k), int(mode)
-        found = torch._cslt_sparse_mm_search(self.packed, columns, bias=self.bias, transpose_result=True)  # type: ignore[arg-type]
-        return int(found), *DEFAULT_ALGORITHM[1:]
+        return search_algorithm(x, self.packed, self.bias)  # type: ignore[arg-type]
 
 
 class CutlassProduct(nn.Module):
@@ -85,11 +77,38 @@ class CutlassProduct(nn.Module):
         self.register_buffer("packed", packed)
         self.register_buffer("meta", meta)
         self.register_buffer("bias", bias)
-        self(weight.new_zeros(ROWS, weight.shape[1]))
+        self(weight.new_zeros(1, weight.shape[1]))
 
     def forward(self, x: Tensor) -> Tensor:
         """[M, K] -> [M, N]."""
         return cutlass_linear(x, self.packed, self.meta, self.bias, self.outputs)
+
+
+def pack_for_cusparselt(weight: Tensor) -> Tensor:
+    """cuSPARSELt's layout of a weight [N, K], values and positions in one. Raises ObstacleError where it takes none."""
+    _check(weight, SparseSemiStructuredTensorCUSPARSELT)
+    if not torch.backends.cusparselt.is_available():
+        raise ObstacleError(f"torch {torch.__version__} is built without cuSPARSELt")
+    return torch._cslt_compress(weight.contiguous())
+
+
+def search_algorithm(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None = None,
+    alpha: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Algorithm:
+    """cuSPARSELt's search, by timing, for inputs such as x; arguments as ``cusparselt_linear``."""
+    columns = _padded(x).t()
+    module = getattr(torch._C, "_cusparselt", None)
+    if hasattr(module, "mm_search"):
+        algorithm, split_k, mode, *_ = module.mm_search(packed, columns, bias, alpha, out_dtype, True)  # type: ignore[union-attr]
+        return int(algorithm), int(split_k), int(mode)
+    found = torch._cslt_sparse_mm_search(
+        packed, columns, bias=bias, alpha=alpha, out_dtype=out_dtype, transpose_result=True
+    )
+    return int(found), *DEFAULT_ALGORITHM[1:]
 
 
 def pack_for_cutlass(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,23 +121,27 @@ def pack_for_cutlass(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check(weight: Tensor, kind: Any) -> None:
     """Raise ObstacleError where a kind of PyTorch's semi-structured tensors does not take a weight."""
-    if weight.device.type != "cuda":
-        raise ObstacleError(f"no CUDA: the engine runs on {weight.device}")
-    capability = torch.cuda.get_device_capability(weight.device)
-    if capability < AMPERE:
-        raise ObstacleError(
-            f"the GPU has compute capability {capability[0]}.{capability[1]}; 2:4 needs 8.0 (Ampere) or newer"
-        )
+    check_capability(weight.device, AMPERE, "2:4")
     obstacle = shape_obstacle(weight.shape, weight.dtype, kind)
     if obstacle:
         raise ObstacleError(obstacle)
 
 
+def check_capability(device: torch.device, needed: tuple[int, int], what: str) -> None:
+    """Raise ObstacleError where a device is no GPU, or one too old for ``what``."""
+    if device.type != "cuda":
+        raise ObstacleError(f"no CUDA: the engine runs on {device}")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < needed:
+        found, wanted = (".".join(map(str, each)) for each in (capability, needed))
+        raise ObstacleError(f"the GPU has compute capability {found}; {what} needs {wanted} or newer")
+
+
 def shape_obstacle(shape: torch.Size, dtype: torch.dtype, kind: Any) -> str | None:
     """Why PyTorch's ``kind`` of semi-structured tensor does not take a weight [N, K]; None where it does."""
-    if dtype not in SIXTEEN_BITS:
+    limits = kind._DTYPE_SHAPE_CONSTRAINTS.get(dtype) if dtype in SPARSE_TYPES else None
+    if limits is None:
         return f"no 2:4 product in {str(dtype).removeprefix('torch.')}: build with --precision fp16 or bf16"
-    limits = kind._DTYPE_SHAPE_CONSTRAINTS[dtype]
     outputs, inputs = shape
     if outputs % limits.sparse_min_rows or inputs % limits.sparse_min_cols:
         return (
@@ -130,18 +153,49 @@ def shape_obstacle(shape: torch.Size, dtype: torch.dtype, kind: Any) -> str | No
 
 def _padded(x: Tensor) -> Tensor:
     """x [M, K], contiguous, with rows of zeros up to a multiple of ``ROWS``."""
-    missing = -len(x) % ROWS
-    return F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
+    missing = -len(x) % ROWS.get(x.itemsize, 8)
+    if not missing:
+        return x.contiguous()
+    if x.dtype == torch.float8_e4m3fn:  # which not every PyTorch pads; its 0 is the byte 0
+        return F.pad(x.view(torch.uint8), (0, 0, 0, missing)).view(x.dtype)
+    return F.pad(x, (0, 0, 0, missing))
+
+
+def split_arguments(split_k: int, mode: int) -> dict[str, Any]:
+    """How ``torch._cslt_sparse_mm`` is told of a split: PyTorch 2.7 had a flag, later ones number the ways to sum."""
+    if split_k == 1:
+        return {}
+    if "split_k_mode" in _sparse_mm_arguments():
+        return {"split_k": split_k, "split_k_mode": mode}
+    return {"split_k": split_k, "split_k_one_kernel": bool(mode)}
+
+
+@functools.cache
+def _sparse_mm_arguments() -> frozenset[str]:
+    return frozenset(argument.name for argument in torch.ops.aten._cslt_sparse_mm.default._schema.arguments)
 
 
 @torch.library.custom_op("sparse_engine::cusparselt_linear", mutates_args=())
 def cusparselt_linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int, algorithm: int, split_k: int, split_k_mode: int
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    outputs: int,
+    algorithm: int,
+    split_k: int,
+    split_k_mode: int,
+    alpha: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """X W^T + bias with a weight that ``torch._cslt_compress`` packed."""
-    split: Any = {} if split_k == 1 else {"split_k": split_k, "split_k_mode": split_k_mode}
+    """alpha[N] * X W^T + bias, as ``out_dtype``, with a weight of ``pack_for_cusparselt``.
+
+    8-bit weights take an alpha, float32, and a type; others neither.
+    """
+    options: dict[str, Any] = split_arguments(split_k, split_k_mode)
+    if out_dtype is not None:
+        options |= {"alpha": alpha, "out_dtype": out_dtype}
     columns = _padded(x).t()
-    y = torch._cslt_sparse_mm(packed, columns, bias=bias, transpose_result=True, alg_id=algorithm, **split)
+    y = torch._cslt_sparse_mm(packed, columns, bias=bias, transpose_result=True, alg_id=algorithm, **options)
     return y[: len(x)]
 
 
@@ -158,9 +212,17 @@ def cutlass_linear(x: Tensor, packed: Tensor, meta: Tensor, bias: Tensor | None,
 
 @cusparselt_linear.register_fake
 def _(
-    x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int, algorithm: int, split_k: int, split_k_mode: int
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    outputs: int,
+    algorithm: int,
+    split_k: int,
+    split_k_mode: int,
+    alpha: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], outputs)
+    return x.new_empty(x.shape[0], outputs, dtype=out_dtype or x.dtype)
 
 
 @cutlass_linear.register_fake

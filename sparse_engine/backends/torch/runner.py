@@ -60,14 +60,14 @@ class TorchRunner(DeviceLoop[torch.Tensor]):
             EngineFileError: its payload is damaged.
             BackendError: PyTorch fails, for want of memory for one.
         """
-        state, packed = read_network(engine)
-        network = rebuild(engine.manifest, state, str(engine.path))
+        stored = read_network(engine)
+        network = rebuild(engine.manifest, stored, str(engine.path))
         chooser = chooser_for(engine.manifest, device, autotune)
         try:
             network.to(device)
             report = {
                 "attention": choose_attention(network, _example(engine.manifest, device), chooser),
-                "layers": choose_products(network, packed, chooser),
+                "layers": choose_products(network, stored.packed, chooser, quantised=stored.quantised),
             }
         except RuntimeError as error:
             raise BackendError(f"{engine.path} cannot be loaded on {device}: {error}") from error

@@ -12,6 +12,8 @@ from sparse_engine.sampling.schedules import Schedule
 from sparse_engine.sampling.solvers.registry import SAMPLERS, SamplerInfo
 from sparse_engine.sampling.trajectory import PREDICTIONS, Options, Trajectory
 
+MOST_STEPS = 1_000_000
+
 VARIANCES = ("small", "large")
 CONTINUOUS_T_END = 1e-3
 
@@ -95,6 +97,8 @@ def _has_no(info: SamplerInfo, option: str, owners: Sequence[str]) -> OptionErro
 def _steps(steps: int) -> int:
     if isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 1:
         raise OptionError(f"steps is {steps!r}, expected a whole number of network evaluations, 1 or more")
+    if steps > MOST_STEPS:
+        raise OptionError(f"steps is {steps}, expected at most {MOST_STEPS}")
     return int(steps)
 
 
