@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one or two lines of error, nothing left behind."""
 
+import builtins
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from sparse_engine import SparseEngine, cli
+from sparse_engine import __main__ as entry
 from sparse_engine.artifact import EngineFile
 from sparse_engine.cli.inspect import _kernel
 from sparse_engine.cli.main import run
@@ -57,6 +59,18 @@ def test_inspect_says_against_what_a_kernel_was_timed_and_with_which_layer() -> 
     assert _kernel(layer, "") == "t-lanes 2.00x, with fc2"
     assert _kernel(layer | {"pair": {"with": "mlp.fc2", "chosen": "apart"}}, " fp32") == "t-lanes 2.00x fp32"
     assert _kernel({"kernel": "dense", "timed_by_tokens": timed}, "") == "dense"
+
+
+def test_an_interrupt_while_it_is_imported_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(name: str, *rest: Any, **options: Any) -> Any:
+        if name == "sparse_engine.cli.main":
+            raise KeyboardInterrupt
+        return imported(name, *rest, **options)
+
+    imported = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        entry.main()
 
 
 def test_help_shows_every_default_that_is_said_in_words(capsys: pytest.CaptureFixture) -> None:
