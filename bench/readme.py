@@ -20,6 +20,7 @@ SECTIONS = {
     "cpu-uvit-s-fp32.json": "U-ViT-S (44 M parameters, 52 masked layers, 32x32 images), one solver step, fp32",
     "cpu-uvit-s-bf16.json": "The same in bf16: sparse products and attention, against the bf16 of other runtimes",
     "cpu-grid-quick-fp32.json": "The paper's grid at embed 512, depth 2, batch 4",
+    "cpu-grid-1024-fp32.json": "The same at embed 1024, depth 2, batch 1",
 }
 KERNEL_SECTIONS = {"kernels-fp32.json": "In fp32", "kernels-bf16.json": "In bf16"}
 

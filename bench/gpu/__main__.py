@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from sparse_engine.__main__ import EXIT_INTERRUPTED
 from sparse_engine.backends.torch.runner import find_device
 from sparse_engine.errors import BackendError, OptionError, SparseEngineError
 
@@ -92,7 +93,6 @@ STEPS: dict[int, tuple[str, Step]] = {  # by number; ``ORDER`` is that of a run
 ORDER = (1, 4, 7, 5, 3, 8, 2, 6)  # what is wanted most first: a GPU may be lent for minutes
 ATTEMPTS = 3  # processes of a step: one that crashes is followed by one that leaves out what it crashed in
 BROKEN = 3  # exit code of a step that left CUDA unusable
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 SURVEYS = ("device", "tensorrt-rtx")  # steps that ask what a GPU takes: that it takes some of it not is an answer
 
 

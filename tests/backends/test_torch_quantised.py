@@ -202,6 +202,12 @@ def test_the_command_line_builds_and_samples(
     assert run(["sample", output, "-n", "2", "--steps", "2", "--device", "cpu", "-o", str(tmp_path / "x.npz")]) == 0
 
 
+def in_16_bits(entry: dict[str, Any]) -> None:
+    """Half of a float32 tensor's bytes, for as many numbers."""
+    first, last = entry["data_offsets"]
+    entry.update(dtype="F16", data_offsets=[first, (first + last) // 2])
+
+
 @pytest.mark.parametrize(
     "change,message",
     [
@@ -211,6 +217,8 @@ def test_the_command_line_builds_and_samples(
         (lambda header: header["out_blocks.0.skip_linear.weight.codes"].update(dtype="U8"), "is not int8 or float8"),
         (lambda header: header["mid_block.mlp.fc1.weight.scale"].update(shape=[2, 128]), "one for each of 256 outputs"),
         (lambda header: header["mid_block.mlp.fc1.input.scale"].update(shape=[1]), "one for each of 256 outputs"),
+        (lambda header: in_16_bits(header["mid_block.mlp.fc1.weight.scale"]), "are not float32"),
+        (lambda header: in_16_bits(header["mid_block.mlp.fc1.input.scale"]), "are not float32"),
     ],
 )
 def test_damaged_payloads(

@@ -115,7 +115,8 @@ def _quantised_weight(engine: EngineFile, layer: str, tensors: dict[str, Tensor]
         raise _damaged(engine, f"{layer}{CODES} has no scale of its weight or of its input")
     if codes is None or codes.ndim != 2 or codes.dtype not in LIMITS:
         raise _damaged(engine, f"{layer}{CODES} is not int8 or float8_e4m3fn [N, K]")
-    if scale.shape != codes.shape[:1] or input_scale.shape != () or scale.dtype != input_scale.dtype != torch.float32:
+    shapes, dtypes = (scale.shape, input_scale.shape), {scale.dtype, input_scale.dtype}
+    if shapes != (codes.shape[:1], ()) or dtypes != {torch.float32}:
         raise _damaged(engine, f"the scales of {layer} are not float32, one for each of {len(codes)} outputs and one")
     return QuantisedWeight(codes, scale, input_scale)
 
