@@ -54,3 +54,15 @@ def test_performance_sections_are_the_results_files() -> None:
     assert set(PAGES) == {"README.md", "sparse_engine/kernels/README.md"}
     for page, section in PAGES.items():
         assert f"{BEGIN}\n{section(REPOSITORY / 'bench' / 'results')}\n{END}" in (REPOSITORY / page).read_text(), page
+
+
+def test_the_table_of_precisions_is_the_results_file() -> None:
+    rows = json.loads((REPOSITORY / "bench" / "results" / "cpu-uvit-s-int8.json").read_text())["rows"]
+    names = {"fp32-dense": "dense, fp32", "fp32-sparse": "2:4, fp32", "bf16-sparse": "2:4, bf16", "int8": "dense, int8"}
+    for engine, name in names.items():
+        cells = [f"{row['milliseconds'][engine]['median']:.1f} ms" for row in rows]
+        if engine != "fp32-dense":
+            ratios = [row["speedups"][engine] for row in rows]
+            shown = [f"{each['median']:.2f} [{each['low']:.2f}, {each['high']:.2f}]x" for each in ratios]
+            cells = [", ".join(pair) for pair in zip(cells, shown, strict=True)]
+        assert " | ".join([f"| {name}", *cells]) + " |" in README
