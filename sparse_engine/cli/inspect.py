@@ -113,9 +113,8 @@ def _plan_line(backend: dict[str, Any]) -> str:
 def _layer_table(report: dict[str, Any]) -> Table:
     layers = report["layers"]
     # ONNX Runtime has no dense bf16 product on a CPU: what a layer was timed against is float32 there.
-    against = (
-        " fp32" if (report.get("backend", {}).get("name"), report.get("precision")) == ("onnxruntime", "bf16") else ""
-    )
+    built_for = (report.get("backend", {}).get("name"), report.get("precision"))
+    against = " fp32" if built_for == ("onnxruntime", "bf16") else ""
     built = any("kernel" in layer for layer in layers)
     totals = {key: sum(layer[key] for layer in layers) for key in ("parameters", "nonzeros", "macs", "macs_nonzero")}
     masked = sum(layer["masked"] for layer in layers)

@@ -1,5 +1,6 @@
 """The onnxruntime backend: sparse layers packed, fused, chosen by timing, and equal to the dense ones."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -138,6 +139,20 @@ def test_two_layers_become_one_node_where_that_is_faster(
     with SparseEngine.load(sparse_file) as sparse, SparseEngine.load(dense_file) as dense:
         found, expected = (engine.denoise(x, 0.4, labels=1) for engine in (sparse, dense))
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_what_may_be_computed_with_the_layer_before() -> None:
+    first = FusedLayer("fc1", 8, 4, "gelu", "x", "v1", "p1", "b1", "", "h")
+    second = FusedLayer("fc2", 8, 8, "none", "h", "v2", "p2", "b2", "r", "y")
+    assert first.feeds(second)
+    for other in (
+        dataclasses.replace(second, x="z"),
+        dataclasses.replace(second, positions=""),
+        dataclasses.replace(second, activation="gelu"),
+        dataclasses.replace(second, residual="h"),  # what lies between would be gone
+    ):
+        assert not first.feeds(other)
+    assert not dataclasses.replace(first, residual="r").feeds(second)
 
 
 @needs_kernels

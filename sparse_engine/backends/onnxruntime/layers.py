@@ -21,10 +21,8 @@ from sparse_engine.kernels.packing import pack
 
 DOMAIN = "sparse_engine"
 SPARSE_OP, DENSE_OP = LAYER_OPS = "MatMul24", "MatMulBf16"
-SPARSE_MLP, DENSE_MLP = (
-    "Mlp24",
-    "MlpBf16",
-)  # two layers in one node; written where an engine is loaded, never in its file
+# Two layers in one node: made where an engine is loaded, never stored in its file.
+SPARSE_MLP, DENSE_MLP = "Mlp24", "MlpBf16"
 PAIR = "+"  # between their names
 GELU_FORMS = {"none": "gelu", "tanh": "gelu-tanh"}  # ONNX's `approximate` -> the kernels' activation
 
@@ -94,8 +92,8 @@ class FusedLayer:
 
     def feeds(self, second: FusedLayer) -> bool:
         """Whether one kernel could compute both, if nobody else wants what lies between: ``node_with``."""
-        same_kind = self.is_sparse == second.is_sparse
-        return second.x == self.output and same_kind and not self.residual and second.activation == "none"
+        follows = second.x == self.output != second.residual and self.is_sparse == second.is_sparse
+        return follows and not self.residual and second.activation == "none"
 
     def plain_nodes(self, weight: str) -> list[NodeProto]:
         """The same in plain ONNX over a dense initializer [K, N]."""
