@@ -13,6 +13,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 from sparse_engine.backends.attention import fuse_attention
 from sparse_engine.backends.base import IDENTITY_ROW, NO_CLIP, StepGraph
 from sparse_engine.backends.onnxruntime.attention import runtime_nodes
+from sparse_engine.backends.onnxruntime.compute import EXACT_PRODUCTS
 from sparse_engine.errors import BackendError, InputError
 
 from .collect import CalibrationData
@@ -151,6 +152,7 @@ def _session(graph: StepGraph, tensors: Sequence[str]) -> Any:
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in known)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry(*EXACT_PRODUCTS)
     values = [_ort_value(graph.weights[t.name], t.data_type) for t in _external(model)]
     options.add_external_initializers([tensor.name for tensor in _external(model)], values)
     try:

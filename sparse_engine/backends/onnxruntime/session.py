@@ -19,7 +19,7 @@ from sparse_engine.backends.onnx_graph import only_consumer
 
 from .attention import own_node, runtime_nodes
 from .choose import Chooser, LayerChoice, pool_size
-from .compute import attention_in, products_in
+from .compute import EXACT_PRODUCTS, attention_in, products_in
 from .layers import DOMAIN, LAYER_OPS, FusedLayer, from_nibbles
 
 
@@ -96,6 +96,7 @@ def create_session(
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.add_session_config_entry(*EXACT_PRODUCTS)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.resolve().parent))
     if prepared.has_own_nodes:
         options.register_custom_ops_library(str(kernels.LIBRARY_PATH))
