@@ -73,11 +73,9 @@ class TacticCache:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self._facts = facts
         self._path: Path | None = None
-        self._choices: dict[str, Choice] = {}
-        with contextlib.suppress(OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError):
-            self._path = cache_folder() / f"tactics-{digest}.json"  # RuntimeError: a user without a home folder
-            stored = json.loads(self._path.read_text())
-            self._choices = {key: Choice(**value) for key, value in stored["choices"].items()}
+        with contextlib.suppress(RuntimeError):  # a user without a home folder
+            self._path = cache_folder() / f"tactics-{digest}.json"
+        self._choices = self._stored()
 
     def choose(self, key: str, candidates: Callable[[], Mapping[str, Callable[[], object]]]) -> Choice:
         """The choice stored under a key; else ``candidates`` are made, timed and the fastest stored."""
@@ -86,10 +84,19 @@ class TacticCache:
             self._store()
         return self._choices[key]
 
+    def _stored(self) -> dict[str, Choice]:
+        """What the file holds."""
+        if self._path is not None:
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+                stored = json.loads(self._path.read_text())
+                return {key: Choice(**value) for key, value in stored["choices"].items()}
+        return {}
+
     def _store(self) -> None:
-        choices = {key: asdict(choice) for key, choice in self._choices.items()}
         if self._path is None:
             return
+        merged = {**self._stored(), **self._choices}  # another engine may have added its own
+        choices = {key: asdict(choice) for key, choice in merged.items()}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self._path) as stream:

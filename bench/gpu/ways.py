@@ -12,8 +12,9 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from sparse_engine.backends.device_loop import CaptureError, DeviceLoop, StepBuf
 from sparse_engine.backends.torch.choose import Chooser
 from sparse_engine.backends.torch.device import TorchDevice
 from sparse_engine.backends.torch.network import choose_attention, choose_products
+from sparse_engine.backends.torch.products import try_cutlass
 from sparse_engine.bench.grid import PAPER, PAPER_SAMPLER, PAPER_STEPS
 from sparse_engine.bench.peers.torch_semi_structured import make_sparse
 from sparse_engine.bench.statistics import speedup, spread
@@ -41,7 +43,8 @@ from .session import Results, Row, Session, failure
 
 EAGER, COMPILED, OURS = "dense, eager", "dense, compiled, recorded", "ours"
 CUTLASS, CUSPARSELT = "CUTLASS, eager", "cuSPARSELt, eager"
-STEPS_PER_RUN = 4  # in a row, so that launching a graph and waiting for it is shared
+OPPONENTS = (COMPILED, EAGER, CUTLASS, CUSPARSELT)
+MOST_STEPS, RUN_SECONDS, FLOPS = 4, 20e-3, 6e14  # of a run, by arithmetic, so that all arms take as many
 REFERENCE_IMAGES = 4  # of the batch, in float32
 NETWORK_TIME = 500.0
 TOLERANCE = {"fp16": 3e-2, "bf16": 1e-1}
@@ -88,7 +91,7 @@ def measure(
         expected = network(x[:REFERENCE_IMAGES], time[: len(x)])
     expected_samples = sample(network, config, session, compiled=False) if samples else None
     ways = Ways(session, lower(network, FAMILY.float32_layers, precision), config, batch, x)
-    row |= {"config": vars(config), "skipped": ways.skipped, "parity": {}}
+    row |= {"config": vars(config), "skipped": ways.skipped, "steps_per_run": ways.steps, "parity": {}}
     for name, arm in list(ways.arms.items()):
         try:
             row["parity"][name] = error = relative_error(arm.prediction()[: len(expected)], expected)
@@ -106,7 +109,7 @@ def measure(
 
 def _time(arms: dict[str, Arm], seconds: float, row: Row) -> None:
     timings = interleave(arms, repeats=3, seconds=seconds)
-    runs = {name: values / STEPS_PER_RUN for name, values in timings.runs.items()}
+    runs = {name: values / row["steps_per_run"] for name, values in timings.runs.items()}
     row["warmup_milliseconds"] = {name: 1e3 * value for name, value in timings.warmup.items()}
     row["milliseconds"] = {name: spread(values).to_dict() for name, values in runs.items()}
     others = {name: values for name, values in runs.items() if name != OURS}
@@ -148,15 +151,26 @@ class Arm:
         network: float32 or lowered, on the device.
         session: where it runs.
         x: float32 [B, C, H, W].
+        steps: in a row in each call, so that launching a graph and waiting for it is shared.
         compiled: hand the step to torch.compile.
         recorded: run it from a CUDA graph.
-        pool: of memory for the graph.
+        beside: an arm to share memory for graphs with.
     """
 
     def __init__(
-        self, network: nn.Module, session: Session, x: torch.Tensor, compiled: bool, recorded: bool, pool: Any
+        self,
+        network: nn.Module,
+        session: Session,
+        x: torch.Tensor,
+        steps: int,
+        *,
+        compiled: bool,
+        recorded: bool,
+        beside: Arm | None = None,
     ) -> None:
-        self._device = TorchDevice(session.device, UnconditionalStep(network), compiled, pool)
+        other: TorchDevice | None = None if beside is None else beside._device
+        self._device: TorchDevice = TorchDevice(session.device, UnconditionalStep(network), compiled, other)
+        self._count = steps
         zeros = torch.zeros_like(x)
         coef = torch.from_numpy(IDENTITY_ROW).to(x.device)
         self._buffers = StepBuffers(
@@ -173,7 +187,7 @@ class Arm:
         self._why_not_recorded = "not asked for"
 
     def prediction(self) -> torch.Tensor:
-        """The network's own output, float32 [B, C, H, W]; the steps are recorded after it where that was asked for."""
+        """The network's own output, float32 [B, C, H, W]: of the recorded steps where that was asked for."""
         self._device.step(self._buffers)
         self._device.synchronize()
         if self._record and self._recording is None:
@@ -181,10 +195,14 @@ class Arm:
                 self._recording = self._device.capture(self._steps)
             except CaptureError as error:
                 self._why_not_recorded = str(error)
+        if self._recording is not None:
+            self._buffers.m.fill_(math.nan)  # nothing but the recorded steps may have filled it in
+            self._wait()
+            self()
         return self._buffers.m.clone()
 
     def __call__(self) -> None:
-        """``STEPS_PER_RUN`` steps."""
+        """The steps of a run."""
         if self._recording is None:
             self._steps()
         else:
@@ -197,8 +215,13 @@ class Arm:
         return {**self._device.describe(), "recorded": recorded}
 
     def _steps(self) -> None:
-        for _ in range(STEPS_PER_RUN):
+        for _ in range(self._count):
             self._device.step(self._buffers)
+
+    def _wait(self) -> None:
+        """For what was enqueued elsewhere than on the steps' own stream."""
+        if self._buffers.m.is_cuda:
+            torch.cuda.synchronize(self._buffers.m.device)
 
 
 class Ways:
@@ -208,11 +231,23 @@ class Ways:
         arms, skipped: name -> arm, or why there is none.
         ours: the network of our arm.
         layers, attention: what was chosen for ours; one layer of each shape.
+        steps: of a run of each arm.
+
+    Args:
+        session, network, config, batch, x: as for ``measure``; the network is lowered.
+        opponents: which arms there are to be beside ours.
     """
 
-    def __init__(self, session: Session, network: nn.Module, config: UViTConfig, batch: int, x: torch.Tensor) -> None:
+    def __init__(
+        self,
+        session: Session,
+        network: nn.Module,
+        config: UViTConfig,
+        batch: int,
+        x: torch.Tensor,
+        opponents: Collection[str] = OPPONENTS,
+    ) -> None:
         self._session, self._x = session, x
-        self._pool = torch.cuda.graph_pool_handle() if session.device.type == "cuda" else None
         self.arms: dict[str, Arm] = {}
         self.skipped: dict[str, str] = {}
         names = sparse_layers(network)
@@ -220,6 +255,7 @@ class Ways:
         chooser = Chooser(positions, (batch, batch, batch), session.device, autotune=True)
         self.attention = choose_attention(network, (x[:1], torch.zeros(1, device=x.device)), chooser)
         self.ours = copy.deepcopy(network)  # all with the same attention
+        self.steps = steps_of_a_run(batch * sum(positions[name] * _weights(network, name) for name in names))
         shapes = shapes_of(network)
         report = choose_products(self.ours, names, chooser)
         self.layers = [
@@ -227,15 +263,26 @@ class Ways:
             for shape, name in shapes.items()
         ]
         self._add(OURS, lambda: self.ours, compiled=session.compiled, recorded=True)
-        self._add(COMPILED, lambda: network, compiled=session.compiled, recorded=True)
-        self._add(EAGER, lambda: network, compiled=False, recorded=False)
+        if COMPILED in opponents:
+            self._add(COMPILED, lambda: network, compiled=session.compiled, recorded=True)
+        if EAGER in opponents:
+            self._add(EAGER, lambda: network, compiled=False, recorded=False)
         for name, kind in SEMI_STRUCTURED.items():
-            make = partial(_semi_structured, network, names, kind)
-            self._add(name, make, compiled=False, recorded=False)
+            if name in opponents:
+                make = partial(_semi_structured, network, names, kind)
+                self._add(name, make, compiled=False, recorded=False)
 
     def _add(self, name: str, make: Callable[[], nn.Module], *, compiled: bool, recorded: bool) -> None:
         try:
-            self.arms[name] = Arm(make(), self._session, self._x, compiled, recorded, self._pool)
+            self.arms[name] = Arm(
+                make(),
+                self._session,
+                self._x,
+                self.steps,
+                compiled=compiled,
+                recorded=recorded,
+                beside=self.arms.get(OURS),
+            )
         except Exception as error:  # an opponent that cannot be made is left out, with its words
             self.drop(name, error)
 
@@ -253,7 +300,20 @@ SEMI_STRUCTURED = {
 }
 
 
+def steps_of_a_run(products: float) -> int:
+    """How many steps of so many multiplications make a run: about RUN_SECONDS at FLOPS, MOST_STEPS at most."""
+    return max(1, min(MOST_STEPS, round(RUN_SECONDS * FLOPS / (2 * products))))
+
+
+def _weights(network: nn.Module, name: str) -> int:
+    layer: Any = network.get_submodule(name)
+    return int(layer.weight.numel())
+
+
 def _semi_structured(network: nn.Module, names: list[str], kind: Any) -> nn.Module:
+    if kind is torch.sparse.SparseSemiStructuredTensorCUTLASS:  # packing a large network for nothing takes seconds
+        layer: Any = network.get_submodule(names[0])
+        try_cutlass(layer.weight.device, layer.weight.dtype)
     network = copy.deepcopy(network)
     with warnings.catch_warnings(action="ignore"):  # that the interface is a prototype
         make_sparse(UnconditionalStep(network), tuple(names), kind.from_dense)

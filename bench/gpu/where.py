@@ -12,7 +12,7 @@ from sparse_engine.export.precision import lower
 from .ceilings import ceilings
 from .measure import device_time
 from .session import Results, Row, Session
-from .ways import COMPILED, OURS, STEPS_PER_RUN, Ways, masked_network
+from .ways import COMPILED, OURS, Ways, masked_network
 
 TOP_KERNELS = 15
 
@@ -71,10 +71,10 @@ def _profile(session: Session, cell: Row, row: Row) -> None:
     config = UViTConfig(**cell["config"])
     network = lower(masked_network(config, session.device), FAMILY.float32_layers, cell["precision"])
     x = torch.randn(cell["batch"], *config.data_shape, device=session.device)
-    ways = Ways(session, network, config, cell["batch"], x)
+    ways = Ways(session, network, config, cell["batch"], x, opponents=(COMPILED,))
     for name in (COMPILED, OURS):
         ways.arms[name].prediction()
         times = device_time(ways.arms[name], session.device)
-        total = sum(times.values()) / STEPS_PER_RUN
-        top = {kernel: value / STEPS_PER_RUN for kernel, value in list(times.items())[:TOP_KERNELS]}
+        total = sum(times.values()) / ways.steps
+        top = {kernel: value / ways.steps for kernel, value in list(times.items())[:TOP_KERNELS]}
         row[f"kernels of {name}"] = {"milliseconds_of_a_step": total, "top": top}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_engine.backends.torch import choose, layers
-from sparse_engine.backends.torch.choose import Chooser, check_product, nearest
+from sparse_engine.backends.torch import candidates, choose, layers
+from sparse_engine.backends.torch.candidates import calls_in_graph, check_product
+from sparse_engine.backends.torch.choose import Chooser, nearest
 from sparse_engine.backends.torch.layers import FloatLayer
 from sparse_engine.backends.torch.network import (
     TwoFourLinear,
@@ -24,6 +27,7 @@ from sparse_engine.backends.torch.products import DEFAULT_ALGORITHM, DenseProduc
 from sparse_engine.backends.torch.recorded import MAX_REPEATS, repeats
 from sparse_engine.export.families.uvit import UViT
 from sparse_engine.tactics import Choice, TacticCache
+from tests.backends.fake_recorder import FakeRecorded, FakeRecorder
 from tests.backends.test_torch_packing import two_of_four
 from tests.conftest import TINY
 
@@ -31,6 +35,8 @@ CUDA = torch.device("cuda", 0)
 BATCHES = (1, 4, 16)
 TOKENS = 10  # positions of a layer
 SPEED = {"cusparselt": 2.0, "cusparselt 3 2 1": 1.0, "cutlass": 3.0, "dense": 4.0}  # milliseconds
+SPEED |= {"cusparselt 3 1 -1": 2.5, "cusparselt 3 2 2": 2.6}
+SEARCHED = ("cusparselt 3 2 1", "cusparselt 3 1 -1", "cusparselt 3 2 2")  # with the split found, without, and otherwise
 
 
 class FakeProduct(DenseProduct):
@@ -64,16 +70,21 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, ..
     monkeypatch.setattr("sparse_engine.tactics.fastest", fastest)
     monkeypatch.setattr(layers, "CusparseltProduct", FakeCusparselt)
     monkeypatch.setattr(layers, "CutlassProduct", FakeCutlass)
-    monkeypatch.setattr(choose, "Recorded", lambda calls, device, pool: lambda: [call() for call in calls])
-    monkeypatch.setattr(choose, "_calls", lambda product, x, count: [lambda: product(x)] * count)
-    monkeypatch.setattr(choose, "repeats", lambda operations: 2)
+    monkeypatch.setattr(choose, "Recorder", FakeRecorder)
+    monkeypatch.setattr(FakeRecorder, "made", [])
+    monkeypatch.setattr(candidates, "_copies", lambda product, device: 1)
+    monkeypatch.setattr(candidates, "repeats", lambda operations: 2)
     monkeypatch.setattr(choose, "device_facts", lambda device: {"device": "a GPU"})
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return calls
 
 
 def chooser(device: torch.device = CUDA, autotune: bool = True) -> Chooser:
     return Chooser(dict.fromkeys(("fc", "pointwise", "conv"), TOKENS), BATCHES, device, autotune)
+
+
+def layer_of(shape: tuple[int, int]) -> FloatLayer:
+    return FloatLayer(torch.zeros(shape, dtype=torch.float16), None)
 
 
 def layer(dtype: torch.dtype = torch.float16) -> FloatLayer:
@@ -82,13 +93,15 @@ def layer(dtype: torch.dtype = torch.float16) -> FloatLayer:
 
 def test_the_fastest_stays_for_each_batch_and_the_report_says_by_how_much(timed: list[tuple[str, ...]]) -> None:
     choice = chooser().choose("fc", layer())
-    assert timed == [("cusparselt", "cutlass", "dense", "cusparselt 3 2 1")] * 3
+    assert timed == [("cusparselt", "cutlass", "dense", *SEARCHED)] * 3
     assert sorted(choice.products) == [TOKENS * batch for batch in BATCHES]
     assert {product.algorithm for product in choice.products.values()} == {(3, 2, 1)}
     report = choice.to_dict()
     assert (report["chosen"], report["kernel"]) == (True, "cusparselt")
     at_usual = report["timed_by_tokens"]["40"]
-    assert at_usual["milliseconds"] == {name: value / 2 for name, value in SPEED.items()}  # of one product
+    times = {name: value / 2 for name, value in SPEED.items()}  # of one product
+    assert at_usual["milliseconds"] == times
+    assert "left_out" not in report
     assert at_usual["fastest"] == "cusparselt 3 2 1"
     assert at_usual["margin"] == pytest.approx(2.0)
 
@@ -128,6 +141,69 @@ def test_a_product_that_computes_something_else_is_never_chosen(
     choice = chooser().choose("fc", layer())
     assert timed == [("cutlass", "dense")] * 3
     assert choice.kernel == "cutlass"
+    left_out = choice.to_dict()["left_out"]
+    assert sorted(left_out) == sorted(["cusparselt", *SEARCHED])
+    assert all(why.startswith("computes something else: off by") for why in left_out.values())
+
+
+def test_a_graph_that_computes_something_else_when_replayed_is_never_chosen(
+    timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a library's plan has gone by then."""
+    replay = FakeRecorded.__call__
+
+    def without_a_plan(self: FakeRecorded) -> None:
+        product = self.calls[0].__defaults__[0]  # type: ignore[attr-defined]
+        if not isinstance(product, FakeCusparselt):
+            replay(self)
+
+    monkeypatch.setattr(FakeRecorded, "__call__", without_a_plan)
+    choice = chooser().choose("fc", layer())
+    assert timed == [("cutlass", "dense")] * 3
+    assert sorted(choice.left_out) == sorted(["cusparselt", *SEARCHED])
+    assert all(why.startswith("computes something else: off by nan") for why in choice.left_out.values())
+
+
+def test_all_candidates_of_an_engine_are_recorded_on_one_stream(timed: list[tuple[str, ...]]) -> None:
+    """PyTorch shares memory among the recordings of one stream alone."""
+    chooser().choose("fc", layer())
+    assert FakeRecorder.made == [(CUDA, None), (CUDA, "stream 0"), (CUDA, "stream 0")]
+
+
+def test_what_a_search_finds_by_default_is_timed_once(
+    timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeCusparselt, "search", lambda self, x: DEFAULT_ALGORITHM)
+    chooser().choose("fc", layer())
+    assert timed == [("cusparselt", "cutlass", "dense")] * 3
+
+
+@pytest.mark.parametrize(
+    "found,algorithms",
+    [
+        ((5, 1, -1), ["cusparselt 5 1 -1"]),
+        ((5, -1, 1), ["cusparselt 5 -1 1", "cusparselt 5 1 -1"]),
+        ((5, 4, 6), ["cusparselt 5 4 6", "cusparselt 5 1 -1", "cusparselt 5 4 1", "cusparselt 5 4 2"]),
+    ],
+    ids=str,
+)
+def test_a_split_that_is_not_taken_back_does_not_lose_the_algorithm(
+    found: Any, algorithms: list[str], timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in algorithms:
+        monkeypatch.setitem(SPEED, name, 1.0)
+    monkeypatch.setattr(FakeCusparselt, "search", lambda self, x: found)
+    chooser().choose("fc", layer())
+    assert timed == [("cusparselt", "cutlass", "dense", *algorithms)] * 3
+
+
+def test_weights_pass_the_cache_in_a_timed_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = types.SimpleNamespace(L2_cache_size=50 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    small, large = (layer_of(shape) for shape in ((512, 512), (8192, 8192)))
+    count = calls_in_graph({"dense": small.dense()}, small, 257)
+    assert count * small.weight.nbytes > properties.L2_cache_size
+    assert calls_in_graph({"dense": large.dense()}, large, 65600) == 1
 
 
 def test_a_library_that_refuses_is_reported_and_left_out(
@@ -179,6 +255,7 @@ def test_a_batch_without_memory_to_time_it_takes_the_product_of_another(
     weight, limit = torch.ones(64, 128, dtype=torch.float16), 1
     choice = chooser().choose("fc", FloatLayer(weight, None))
     assert (choice.kernel, choice.why) == ("dense", "no product could be timed")
+    assert set(choice.left_out.values()) == {"CUDA out of memory"}
 
 
 def test_without_timing_sparse_by_default(timed: list[tuple[str, ...]]) -> None:
@@ -235,7 +312,7 @@ def test_the_search_is_short_whatever_the_layer(timed: list[tuple[str, ...]], mo
     rows: list[int] = []
     monkeypatch.setattr(FakeCusparselt, "search", lambda self, x: rows.append(len(x)) or (3, 2, 1))
     chooser().choose("fc", linear)
-    monkeypatch.setattr(choose, "SEARCHED_OPERATIONS", 2 * 50 * linear.weight.numel())
+    monkeypatch.setattr(candidates, "SEARCHED_OPERATIONS", 2 * 50 * linear.weight.numel())
     monkeypatch.setattr(choose, "TacticCache", lambda **facts: TacticCache(**facts, another="cache"))
     chooser().choose("fc", linear)
     assert rows == [10, 40, 160, 10, 40, 50]
@@ -267,7 +344,7 @@ class Small(nn.Module):
 def test_layers_are_replaced_and_compute_the_same(
     timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(choose.TOLERANCE, torch.float32, 1e-5)
+    monkeypatch.setitem(candidates.TOLERANCE, torch.float32, 1e-5)
     network = Small().requires_grad_(False)
     x = torch.randn(2, 64, 5, 5)
     expected = network(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from sparse_engine import SparseEngine
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends import BuildOptions, StepGraph, backend_named
 from sparse_engine.backends import torch as torch_backend
-from sparse_engine.backends.torch import choose, codes, network, products, quantised
+from sparse_engine.backends.torch import candidates, choose, fused, network, products, quantised
 from sparse_engine.backends.torch.choose import Chooser
 from sparse_engine.backends.torch.codes import QuantisedWeight, quantise, quantised_weights
 from sparse_engine.backends.torch.layers import QuantisedLayer
@@ -37,6 +38,7 @@ from sparse_engine.export.model import Model
 from sparse_engine.export.quantise import describe_quantised
 from sparse_engine.export.quantise import quantise as quantise_model
 from sparse_engine.tactics import Choice
+from tests.backends.fake_recorder import FakeRecorder
 from tests.backends.test_torch import rewritten, with_header
 from tests.backends.test_torch_packing import two_of_four
 
@@ -111,7 +113,7 @@ def test_the_whole_network_is_what_onnxruntime_makes_of_the_same_quantisation(
     for module in (torch_backend, network):
         monkeypatch.setattr(module, "float_precision", lambda precision: "fp32")
     made = build_quantised(precision, "fp32", smooth=smooth)
-    assert relative_error(predict(made.path, data), predictions(made.quantised.graph, data)) < 1e-3
+    assert relative_error(predict(made.path, data), predictions(made.quantised.graph, data)) < 2e-3
 
 
 @pytest.mark.parametrize("precision", FORMATS)
@@ -362,6 +364,7 @@ def test_shapes_that_are_not_taken_are_said(
     precision: str, shape: tuple[int, int], message: str, libraries: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choose, "device_facts", lambda device: {"device": "a GPU"})
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     choice = chooser(autotune=False).choose("fc", layer(precision, outputs=shape[0], inputs=shape[1]))
     assert message in choice.why
 
@@ -397,12 +400,12 @@ def timed(libraries: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     monkeypatch.setenv("SPARSE_ENGINE_CACHE", str(tmp_path))
     monkeypatch.setattr("sparse_engine.tactics.fastest", fastest)
-    monkeypatch.setattr(choose, "Recorded", lambda calls, device, pool: lambda: [call() for call in calls])
-    monkeypatch.setattr(choose, "_calls", lambda product, x, count: [lambda: product(x)] * count)
+    monkeypatch.setattr(choose, "Recorder", FakeRecorder)
+    monkeypatch.setattr(candidates, "_copies", lambda product, device: 1)
     monkeypatch.setattr(choose, "device_facts", lambda device: {"device": "a GPU"})
-    monkeypatch.setattr(CusparseltCodesProduct, "search", lambda self, x: (0, 1, -1))
-    monkeypatch.setitem(SPEED, "cusparselt 0 1 -1", SPEED["cusparselt"])
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(CusparseltCodesProduct, "search", lambda self, x: (2, 1, -1))
+    monkeypatch.setitem(SPEED, "cusparselt 2 1 -1", SPEED["cusparselt"])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return calls
 
 
@@ -412,7 +415,7 @@ def test_the_fastest_of_sparse_dense_and_dequantised_stays(
 ) -> None:
     eight = f"dense {precision}"
     report = chooser().choose("fc", layer(precision)).to_dict()
-    assert timed == [("cusparselt", eight, "dense", "cusparselt 0 1 -1")] * 3
+    assert timed == [("cusparselt", eight, "dense", "cusparselt 2 1 -1")] * 3
     assert (report["chosen"], report["kernel"]) == (True, "cusparselt")
     report = chooser().choose("fc", layer(precision, sparse=False)).to_dict()  # not what the sparse layer's cache says
     assert (report["chosen"], report["kernel"]) == (False, eight)
@@ -450,13 +453,13 @@ def test_elementwise_work_is_compiled_on_cuda_and_nowhere_else(monkeypatch: pyte
         is_cuda = True
 
     monkeypatch.setattr(torch, "compile", compile_)
-    codes._compiled.cache_clear()
+    fused._compiled.cache_clear()
     assert quantise(torch.ones(2), torch.ones(()), torch.int8).tolist() == [1, 1]
     assert not compiled
     for _ in range(2):
         assert quantise(OnGpu(), torch.ones(()), torch.int8) == "one kernel"  # type: ignore[comparison-overlap]
     assert len(compiled) == 1
-    codes._compiled.cache_clear()
+    fused._compiled.cache_clear()
 
 
 @pytest.mark.parametrize("precision", FORMATS)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from sparse_engine.backends.torch.device import TorchDevice
 from sparse_engine.bench.gpu import __main__ as script
 from sparse_engine.bench.gpu import ceilings, engines, ways, where
 from sparse_engine.bench.gpu.session import GRID, UNFINISHED, Results, Session, failure
@@ -66,8 +68,9 @@ def test_the_ways_are_checked_and_timed(measured: Path) -> None:
     assert set(cell["milliseconds"]) == {ways.OURS, ways.COMPILED, ways.EAGER}
     assert set(cell["speedups"]) == {ways.COMPILED, ways.EAGER}
     assert all(0 < error < 1e-2 for error in cell["parity"].values())
-    for name in (ways.CUTLASS, ways.CUSPARSELT):
-        assert "Only CUDA tensors are currently supported" in cell["skipped"][name]
+    assert "Could not run 'aten::_sparse_semi_structured_mm'" in cell["skipped"][ways.CUTLASS]
+    assert "Only CUDA tensors are currently supported" in cell["skipped"][ways.CUSPARSELT]
+    assert cell["steps_per_run"] == ways.MOST_STEPS
     assert {layer["why"] for layer in cell["layers"]} == {"no CUDA: the engine runs on cpu"}
     assert [tuple(layer["shape"]) for layer in cell["layers"]] == [(192, 64), (64, 64), (256, 64), (64, 256)]
 
@@ -359,11 +362,40 @@ def test_an_arm_repeats_its_steps(tmp_path: Path) -> None:
             return 2 * x
 
     network = Counting()
-    arm = ways.Arm(network, session(tmp_path), torch.ones(2, 3, 4, 4), compiled=False, recorded=True, pool=None)
+    arm = ways.Arm(network, session(tmp_path), torch.ones(2, 3, 4, 4), 3, compiled=False, recorded=True)
     assert torch.equal(arm.prediction(), 2 * torch.ones(2, 3, 4, 4))
     arm()
-    assert network.calls == 1 + ways.STEPS_PER_RUN
+    assert network.calls == 1 + 3
     assert arm.how() == {"compiler": "none", "recorded": "no CUDA graphs on the CPU"}
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_outputs_that_are_compared_are_of_the_recorded_steps(
+    works: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which are those that are timed; before them the same steps have run unrecorded."""
+
+    class Replayed:
+        def __init__(self, work: Callable[[], None]) -> None:
+            self.launch = work if works else lambda: None
+
+    monkeypatch.setattr(TorchDevice, "capture", lambda self, work: Replayed(work))
+    x = torch.ones(2, 3, 4, 4)
+    arm = ways.Arm(Doubling(), session(tmp_path), x, 1, compiled=False, recorded=True)
+    found = arm.prediction()
+    assert torch.equal(found, 2 * x) if works else found.isnan().all()
+
+
+@pytest.mark.parametrize("patch,mlp_ratio,steps", [(4, 1, 4), (2, 1, 1), (1, 8, 1)])
+def test_a_run_is_about_as_long_in_any_cell(patch: int, mlp_ratio: int, steps: int) -> None:
+    """By arithmetic: 5.6, 21 and 293 ms a step at 600 TFLOP/s."""
+    tokens = 64 * (1 + (32 // patch) ** 2)
+    assert ways.steps_of_a_run(tokens * 8192**2 * (4 + 2 * mlp_ratio)) == steps
+
+
+class Doubling(torch.nn.Module):
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return 2 * x
 
 
 def test_results_of_another_device_are_another_file(tmp_path: Path) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +12,9 @@ from torch import Tensor
 from sparse_engine.backends.base import StepGraph
 from sparse_engine.errors import BackendError
 
+from .fused import fused
+
 LIMITS = {torch.int8: (-128, 127), torch.float8_e4m3fn: (-448, 448)}  # where ONNX's QuantizeLinear saturates
-RECOMPILE_LIMIT = 64  # of a fused function: types, and whether there is a bias
 
 
 @dataclass(frozen=True)
@@ -77,28 +75,6 @@ def _small_initializers(proto: ModelProto) -> dict[str, np.ndarray]:
 def _to_torch(codes: np.ndarray) -> Tensor:
     dtype = torch.int8 if codes.dtype == np.int8 else torch.float8_e4m3fn
     return torch.from_numpy(np.ascontiguousarray(codes).view(np.uint8)).view(dtype)
-
-
-def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An elementwise function as the one kernel that torch.compile makes of it, called from what is not compiled.
-
-    On a CPU, and where the compiler fails, it runs as PyTorch's own operators.
-    """
-
-    @functools.wraps(function)
-    def run(x: Tensor, *rest: Any) -> Tensor:
-        if torch.compiler.is_compiling() or not x.is_cuda:
-            return function(x, *rest)
-        compiled = _compiled(function)
-        with torch._dynamo.config.patch(suppress_errors=True, recompile_limit=RECOMPILE_LIMIT):
-            return compiled(x, *rest)
-
-    return run
-
-
-@functools.cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function, dynamic=True)
 
 
 @fused

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,13 @@ from sparse_engine.backends.cuda.dlpack_in import DeviceArray
 from sparse_engine.backends.device_loop import CaptureError, OutOfDeviceMemoryError, StepBuffers
 from sparse_engine.errors import BackendError, EngineClosedError, SparseEngineError
 
+from .fused import RECOMPILE_LIMIT
+from .noise import draw_noise
+from .products import first_line
+
 log = logging.getLogger(__name__)
 
-RECOMPILE_LIMIT = 64  # batch sizes of all engines of a process, past which PyTorch would quietly stop compiling
-_DTYPES = {np.float32: torch.float32, np.int64: torch.int64}
+_DTYPES = {np.float32: torch.float32, np.int64: torch.int64, np.uint32: torch.uint32}
 
 
 class TorchDevice:
@@ -30,19 +33,25 @@ class TorchDevice:
         device: with its index where it is CUDA.
         step: a module that is one solver step, on the device.
         compiled: hand the step to torch.compile.
-        pool: of memory for the recordings, where several devices that never run at a time are to share one.
+        beside: another of the same GPU that never runs at the same time: both use one stream, and one pool of memory
+            for recordings, which PyTorch shares among those of one stream alone.
     """
 
-    def __init__(self, device: torch.device, step: nn.Module, compiled: bool, pool: Any = None) -> None:
+    def __init__(
+        self, device: torch.device, step: nn.Module, compiled: bool, beside: TorchDevice | None = None
+    ) -> None:
         self._device = device
         self._step: Callable[..., None] | None = _writing(step)
         self._compiled = torch.compile(self._step, dynamic=False) if compiled else None
         self._compiler = "torch.compile" if compiled else "none"
+        self._compiled_for: set[Hashable] = set()
         cuda = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if cuda else None
-        if cuda and pool is None:
-            pool = torch.cuda.graph_pool_handle()
-        self._pool = pool  # for all recordings, which run one at a time and leave nothing in it
+        self._stream: Any = None
+        self._pool: Any = None  # for all recordings, which run one at a time and leave nothing in it
+        if beside is not None:
+            self._stream, self._pool = beside._stream, beside._pool
+        elif cuda:
+            self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))  # which has moved the weights
         self._recording = False
@@ -101,20 +110,28 @@ class TorchDevice:
                 buffer[at : at + count].copy_(source[first : first + count])
         self.synchronize()
 
+    def ready_noise(self) -> None:
+        """See ``NoiseDevice.ready_noise``: PyTorch's operators are always there."""
+
+    def draw(self, z: Tensor, origin: Tensor, draw: Tensor) -> None:
+        """See ``NoiseDevice.draw``."""
+        with self._current():
+            draw_noise(z, origin, draw)
+
     def step(self, buffers: StepBuffers[Tensor]) -> None:
         """See ``StepDevice.step``. Where torch.compile fails the step runs as PyTorch's own operators from then on."""
         arguments = vars(buffers)
         with self._current():
             if self._compiled is not None:
                 try:
-                    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+                    with self._compiling(buffers):
                         self._compiled(**arguments)
                     return
                 except Exception as error:  # compilers raise anything
                     if self._recording or isinstance(error, torch.OutOfMemoryError):
                         raise
-                    self._compiled, self._compiler = None, f"none: {_first_line(error)}"
-                    log.warning("torch.compile failed, the network runs uncompiled: %s", _first_line(error))
+                    self._compiled, self._compiler = None, f"none: {first_line(error)}"
+                    log.warning("torch.compile failed, the network runs uncompiled: %s", first_line(error))
             if self._step is None:
                 raise EngineClosedError("the engine is closed", "load it again with SparseEngine.load")
             self._step(**arguments)
@@ -133,7 +150,7 @@ class TorchDevice:
                 work()
         except Exception as error:  # whatever cannot be recorded: the loop then enqueues step by step
             self._pool = torch.cuda.graph_pool_handle()  # PyTorch may not have closed one that a recording failed in
-            raise CaptureError(_first_line(error)) from error
+            raise CaptureError(first_line(error)) from error
         finally:
             self._recording = False
         return _CudaGraph(graph, self._current)
@@ -151,6 +168,17 @@ class TorchDevice:
     def close(self) -> None:
         """Let go of the network. A second call does nothing."""
         self._step = self._compiled = None
+
+    @contextlib.contextmanager
+    def _compiling(self, buffers: StepBuffers[Tensor]) -> Iterator[None]:
+        """Let PyTorch compile for a batch that has not come before; raising its limit takes 0.1 ms, so only then."""
+        key = (buffers.x.shape, None if buffers.labels is None else buffers.labels.shape)
+        if key in self._compiled_for:
+            yield
+            return
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            yield
+        self._compiled_for.add(key)
 
     @contextlib.contextmanager
     def _current(self) -> Iterator[None]:
@@ -175,7 +203,7 @@ class TorchDevice:
                 f"{self._device} has no memory left for this batch", "sample with a smaller batch_size"
             ) from error
         except RuntimeError as error:
-            raise BackendError(f"{self._device} failed: {_first_line(error)}") from error
+            raise BackendError(f"{self._device} failed: {first_line(error)}") from error
 
     def _ready_thread(self) -> None:
         """cuBLAS and cuSPARSELt keep a handle for each thread, and cannot make one while a graph is being recorded."""
@@ -232,7 +260,3 @@ def _writing(step: nn.Module) -> Callable[..., None]:
         m.copy_(prediction)
 
     return write
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -29,6 +29,11 @@ class ObstacleError(Exception):
     """A product cannot run; the message says why."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's words: what follows is a library's dump."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class DenseProduct(nn.Module):
     """cuBLASLt's product on a GPU, oneDNN's on a CPU."""
 
@@ -72,6 +77,7 @@ class CutlassProduct(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         _check(weight, SparseSemiStructuredTensorCUTLASS)
+        try_cutlass(weight.device, weight.dtype)
         packed, meta = pack_for_cutlass(weight)
         self.outputs = weight.shape[0]
         self.register_buffer("packed", packed)
@@ -117,6 +123,13 @@ def pack_for_cutlass(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     packed, meta = sparse_semi_structured_from_dense_cutlass(weight.contiguous())
     return packed, meta
+
+
+def try_cutlass(device: torch.device, dtype: torch.dtype) -> None:
+    """Run CUTLASS's smallest product. Raises what PyTorch says where the GPU is not one of its kernel's."""
+    zeros = torch.zeros(128, 128, dtype=dtype, device=device)
+    packed, meta = pack_for_cutlass(zeros)
+    cutlass_linear(zeros, packed, meta, None, len(zeros))
 
 
 def _check(weight: Tensor, kind: Any) -> None:

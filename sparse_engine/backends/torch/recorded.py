@@ -8,33 +8,65 @@ from typing import Any
 import torch
 
 
-class Recorded:
-    """Calls in a row as one CUDA graph; calling it runs them and waits.
+class Recorder:
+    """Records CUDA graphs that share their memory: no two run at a time, and nobody wants what they compute.
+
+    PyTorch shares a pool's memory among the recordings of one stream, so there is one. After a recording that failed
+    another pool is taken: PyTorch may not have closed that one.
 
     Args:
-        calls: what to record; the first is run once before.
         device: a CUDA device.
-        pool: of memory, as ``torch.cuda.graph`` takes it.
+        stream: to record on; None makes one.
     """
 
-    def __init__(self, calls: Sequence[Callable[[], object]], device: torch.device, pool: Any = None) -> None:
-        self._device, self._calls = device, calls  # which hold the tensors that the graph works on
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.no_grad():
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # a recording that fails leaves its stream current: not past this block
+    def __init__(self, device: torch.device, stream: Any = None) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if stream is None else stream
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, calls: Sequence[Callable[[], Any]]) -> Recorded:
+        """Calls in a row as one graph; the first is run once before. Raises what the calls and PyTorch raise."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device), torch.no_grad():
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):  # a recording that fails leaves its stream current: not past this
                 calls[0]()  # libraries make their handles and load their kernels outside the graph
-                stream.synchronize()
-                with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    for call in calls:
-                        call()
+                self.stream.synchronize()
+                try:
+                    result = _capture(graph, calls, self.stream, self._pool)
+                except Exception:
+                    self._pool = torch.cuda.graph_pool_handle()
+                    raise
+        return Recorded(graph, calls, self.device, result)
+
+
+class Recorded:
+    """Calls as one CUDA graph; calling it runs them and waits. Made by ``Recorder.record``."""
+
+    def __init__(self, graph: Any, calls: Sequence[Callable[[], Any]], device: torch.device, result: Any) -> None:
+        self._graph, self._device, self._result = graph, device, result
+        self._calls = calls  # which hold the tensors that the graph works on
 
     def __call__(self) -> None:
         """Run the graph to its end."""
         with torch.cuda.device(self._device):
             self._graph.replay()
             torch.cuda.synchronize()
+
+    def take_result(self) -> Any:
+        """What the last call returned, whose memory the next recording gets once this is let go of; only once."""
+        result, self._result = self._result, None
+        return result
+
+
+def _capture(graph: Any, calls: Sequence[Callable[[], Any]], stream: Any, pool: Any) -> Any:
+    """Record calls; what the last one returns."""
+    result = None
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        for call in calls:
+            result = None  # its memory is the next call's
+            result = call()
+    return result
 
 
 def repeats(operations: float) -> int:

@@ -9,10 +9,11 @@ from torch import nn
 
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.device_loop import DeviceLoop
+from sparse_engine.backends.device_noise import DeviceNoise
 from sparse_engine.errors import BackendError, UnsupportedError
 from sparse_engine.manifest import Manifest
 
-from .choose import Chooser, device_facts
+from .choose import Chooser, device_facts, tactics_of
 from .device import TorchDevice
 from .network import choose_attention, choose_products, rebuild
 from .payload import read_network
@@ -42,8 +43,10 @@ class TorchRunner(DeviceLoop[torch.Tensor]):
         if threads is not None:
             torch.set_num_threads(threads)
         step = (Step if conditional else UnconditionalStep)(network)
-        self._torch = TorchDevice(device, step, compiled=device.type == "cuda")
-        super().__init__(self._torch)
+        cuda = device.type == "cuda"
+        self._torch = TorchDevice(device, step, compiled=cuda)
+        # On a CPU the definition itself draws, bit for bit.
+        super().__init__(self._torch, noise=DeviceNoise(self._torch, tactics_of(device)) if cuda else None)
         self._description = {
             "library": f"torch {torch.__version__}",
             "threads": threads or torch.get_num_threads(),
