@@ -16,6 +16,7 @@ __all__ = ["Judge", "frechet_distance", "measure_quality", "psnr"]
 
 STEPS, SAMPLER = 25, "dpm-solver++"
 PSNR_IMAGES = 16
+LEAST_BATCH = 16  # of a call: one by one, hundreds of images would take minutes
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def measure_quality(
         candidates: name -> runtime; the first is the fp32 reference.
         sample: (runtime, feed, steps, sampler) -> float32 [batch, C, H, W].
         workload: gives the starting noise and the labels.
-        batch: of each call.
+        batch: of each call, or ``LEAST_BATCH``.
         judges: what the samples are held against, beside the reference's.
 
     Returns:
@@ -52,6 +53,7 @@ def measure_quality(
         reference and where there is no difference), ...}}}
     """
     images = max([PSNR_IMAGES, *(judge.images for judge in judges)])
+    batch = max(batch, LEAST_BATCH)
     starts = range(0, images, batch)
     labels = workload.labels(images)
     rows: dict[str, dict[str, float | None]] = {}

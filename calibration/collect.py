@@ -25,6 +25,7 @@ from sparse_engine.manifest import Manifest
 
 EVERY = 4  # of this many steps of an image one is kept: neighbouring states of one trajectory say much the same
 MIN_SAMPLES = 32
+MOST_IMAGES, MOST_STEPS = 100_000, 10_000
 HELD_OUT = 5  # one sample of this many measures quality, and is not calibrated on
 FORMAT = "sparse-engine-calibration/1"
 
@@ -39,7 +40,7 @@ class CalibrationData:
         network_times: float32 [N], what the network is given for them.
         labels: int64 [N], the null class too where guidance was on; None for an unconditional model.
         guidance: float32 [N], the weight that each trajectory was sampled with.
-        facts: where they come from: "checkpoint_sha256", "seed", "sampler", "steps", "images".
+        facts: where they come from: "checkpoint_sha256", "masked", "seed", "sampler", "steps", "images".
     """
 
     x: np.ndarray
@@ -84,6 +85,22 @@ class CalibrationData:
 ARRAYS = {"x": np.float32, "times": np.float64, "network_times": np.float32, "labels": np.int64, "guidance": np.float32}
 
 
+def check_amounts(images: int, steps: int, seed: int) -> None:
+    """Say before the work that these are no amounts to collect. Raises OptionError."""
+    if not 0 <= seed < 2**64:
+        raise OptionError(f"seed = {seed}; expected a whole number from 0 to 2**64 - 1")
+    if images < 1 or steps < 1 or images * (steps // EVERY) < MIN_SAMPLES:
+        raise OptionError(
+            f"{images} images of {steps} steps leave fewer than {MIN_SAMPLES} calibration samples",
+            "take more images, or more steps; 64 images of 20 steps are a good start",
+        )
+    if images > MOST_IMAGES or steps > MOST_STEPS:
+        raise OptionError(
+            f"{images} images of {steps} steps; expected at most {MOST_IMAGES} and {MOST_STEPS}",
+            "64 images of 20 steps are a good start",
+        )
+
+
 def collect(
     engine: SparseEngine,
     *,
@@ -115,13 +132,7 @@ def collect(
             f"the engine is {manifest.precision}; calibration needs the ranges of the float model",
             "calibrate the checkpoint, or an engine built in fp32",
         )
-    if not 0 <= seed < 2**64:
-        raise OptionError(f"seed = {seed}; expected a whole number from 0 to 2**64 - 1")
-    if images < 1 or steps < 1 or images * (steps // EVERY) < MIN_SAMPLES:
-        raise OptionError(
-            f"{images} images of {steps} steps leave fewer than {MIN_SAMPLES} calibration samples",
-            "take more images, or more steps; 64 images of 20 steps are a good start",
-        )
+    check_amounts(images, steps, seed)
     weights = tuple(guidance) if guidance else ((1.0,) if manifest.null_class is None else (1.0, 2.0))
     labels = _labels(manifest, images, seed)
     trajectory = engine.trajectory(steps, sampler, spacing="time-uniform")
@@ -137,6 +148,7 @@ def collect(
         kept.append(_keep(states, chosen // len(weights), trajectory, y, weight, manifest.null_class))
     facts = {
         "checkpoint_sha256": manifest.checkpoint_sha256,
+        "masked": any(layer["masked"] for layer in manifest.layers),
         "seed": seed,
         "sampler": sampler or manifest.sampler,
         "steps": steps,

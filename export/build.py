@@ -89,11 +89,16 @@ def build_engine(
     check_writable(path)
     chosen = usable_backend(backend, to_build=True)
     options = BuildOptions(sparse, precision, _checked_batch(batch), device, require_sparse, tensorrt, progress)
-    check_quantisation(precision, quantisation)
-    if require_sparse and not sparse:
-        raise OptionError("--require-sparse is given without --sparse: no layer would be sparse", "give both")
     if precision != "auto":
         chosen.check(options)
+    check_quantisation(precision, quantisation)
+    if tensorrt != TensorRTOptions() and not chosen.name.startswith("tensorrt"):
+        raise OptionError(
+            f"options of the TensorRT backends are given, and the {chosen.name} backend builds",
+            "leave them out, or build with --backend tensorrt or tensorrt-rtx",
+        )
+    if require_sparse and not sparse:
+        raise OptionError("--require-sparse is given without --sparse: no layer would be sparse", "give both")
     progress("reading the checkpoint")
     model = load_model(checkpoint, family, **given)
     data = calibration_of(model, quantisation) if quantisation else None
@@ -101,17 +106,29 @@ def build_engine(
     baked = bake(model, mask or ("auto" if sparse else "none"), pattern, mask_layers)
     if sparse:
         _check_sparse(baked)
-    notes = []
+    notes = calibrated_otherwise(data, baked)
     if precision == "auto":
         from .fastest import fastest_within  # which builds engines itself
 
         best = fastest_within(model, baked, chosen, options, data, quantisation)
-        options, graph, quantised, notes = best.options, best.graph, best.quantised, [best.note]
+        options, graph, quantised, notes = best.options, best.graph, best.quantised, [*notes, best.note]
     else:
         graph, quantised = graph_for(model, baked, chosen, options, data, quantisation)
     progress(f"building for {chosen.name}")
     progress("writing the engine file")
     return path, write_built(path, model, baked, graph, chosen, options, quantised, notes)
+
+
+def calibrated_otherwise(data: CalibrationData | None, baked: Baked) -> list[str]:
+    """A warning where ranges are found on what the network is given with other masks than it is built with."""
+    masked = any(layer.source for layer in baked.layers)
+    if data is None or data.facts.get("masked", masked) == masked:
+        return []
+    with_masks, without = ("with masks", "without") if masked else ("without masks", "with them")
+    return [
+        f"warning: the engine is built {with_masks} and the calibration data was collected {without}: "
+        f"calibrate {'with --sparse' if masked else 'without --sparse'}"
+    ]
 
 
 def graph_for(
@@ -256,6 +273,13 @@ def warnings_of(baked: Baked) -> list[str]:
     tied = sum(layer.tied_groups for layer in baked.layers)
     if tied:
         notes.append(f"{tied} groups had a tie between equal weights; the lower index was pruned")
-    if baked.pattern != TWO_FOUR:
-        notes.append(f"{baked.pattern} is baked in but is not 2:4: no sparse kernel takes it")
+    if baked.pattern != TWO_FOUR and any(layer.source for layer in baked.layers):
+        notes.append(f"{baked.pattern} is baked in but is not 2:4: {_kernels_for(baked)}")
     return notes
+
+
+def _kernels_for(baked: Baked) -> str:
+    """What runs weights of a pattern that is not 2:4: one that keeps no more of each four is 2:4, too."""
+    return (
+        "no sparse kernel takes it" if not baked.sparse_layers else "2:4 kernels run it, and skip half of the weights"
+    )

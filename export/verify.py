@@ -24,6 +24,8 @@ from .step_graph import solver_lines
 TIMES = (0.999, 0.75, 0.5, 0.25, 0.1, 0.01)  # of the schedule's end
 BATCH = 2
 TRAJECTORY_STEPS = 10
+# Of eps, relative to the largest: more than a precision's rounding leaves (docs/precision.md), with room to spare.
+TOLERANCES = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 5e-2, "int8": 0.15, "fp8": 0.15}
 
 
 @dataclass(frozen=True)
@@ -72,29 +74,35 @@ class Verification:
             raise VerificationError(
                 f"relative error of eps is {self.worst:.2e}; expected at most {self.tolerance:.0e}"
                 + ("" if self.same_checkpoint else " (the engine was built from another checkpoint file)"),
-                "rebuild the engine from this checkpoint",
+                "rebuild the engine from this checkpoint, or say what is close enough with --tolerance",
             )
 
 
 def verify_engine(
-    path: str | Path, checkpoint: str | Path, *, tolerance: float = 1e-4, threads: int | None = None, seed: int = 0
+    path: str | Path,
+    checkpoint: str | Path,
+    *,
+    tolerance: float | None = None,
+    threads: int | None = None,
+    seed: int = 0,
 ) -> Verification:
     """Compare an engine with the torch network of a checkpoint, its masks baked the way the engine's were.
 
-    Every payload byte is hashed first.
+    Every payload byte is hashed first. ``tolerance`` None is that of the engine's precision in ``TOLERANCES``.
 
     Raises:
         EngineFileError, CheckpointError: one of the two cannot be used.
         OptionError: the tolerance is none.
     """
-    if not 0 < tolerance < math.inf:
+    if tolerance is not None and not 0 < tolerance < math.inf:
         raise OptionError(f"tolerance {tolerance:g}: expected a number above 0", "for example 1e-4")
     with SparseEngine.load(path, threads=threads, check=True) as engine:
         reference = Reference(engine.manifest, checkpoint)
         times = [_time_error(engine, reference, t * engine.schedule.t_max, seed) for t in TIMES]
         psnr = _trajectory_psnr(engine, reference, seed)
         same = reference.sha256 == engine.manifest.checkpoint_sha256
-    return Verification(times, psnr, tolerance, same)
+        allowed = TOLERANCES[engine.manifest.precision] if tolerance is None else tolerance
+    return Verification(times, psnr, allowed, same)
 
 
 class Reference:

@@ -93,6 +93,8 @@ class EngineFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if self.path.is_dir():
+            raise EngineFileError(f"{path} is a folder; expected an engine file", f"name a file, such as NAME{SUFFIX}")
         if not self.path.is_file():
             raise EngineFileError(f"{path} does not exist", "build it: sparse-engine build CHECKPOINT -o " + str(path))
         try:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from sparse_engine.errors import OutputError
+from sparse_engine.errors import OptionError, OutputError
 
 UMASK = os.umask(0o022)  # it can only be read by setting it: once, before there are threads
 os.umask(UMASK)
@@ -41,8 +41,17 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
                 os.unlink(temporary)
 
 
-def check_writable(path: Path) -> None:
-    """Say before the work, not after it, that a file cannot be written. Raises OutputError."""
+def check_writable(path: Path, *kinds: str) -> None:
+    """Say before the work, not after it, that a file cannot be written.
+
+    Args:
+        path: the file.
+        kinds: what its name may end in, such as ".json"; a slip of the hand then costs nobody a checkpoint.
+
+    Raises:
+        OptionError: its name ends in none of them.
+        OutputError: it cannot be written.
+    """
     try:
         special = path.exists() and not (path.is_file() or path.is_dir())
     except OSError as error:  # a name that is too long, for one
@@ -51,6 +60,11 @@ def check_writable(path: Path) -> None:
         raise OutputError(f"{path} is a device or a pipe; expected a file name", "write to a file")
     if path.is_dir():
         raise OutputError(f"{path} is a folder; expected a file name", f"write to {path / 'NAME'}")
+    if kinds and path.suffix.lower() not in kinds:
+        raise OptionError(
+            f"{path}: the name of what is written here ends in {' or '.join(kinds)}",
+            f"for example {path.with_suffix(kinds[0]) if path.name else 'NAME' + kinds[0]}",
+        )
     if not path.parent.is_dir():
         raise output_error(path, FileNotFoundError(errno.ENOENT, "no such folder"))
     if not os.access(path.parent, os.W_OK):

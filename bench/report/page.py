@@ -30,6 +30,8 @@ def check_folder(folder: Path) -> None:
     """Say before the work that a report cannot be written there. Raises OutputError."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"--report {folder} is a file; expected a folder", "name a folder")
+    if not (folder.is_dir() or folder.parent.is_dir()):
+        raise OutputError(f"--report {folder}: the folder {folder.parent} does not exist", "create it, or name another")
     check_writable((folder if folder.is_dir() else folder.parent) / "index.html")
 
 

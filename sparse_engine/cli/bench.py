@@ -10,10 +10,23 @@ import typer
 from rich.table import Table
 
 from sparse_engine.__main__ import EXIT_INTERRUPTED
+from sparse_engine.backends.options import MOST_THREADS
 from sparse_engine.errors import OptionError
 from sparse_engine.files import check_writable
 
 from .terminal import bench_module, console, errors, print_json, progress
+
+GRID, CHECKPOINT, RANDOM = "--compare-dense", "--checkpoint", "--random"
+BELONGS = {
+    "--preset": (GRID,),
+    "--cells": (GRID,),
+    "--batch": (GRID, CHECKPOINT, RANDOM),
+    "--heads": (GRID, CHECKPOINT),
+    "--peers": (GRID, CHECKPOINT, RANDOM),
+    "--end-to-end": (GRID, CHECKPOINT, RANDOM),
+    "--quality": (CHECKPOINT,),  # random weights draw nothing that could be judged
+}
+MOST_SECONDS = 3600
 
 
 def command(
@@ -54,19 +67,34 @@ def command(
 ) -> None:
     """Measure 2:4 sparse against dense: interleaved, with intervals."""
     compare_dense |= self_test and checkpoint is None and random is None
-    if sum((compare_dense, kernels, checkpoint is not None, random is not None, earlier is not None)) != 1:
+    modes = {"--compare-dense": compare_dense, "--checkpoint": checkpoint is not None, "--random": random is not None}
+    modes |= {"--kernels": kernels, "--results": earlier is not None}
+    chosen = [name for name, given in modes.items() if given]
+    if len(chosen) != 1:
         raise OptionError(
-            "bench: expected one of --compare-dense, --checkpoint FILE, --random PRESET, --kernels, --results FILE"
+            f"bench: expected one of {', '.join(modes)}; found {' and '.join(chosen) or 'none'}",
+            "for example sparse-engine bench --compare-dense",
         )
-    counts = {"threads": (threads, 1), "repeat": (repeat, 1), "steps": (steps, 1), "samples": (samples, 2)}
+    _check_belongs(
+        chosen[0],
+        {
+            "--preset": preset != "quick",
+            "--cells": cells is not None,
+            "--batch": batch is not None,
+            "--heads": heads is not None,
+            "--peers": peers,
+            "--end-to-end": end_to_end,
+            "--quality": quality is not None,
+        },
+    )
+    counts = {"threads": (threads, 1, MOST_THREADS), "repeat": (repeat, 1, 1000)}
+    counts |= {"steps": (steps, 1, 100_000), "samples": (samples, 16, 1_000_000)}
     _check_numbers(counts, seconds=seconds, max_loss=max_loss)
-    if quality is not None and checkpoint is None:
-        raise OptionError("--quality goes with --checkpoint: random weights draw nothing that could be judged")
     files, known = bench_module("results_file"), bench_module("settings")
     if precision not in known.PRECISIONS:
         raise OptionError(f"--precision {precision!r}: expected one of {', '.join(known.PRECISIONS)}")
     if output is not None:
-        check_writable(output)
+        check_writable(output, ".json")
     if report is not None:
         bench_module("report.page").check_folder(report)
     old = files.read_comparison(compare_to) if compare_to is not None else None
@@ -113,12 +141,19 @@ def command(
         raise typer.Exit(1)
 
 
-def _check_numbers(counts: dict[str, tuple[int | None, int]], *, seconds: float, max_loss: float) -> None:
-    for name, (value, least) in counts.items():
-        if value is not None and value < least:
-            raise OptionError(f"--{name} {value}: expected {least} or more")
-    if not seconds > 0:
-        raise OptionError(f"--seconds {seconds}: expected more than 0")
+def _check_belongs(mode: str, given: dict[str, bool]) -> None:
+    """Raise OptionError on an option that says nothing to what is measured."""
+    for name, modes in BELONGS.items():
+        if given[name] and mode not in modes:
+            raise OptionError(f"{name} goes with {' or '.join(modes)}, not with {mode}", f"leave {name} out")
+
+
+def _check_numbers(counts: dict[str, tuple[int | None, int, int]], *, seconds: float, max_loss: float) -> None:
+    for name, (value, least, most) in counts.items():
+        if value is not None and not least <= value <= most:
+            raise OptionError(f"--{name} {value}: expected {least} to {most}")
+    if not 0 < seconds <= MOST_SECONDS:
+        raise OptionError(f"--seconds {seconds}: expected more than 0, and {MOST_SECONDS} at most")
     if not max_loss >= 0:
         raise OptionError(f"--max-loss {max_loss}: expected 0 or more, such as 0.1 for a tenth")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparse_engine.artifact import EngineFile
+from sparse_engine.artifact import SUFFIX, EngineFile
 from sparse_engine.backends import TensorRTOptions, backend_named
 from sparse_engine.backends.options import LINEAR_FORMS
 from sparse_engine.engine import SparseEngine
@@ -150,7 +150,7 @@ def _kept_if_done(path: Path) -> Iterator[Path]:
 
     So an engine that was there stays until the new one is known to be what was required. Raises OutputError.
     """
-    check_writable(path)
+    check_writable(path, SUFFIX)
     try:
         temporary = tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     except OSError as error:
@@ -194,9 +194,9 @@ def _wanted(
 
     if calib is not None:
         return Quantisation(calib, ranges, smooth, tuple(parse_globs(keep_float) or ()), max_quality_loss)
-    if smooth is not None or keep_float is not None or max_quality_loss is not None:
+    if ranges != "mse" or smooth is not None or keep_float is not None or max_quality_loss is not None:
         raise OptionError(
-            "--smooth, --keep-float and --max-quality-loss need --calib", "sparse-engine calibrate CHECKPOINT"
+            "--ranges, --smooth, --keep-float and --max-quality-loss need --calib", "sparse-engine calibrate CHECKPOINT"
         )
     return None
 

@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 
 from sparse_engine.artifact import SUFFIX, EngineFile
-from sparse_engine.calibration.collect import CalibrationData, collect
+from sparse_engine.calibration.collect import CalibrationData, check_amounts, collect
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import OptionError
 from sparse_engine.files import check_writable
 
-from .terminal import errors, export_module, progress
+from .terminal import check_plot, errors, export_module, progress
 
 
 def command(
@@ -40,9 +40,14 @@ def command(
 ) -> None:
     """Collect what the network is given along its own sampling trajectories."""
     weights = _weights(guidance)
-    for path in (output, plot):
-        if path is not None:
-            check_writable(path)
+    check_writable(output, ".npz")
+    if plot is not None:
+        check_plot(plot)
+    check_amounts(images, steps, seed)
+    of_a_checkpoint = {"--heads": heads, "--null-class": null_class, "--schedule": schedule, "--prediction": prediction}
+    of_a_checkpoint |= {"--family": family, "--sparse": sparse or None}
+    if model.suffix == SUFFIX and any(value is not None for value in of_a_checkpoint.values()):
+        raise OptionError(f"{model} is an engine: {', '.join(of_a_checkpoint)} are for a checkpoint", "leave them out")
     with tempfile.TemporaryDirectory() as folder, progress(bar=True) as display:
         task = display.add_task("building a float engine", total=None)
 

@@ -11,10 +11,9 @@ from rich.table import Table
 
 from sparse_engine.artifact import SUFFIX, EngineFile
 from sparse_engine.engine import SparseEngine
-from sparse_engine.errors import EngineFileError, UnsupportedError
-from sparse_engine.files import check_writable
+from sparse_engine.errors import EngineFileError, OptionError, UnsupportedError
 
-from .terminal import console, export_module, human, make_table, parse_globs, print_json
+from .terminal import check_plot, console, export_module, human, make_table, parse_globs, print_json
 
 
 def command(
@@ -31,9 +30,18 @@ def command(
 ) -> None:
     """Show a checkpoint's or an engine's layers: masked, 2:4, parameters and MACs before and after."""
     if plot is not None:
-        check_writable(plot)
+        check_plot(plot)
     if path.suffix == SUFFIX:
+        if (mask, pattern) != ("auto", "2:4") or any(
+            each is not None for each in (mask_layers, family, heads, null_class)
+        ):
+            raise OptionError(
+                f"{path} is an engine: its masks and its network are settled",
+                "leave out all options but --check and --plot",
+            )
         report = _engine_report(path, check)
+    elif check:
+        raise OptionError(f"{path} is a checkpoint: --check is for an engine", f"an engine's name ends in {SUFFIX}")
     else:
         report = export_module("report").inspect_checkpoint(
             path,

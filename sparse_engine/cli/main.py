@@ -65,7 +65,15 @@ def run(arguments: list[str]) -> int:
             errors.print(f"fix: {error.fix}", markup=False, highlight=False)
         return error.exit_code
     except ClickException as error:
-        error.show()
+        words = " ".join(error.format_message().split())
+        if not words:  # help that was shown for want of arguments
+            error.show()
+            return int(error.exit_code)
+        context = getattr(error, "ctx", None)
+        errors.print(f"error: {words}", style="bold red", markup=False, highlight=False)
+        errors.print(
+            f"fix: see {context.command_path if context else 'sparse-engine'} --help", markup=False, highlight=False
+        )
         return int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         errors.print("interrupted; nothing half-written was left behind")

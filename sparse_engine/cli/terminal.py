@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +27,7 @@ from rich.progress import (
 from rich.table import Table
 
 from sparse_engine.errors import MissingDependencyError
+from sparse_engine.files import check_writable
 
 PIPE_WIDTH = 120  # columns where there is no terminal to ask
 
@@ -51,6 +54,13 @@ def bench_module(name: str) -> ModuleType:
         raise MissingDependencyError(
             f"the bench needs {error.name}; it is not installed", "pip install 'sparse-engine[bench,export,cpu]'"
         ) from error
+
+
+def check_plot(path: Path) -> None:
+    """Say before the work that a picture cannot be drawn. Raises OptionError, OutputError, MissingDependencyError."""
+    check_writable(path, ".png", ".svg", ".pdf")
+    if find_spec("matplotlib") is None:
+        raise MissingDependencyError("--plot needs matplotlib", "pip install 'sparse-engine[bench]'")
 
 
 def print_json(value: Any) -> None:

@@ -13,7 +13,9 @@ from .terminal import console, export_module, make_table, print_json, progress
 def command(
     engine: Annotated[Path, typer.Argument(help="A .sengine file.")],
     against: Annotated[Path, typer.Option("--against", help="The checkpoint.")],
-    tolerance: Annotated[float, typer.Option(help="For the relative error of eps.")] = 1e-4,
+    tolerance: Annotated[
+        float | None, typer.Option(help="For the relative error of eps.", show_default="by precision: fp32 1e-4")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one per core")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -95,6 +95,7 @@ def damaged(path: Path, data: CalibrationData, **changes: Any) -> Path:
 
 
 def test_it_is_of_this_model(data: CalibrationData, calibration_file: Path, conditional_engine: Path) -> None:
+    assert data.facts["masked"]
     assert data.facts["checkpoint_sha256"] == EngineFile(conditional_engine).manifest.checkpoint_sha256
     with pytest.raises(InputError, match="of another model: its checkpoint's sha256 is"):
         load(calibration_file, data, checkpoint_sha256="0" * 64)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from sparse_engine.calibration.collect import CalibrationData
 from sparse_engine.errors import CheckpointError, OptionError
 from sparse_engine.export.bake import bake
-from sparse_engine.export.build import warnings_of
+from sparse_engine.export.build import calibrated_otherwise, warnings_of
 from sparse_engine.export.families.uvit import UViTConfig
 from sparse_engine.export.masks import Pattern, is_n_of_m, magnitude_mask
 from sparse_engine.export.model import Model, load_model
@@ -114,9 +115,32 @@ def test_other_patterns_are_baked_but_never_called_24(tmp_path: Path) -> None:
     fc1 = baked.state["mid_block.mlp.fc1.weight"]
     assert is_n_of_m(fc1, Pattern(7, 8))
     assert not baked.sparse_layers
-    assert any("7:8 is baked in but is not 2:4" in note for note in warnings_of(baked))
+    assert "7:8 is baked in but is not 2:4: no sparse kernel takes it" in warnings_of(baked)
     one_of_16 = bake(model, pattern=Pattern(1, 16))
     assert one_of_16.sparse_layers  # at most one of 16 is also at most two of 4
+    said = warnings_of(one_of_16)
+    assert "1:16 is baked in but is not 2:4: 2:4 kernels run it, and skip half of the weights" in said
+    assert not any("baked in" in note for note in warnings_of(bake(model, "none", Pattern(7, 8))))
+
+
+@pytest.mark.parametrize(
+    "rule,collected,warning",
+    [
+        ("auto", False, "built with masks and the calibration data was collected without: calibrate with --sparse"),
+        ("none", True, "built without masks and the calibration data was collected with them: calibrate without"),
+        ("auto", True, None),
+        ("none", False, None),
+        ("auto", None, None),  # collected by an earlier version, which did not say
+    ],
+)
+def test_calibration_with_other_masks_is_said(
+    rule: str, collected: bool | None, warning: str | None, tmp_path: Path
+) -> None:
+    baked = bake(load_model(save_checkpoint(tmp_path / "x.pth", TINY_CONDITIONAL), heads=4), rule)
+    nothing = np.zeros(0)
+    facts = {} if collected is None else {"masked": collected}
+    notes = calibrated_otherwise(CalibrationData(nothing, nothing, nothing, None, nothing, facts), baked)
+    assert [warning in note for note in notes] == ([True] if warning else [])
 
 
 def test_an_explicit_mask_on_a_bias_is_multiplied_in_too(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """``verify``: what it lets through and what it must not."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from sparse_engine import SparseEngine
 from sparse_engine.errors import VerificationError
-from sparse_engine.export.verify import TimeError, Verification, verify_engine
+from sparse_engine.export.verify import TOLERANCES, TimeError, Verification, verify_engine
 
 
 def test_an_engine_agrees_with_its_checkpoint(conditional_engine: Path, conditional_checkpoint: Path) -> None:
@@ -15,6 +17,30 @@ def test_an_engine_agrees_with_its_checkpoint(conditional_engine: Path, conditio
     assert found.same_checkpoint
     assert found.worst < 1e-5
     assert found.psnr > 80
+
+
+@pytest.mark.parametrize("tolerance,allowed", [(None, TOLERANCES["bf16"]), (1e-9, 1e-9)])
+def test_a_precision_has_a_tolerance_of_its_own(
+    tolerance: float | None,
+    allowed: float,
+    conditional_engine: Path,
+    conditional_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load = SparseEngine.load
+
+    def in_bf16(*arguments: Any, **options: Any) -> SparseEngine:
+        engine = load(*arguments, **options)
+        engine.manifest.precision = "bf16"
+        return engine
+
+    monkeypatch.setattr(SparseEngine, "load", in_bf16)
+    found = verify_engine(conditional_engine, conditional_checkpoint, tolerance=tolerance)
+    assert found.tolerance == allowed
+    if tolerance is not None:
+        with pytest.raises(VerificationError, match="expected at most 1e-09") as raised:
+            found.check()
+        assert "--tolerance" in str(raised.value.fix)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
