@@ -163,11 +163,11 @@ def shown(capsys: pytest.CaptureFixture) -> Callable[[], str]:
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        ([], "expected one of --compare-dense, --checkpoint FILE, --random PRESET, --kernels, --results FILE"),
+        ([], "expected one of --compare-dense, --checkpoint, --random, --kernels, --results; found none"),
         (["--compare-dense", "--preset", "huge"], "preset 'huge' is not known"),
         (["--compare-dense", "--cells", "patch=3"], "--cells 'patch=3' is outside the grid"),
-        (["--compare-dense", "--threads", "0"], "--threads 0: expected 1 or more"),
-        (["--compare-dense", "--repeat", "0"], "--repeat 0: expected 1 or more"),
+        (["--compare-dense", "--threads", "0"], "--threads 0: expected 1 to 4096"),
+        (["--compare-dense", "--repeat", "0"], "--repeat 0: expected 1 to 1000"),
         (["--compare-dense", "--seconds", "0"], "--seconds 0.0: expected more than 0"),
         (["--compare-dense", "--max-loss", "-1"], "--max-loss -1.0: expected 0 or more"),
         (["--compare-dense", "--precision", "fp64"], "--precision 'fp64': expected one of fp32"),

@@ -23,6 +23,7 @@ ROWS = {2: 8, 1: 16}  # bytes of a value -> the libraries take rows of inputs in
 SPARSE_TYPES = (torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 Algorithm = tuple[int, int, int]  # cuSPARSELt's algorithm, split of K (1: none), and how the parts are summed
 DEFAULT_ALGORITHM: Algorithm = (0, 1, -1)
+MOST_WORDS = 200  # characters
 
 
 class ObstacleError(Exception):
@@ -30,8 +31,10 @@ class ObstacleError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's words: what follows is a library's dump."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line that says what went wrong, and no more than a reader reads: what follows is a library's dump."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    line = lines[1] if len(lines) > 1 and lines[0].endswith("raised:") else lines[0]  # "backend='inductor' raised:"
+    return line if len(line) <= MOST_WORDS else f"{line[:MOST_WORDS]}..."
 
 
 class DenseProduct(nn.Module):
