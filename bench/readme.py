@@ -21,8 +21,14 @@ SECTIONS = {
     "cpu-uvit-s-bf16.json": "The same in bf16: sparse products and attention, against the bf16 of other runtimes",
     "cpu-grid-quick-fp32.json": "The paper's grid at embed 512, depth 2, batch 4",
     "cpu-grid-1024-fp32.json": "The same at embed 1024, depth 2, batch 1",
+    "cpu-avx2-uvit-s-fp32.json": "On a processor that has AVX2 and no AVX-512 (a Zen 3), U-ViT-S in fp32",
+    "cpu-avx2-grid-quick-fp32.json": "There, the paper's grid at embed 512, depth 2, batch 4",
 }
-KERNEL_SECTIONS = {"kernels-fp32.json": "In fp32", "kernels-bf16.json": "In bf16"}
+KERNEL_SECTIONS = {
+    "kernels-fp32.json": "In fp32",
+    "kernels-bf16.json": "In bf16",
+    "kernels-avx2-fp32.json": "In fp32 on a processor that has AVX2 and no AVX-512 (a Zen 3)",
+}
 
 
 def section(folder: Path) -> str:
