@@ -263,14 +263,10 @@ class Ways:
             for shape, name in shapes.items()
         ]
         self._add(OURS, lambda: self.ours, compiled=session.compiled, recorded=True)
-        if COMPILED in opponents:
-            self._add(COMPILED, lambda: network, compiled=session.compiled, recorded=True)
-        if EAGER in opponents:
-            self._add(EAGER, lambda: network, compiled=False, recorded=False)
-        for name, kind in SEMI_STRUCTURED.items():
-            if name in opponents:
-                make = partial(_semi_structured, network, names, kind)
-                self._add(name, make, compiled=False, recorded=False)
+        makers = {name: partial(_semi_structured, network, names, kind) for name, kind in SEMI_STRUCTURED.items()}
+        for name in opponents:
+            fast = name == COMPILED
+            self._add(name, makers.get(name, lambda: network), compiled=fast and session.compiled, recorded=fast)
 
     def _add(self, name: str, make: Callable[[], nn.Module], *, compiled: bool, recorded: bool) -> None:
         try:

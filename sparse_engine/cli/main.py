@@ -60,9 +60,7 @@ def run(arguments: list[str]) -> int:
     except SparseEngineError as error:
         if "--debug" in arguments:
             raise
-        errors.print(f"error: {error.what}", style="bold red", markup=False, highlight=False)
-        if error.fix:
-            errors.print(f"fix: {error.fix}", markup=False, highlight=False)
+        _say(error.what, error.fix)
         return error.exit_code
     except ClickException as error:
         words = " ".join(error.format_message().split())
@@ -70,18 +68,21 @@ def run(arguments: list[str]) -> int:
             error.show()
             return int(error.exit_code)
         context = getattr(error, "ctx", None)
-        errors.print(f"error: {words}", style="bold red", markup=False, highlight=False)
-        errors.print(
-            f"fix: see {context.command_path if context else 'sparse-engine'} --help", markup=False, highlight=False
-        )
+        _say(words, f"see {context.command_path if context else 'sparse-engine'} --help")
         return int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         errors.print("interrupted; nothing half-written was left behind")
         return EXIT_INTERRUPTED
     except MemoryError as error:
-        errors.print(f"error: out of memory: {error}", style="bold red", markup=False, highlight=False)
-        errors.print("fix: ask for fewer samples or steps at a time, or a smaller batch", markup=False)
+        _say(f"out of memory: {error}", "ask for fewer samples or steps at a time, or a smaller batch")
         return 1
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
         return 0
+
+
+def _say(what: str, fix: str | None) -> None:
+    """An error, in the two lines that all errors have."""
+    errors.print(f"error: {what}", style="bold red", markup=False, highlight=False)
+    if fix:
+        errors.print(f"fix: {fix}", markup=False, highlight=False)

@@ -92,7 +92,9 @@ def test_the_callback_stops_sampling() -> None:
 
 
 def test_a_callback_that_returns_nothing_goes_on() -> None:
-    walk(make_trajectory("ddim", SCHEDULE, 3), _step, _noise(0), noise=None, callback=lambda i, t, x: None)
+    seen: list[int] = []
+    walk(make_trajectory("ddim", SCHEDULE, 3), _step, _noise(0), noise=None, callback=lambda i, t, x: seen.append(i))
+    assert seen == [0, 1, 2]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
