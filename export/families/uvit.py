@@ -78,12 +78,18 @@ class UViTConfig:
         return (self.channels, self.image_size, self.image_size)
 
 
+# Sines at the end of an array that is no multiple of a vector are computed by another function, which rounds otherwise:
+# what a time is embedded as would depend on where in its batch it stands. Rows are filled up to the widest vector.
+SINE_LANES = 16
+
+
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """Sinusoidal embedding of times. t: [B], in the network's units -> [B, dim]."""
     half = dim // 2
-    freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    whole = -(-half // SINE_LANES) * SINE_LANES
+    freqs = torch.exp(-math.log(max_period) * torch.arange(whole, dtype=torch.float32, device=t.device) / half)
     args = t[:, None].float() * freqs[None]
-    embedding = torch.cat([torch.cos(args), torch.sin(args)], dim=-1)
+    embedding = torch.cat([torch.cos(args)[:, :half], torch.sin(args)[:, :half]], dim=-1)
     return F.pad(embedding, (0, 1)) if dim % 2 else embedding
 
 

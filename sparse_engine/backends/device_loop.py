@@ -288,11 +288,15 @@ class DeviceLoop(Generic[B]):
             return np.concatenate(self._in_parts(len(x), evaluate))
 
     def describe(self) -> dict[str, Any]:
-        """How steps are enqueued, and the largest batch where memory has set a limit."""
+        """How steps are enqueued, the largest batch where memory has set a limit, and what holds of an image's bits.
+
+        The libraries choose a GPU's kernels by the batch too: an image is the same in any to rounding, not to the bit.
+        """
         eager = self._eager or (None if self.records else "not asked for")
         how = f"one by one: {eager}" if eager else f"recorded, {self._chunk} at a time"
         noise = "uploaded" if self._noise is None else self._noise.describe()
-        return {"steps": how, "recordings": self._recorded, "noise": noise, "largest_batch": self._largest}
+        facts = {"steps": how, "recordings": self._recorded, "noise": noise, "largest_batch": self._largest}
+        return {**facts, "batch_invariant": False}
 
     def close(self) -> None:
         """Stop what runs at its next chunk, and give everything back. A second call does nothing."""

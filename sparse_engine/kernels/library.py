@@ -20,10 +20,10 @@ from sparse_engine.kernels.packing import Positions, Values, validate
 LIBRARY_PATH = Path(__file__).with_name("libsparse_engine_kernels.so")
 TIERS = ("scalar", "avx2", "avx512", "avx512-bf16", "neon")
 ISA_VARIABLE = "SPARSE_ENGINE_ISA"
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _MESSAGE_BYTES = 512
 
-Lanes = Literal["auto", "t-lanes", "n-lanes"]
+Lanes = Literal["t-lanes", "n-lanes"]
 Compute = Literal["fp32", "bf16"]
 Activation = Literal["none", "gelu", "gelu-tanh", "silu"]
 
@@ -75,8 +75,8 @@ class MatMul24:
         positions: uint8 ``[N, K/4]`` (see :mod:`sparse_engine.kernels.packing`).
         tier: one of ``TIERS``, or None for the best for ``compute``.
         compute: precision of the products, where ``tier`` is None.
-        lanes: ``t-lanes`` (tokens in SIMD lanes), ``n-lanes`` (output rows), or ``auto``: by the number of
-            tokens of each call, each layout packed when first needed.
+        lanes: ``t-lanes`` (tokens in SIMD lanes) or ``n-lanes`` (output rows), which is faster for few tokens. They
+            add up in different orders: a row of ``x`` gives the same bits whatever else is in a call, within either.
 
     Raises:
         InputError: weights that are not canonical 2:4, or a name that does not exist.
@@ -90,20 +90,18 @@ class MatMul24:
         *,
         tier: str | None = None,
         compute: Compute = "fp32",
-        lanes: Lanes = "auto",
+        lanes: Lanes = "t-lanes",
     ) -> None:
         self._handle = ctypes.c_void_p()
         validate(values, positions)
-        # Kept: with lanes="auto" the library reads them again when it packs the second layout.
-        self._values = np.ascontiguousarray(values)
-        self._positions = np.ascontiguousarray(positions)
+        values, positions = np.ascontiguousarray(values), np.ascontiguousarray(positions)
         self.rows, self.depth = positions.shape[0], 4 * positions.shape[1]
         _call(
             "sparse_engine_matmul24_create",
             ctypes.c_int64(self.rows),
             ctypes.c_int64(self.depth),
-            _address(self._values),
-            _address(self._positions),
+            _address(values),
+            _address(positions),
             (tier or best_tier(compute)).encode(),
             lanes.encode(),
             ctypes.byref(self._handle),
@@ -208,13 +206,14 @@ class MatMul24:
         """The tier that computes it."""
         return str(_library().sparse_engine_matmul24_tier(self._handle).decode())
 
-    def lanes_for(self, tokens: int) -> str:
-        """The layout used for so many tokens."""
-        return str(_library().sparse_engine_matmul24_lanes(self._handle, ctypes.c_int64(tokens)).decode())
+    @property
+    def lanes(self) -> str:
+        """What lies in the lanes."""
+        return str(_library().sparse_engine_matmul24_lanes(self._handle).decode())
 
     @property
     def packed_bytes(self) -> int:
-        """Memory of the layouts packed so far."""
+        """Memory of the packed weights."""
         return int(_library().sparse_engine_matmul24_packed_bytes(self._handle))
 
     def __del__(self) -> None:

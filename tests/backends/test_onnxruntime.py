@@ -83,7 +83,7 @@ def test_every_kernel_gives_the_dense_result(
     force(monkeypatch, kernel)
     with SparseEngine.load(sparse_file) as sparse, SparseEngine.load(dense_file) as dense:
         used = {layer["kernel"] for layer in sparse.info["layers"] if layer["masked"]}
-        assert used <= {kernel, "t-lanes", "auto"}
+        assert used <= {kernel, "t-lanes"}
         for batch in (1, 3, 16):
             x = rng.standard_normal((batch, 3, 8, 8), np.float32)
             expected = dense.denoise(x, 0.4, labels=1)
@@ -101,7 +101,7 @@ def test_choices_are_measured_once_reported_and_remembered(
         for timed in layer["timed_by_tokens"].values():
             assert timed["milliseconds"][timed["fastest"]] == min(timed["milliseconds"].values())
             assert timed["margin"] >= 1
-        assert layer["kernel"] in {"dense", "t-lanes", "n-lanes", "auto"}
+        assert layer["kernel"] in {"dense", "t-lanes", "n-lanes"}
         assert layer["chosen"] == (layer["kernel"] != "dense")
     assert len(list(own_cache.glob("tactics-*.json"))) == 1
     monkeypatch.setattr(choose, "_product", lambda *_: pytest.fail("measured again"))
@@ -189,7 +189,7 @@ def test_without_autotune_the_stated_rule(sparse_file: Path, monkeypatch: pytest
     monkeypatch.setattr(choose, "_product", lambda *_: pytest.fail("timed"))
     with SparseEngine.load(sparse_file, autotune=False) as engine:
         layers = [layer for layer in engine.info["layers"] if layer["masked"]]
-    assert {layer["kernel"] for layer in layers} == {"auto"}
+    assert {layer["kernel"] for layer in layers} == {"t-lanes"}
     assert {layer["why"] for layer in layers} == {"not timed: ours by default"}
 
 
@@ -223,7 +223,7 @@ def test_bf16_is_close(
     x = np.random.default_rng(0).standard_normal((4, 3, 8, 8), np.float32)
     with SparseEngine.load(path, autotune=False) as engine, SparseEngine.load(dense_file) as dense:
         kernels_used = {layer["name"]: layer["kernel"] for layer in engine.info["layers"]}
-        assert kernels_used["mid_block.attn.qkv"] == ("auto" if sparse else "dense-bf16")
+        assert kernels_used["mid_block.attn.qkv"] == ("t-lanes" if sparse else "dense-bf16")
         assert kernels_used["out_blocks.0.skip_linear"] == "dense-bf16"
         assert kernels_used["decoder_pred"] == "dense"
         found, expected = engine.denoise(x, 0.4), dense.denoise(x, 0.4)

@@ -78,7 +78,7 @@ def test_it_computes_the_layer(weight, bias):
     assert relative_error(y, x.astype(np.float64) @ weight.T + bias) < 4e-6
 
 
-@pytest.mark.parametrize("tactic", ["auto", "t-lanes", "n-lanes"])
+@pytest.mark.parametrize("tactic", ["t-lanes", "n-lanes"])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_bias_and_residual_are_optional_each(weight, bias, tactic, with_bias):
     x, residual = sample(5), np.random.default_rng(3).standard_normal((2, 5, ROWS)).astype(np.float32)
@@ -248,7 +248,7 @@ def test_no_tokens_is_no_work(weight):
     "change, message",
     [
         ({"activation": "relu"}, "activation is 'relu', expected one of: none, gelu, gelu-tanh, silu"),
-        ({"tactic": "fast"}, "tactic is 'fast', expected one of: auto, t-lanes, n-lanes"),
+        ({"tactic": "fast"}, "tactic is 'fast', expected one of: t-lanes, n-lanes"),
         ({"compute": "int8"}, "compute precision is 'int8', expected one of: fp32, bf16"),
         ({"N": 73}, r"values has shape \[72, 32\], expected \[73, 32\]"),
         ({"K": 66}, "K = 66, expected N >= 1 and K a positive multiple of 4"),

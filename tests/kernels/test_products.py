@@ -117,26 +117,18 @@ def test_the_result_does_not_depend_on_the_number_of_threads(tactic):
             np.testing.assert_array_equal(product(x, activation="gelu", threads=threads), alone)
 
 
-def test_the_layout_does_not_change_a_token_that_moves(tactic):
+@pytest.mark.parametrize("activation", ["none", "gelu", "silu"])
+@pytest.mark.parametrize("rows, depth", [(64, 192), (37, 60)])
+def test_what_else_is_in_a_call_does_not_change_a_token(tactic, rows, depth, activation):
     rng = np.random.default_rng(5)
-    weight = random_weight(rng, 64, 192)
-    x = rng.standard_normal((111, 192)).astype(np.float32)
-    product = create(weight, tactic)
-    np.testing.assert_array_equal(product(x)[60:], product(np.ascontiguousarray(x[60:])))
-
-
-def test_auto_takes_rows_in_lanes_for_few_tokens_and_packs_what_it_uses():
-    weight = random_weight(np.random.default_rng(6), 64, 64)
-    product = kernels.MatMul24(*kernels.pack(weight))
-    assert product.packed_bytes == 0
-    assert product.lanes_for(1) == "n-lanes"
-    assert product.lanes_for(257) == "t-lanes"
-    x = np.random.default_rng(7).standard_normal((257, 64)).astype(np.float32)
-    expected = x.astype(np.float64) @ weight.astype(np.float64).T
-    assert relative_error(product(x), expected) < 4e-6
-    only_one = product.packed_bytes
-    assert relative_error(product(x[:4]), expected[:4]) < 4e-6
-    assert product.packed_bytes > only_one > 0
+    product = create(random_weight(rng, rows, depth), tactic)
+    x, residual = (rng.standard_normal((211, width)).astype(np.float32) for width in (depth, rows))
+    whole = product(x, residual=residual, activation=activation, threads=2)
+    for tokens in (1, 2, 7, 12, 13, 24, 25, 48, 97):
+        for first in (0, 1, 96, 211 - tokens):
+            some = slice(first, first + tokens)
+            alone = product(x[some].copy(), residual=residual[some].copy(), activation=activation)
+            np.testing.assert_array_equal(alone, whole[some])
 
 
 def test_no_tokens_is_no_work(tactic):

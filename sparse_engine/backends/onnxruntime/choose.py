@@ -28,7 +28,9 @@ DENSE = ("dense", "dense-bf16")
 PAIRED = ("t-lanes", "dense-bf16")  # kernels that compute two layers in a row
 ATTENTION_RULE = {"fp32": "onnxruntime", "bf16": "own"}  # without timing
 PATTERNS = (4, 8, 12, 9, 13, 14)  # the positions that two of four can have
-DEFAULT_RULE = "auto"  # without timing: sparse, its layout by the number of tokens of each call
+# Without timing: ours, its lanes by the tokens of the usual batch. Where T-lanes overtake N-lanes on a Zen 4: below it
+# most lanes of a tile are empty.
+UNTIMED_N_LANES_UP_TO = {"fp32": 12, "bf16": 24}
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,10 @@ class LayerChoice:
     """What a layer runs.
 
     Attributes:
-        kernel: "dense" (ONNX Runtime's, float32), "dense-bf16" (ours); sparse: "t-lanes", "n-lanes", or "auto" (its
-            layout by the number of tokens of each call).
+        kernel: "dense" (ONNX Runtime's, float32), "dense-bf16" (ours); sparse: "t-lanes", "n-lanes". One for every
+            number of tokens: each adds up in an order of its own, and what is drawn must not depend on the batch.
         why: how that was decided.
-        measured: tokens -> what was timed.
+        measured: tokens -> what was timed; at the usual batch alone.
     """
 
     kernel: str
@@ -63,7 +65,7 @@ class Chooser:
 
         self._threads, self._autotune = threads, autotune
         self._compute, self._attention_compute = products_in(manifest.precision), attention_in(manifest.precision)
-        self._batches = sorted({manifest.batch[0], manifest.batch[1]})
+        self._batch = manifest.batch[1]
         self._positions = {layer["name"]: layer["macs"] // layer["parameters"] for layer in manifest.layers}
         self._obstacle = self._find_obstacle()
         if self._obstacle and manifest.sparse:
@@ -88,17 +90,12 @@ class Chooser:
         """The kernel for a layer: the fastest at the usual batch."""
         if self._obstacle:
             return LayerChoice("dense", f"no kernel of ours: {self._obstacle}", {})
+        tokens = self._tokens(layer)
         if not self._autotune:
-            return LayerChoice(DEFAULT_RULE if layer.is_sparse else "dense-bf16", "not timed: ours by default", {})
-        measured = {}
-        for batch in self._batches:
-            tokens = self._tokens(layer, batch)
-            measured[tokens] = self._cache.choose(self._key(layer, tokens), self._candidates(layer, tokens))
-        winners = [choice.kernel for choice in measured.values()]
-        if winners[-1] in DENSE:
-            return LayerChoice(winners[-1], "faster at the usual batch", measured)
-        lanes = {winner for winner in winners if winner != "dense"}
-        return LayerChoice(lanes.pop() if len(lanes) == 1 else "auto", "faster at the usual batch", measured)
+            lanes = "n-lanes" if tokens <= UNTIMED_N_LANES_UP_TO[self._compute] else "t-lanes"
+            return LayerChoice(lanes if layer.is_sparse else "dense-bf16", "not timed: ours by default", {})
+        choice = self._cache.choose(self._key(layer, tokens), self._candidates(layer, tokens))
+        return LayerChoice(choice.kernel, "faster at the usual batch", {tokens: choice})
 
     def together(self, first: FusedLayer, second: FusedLayer, kernel: str) -> Choice | None:
         """Two layers in one node ("together") or two ("apart"), at the usual batch; None where they cannot be one.
@@ -107,7 +104,7 @@ class Chooser:
         """
         if kernel not in PAIRED or not self._autotune or not first.feeds(second):
             return None
-        tokens = self._tokens(first, self._batches[-1])
+        tokens = self._tokens(first)
         return self._cache.choose(
             f"{self._key(first, tokens)} and {self._key(second, tokens)}",
             lambda: {
@@ -135,7 +132,7 @@ class Chooser:
             return None
         if not self._autotune:
             return Choice(ATTENTION_RULE[self._attention_compute], {})
-        batch = max(1, min(self._batches[-1], ENOUGH_TOKENS // attention.tokens))
+        batch = max(1, min(self._batch, ENOUGH_TOKENS // attention.tokens))
         shape = f"{attention.tokens} tokens {attention.heads} heads of {attention.head_dim}"
         return self._cache.choose(
             f"{self._attention_compute} attention batch {batch} {shape}",
@@ -153,8 +150,8 @@ class Chooser:
         }
         return {name: _alone(each, feed, output, {}, self._threads) for name, each in nodes.items()}
 
-    def _tokens(self, layer: FusedLayer, batch: int) -> int:
-        return min(batch * self._positions[layer.name], ENOUGH_TOKENS)
+    def _tokens(self, layer: FusedLayer) -> int:
+        return min(self._batch * self._positions[layer.name], ENOUGH_TOKENS)
 
     def _key(self, layer: FusedLayer, tokens: int) -> str:
         residual = "residual" if layer.residual else "no residual"

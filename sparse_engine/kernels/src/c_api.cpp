@@ -68,7 +68,7 @@ const MatMul24& as_product(const void* product) { return *static_cast<const MatM
 
 }  // namespace
 
-int sparse_engine_abi_version() { return 2; }
+int sparse_engine_abi_version() { return 3; }
 
 int sparse_engine_has_tier(const char* tier) {
   bool has = false;
@@ -111,9 +111,7 @@ int sparse_engine_matmul24_run_pair(const void* first, const float* first_bias, 
 
 const char* sparse_engine_matmul24_tier(const void* product) { return tier_name(as_product(product).tier()); }
 
-const char* sparse_engine_matmul24_lanes(const void* product, int64_t tokens) {
-  return lanes_name(as_product(product).lanes_for(tokens > 0 ? size_t(tokens) : 0));
-}
+const char* sparse_engine_matmul24_lanes(const void* product) { return lanes_name(as_product(product).lanes()); }
 
 size_t sparse_engine_matmul24_packed_bytes(const void* product) { return as_product(product).packed_bytes(); }
 

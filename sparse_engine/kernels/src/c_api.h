@@ -18,8 +18,8 @@ SPARSE_ENGINE_API int sparse_engine_has_tier(const char* tier);
 SPARSE_ENGINE_API int sparse_engine_best_tier(const char* compute, const char** tier, char* message,
                                               size_t message_size);
 
-// Canonical weights: values [rows, depth / 2], positions [rows, depth / 4] (first | second << 2). They must
-// outlive the product where lanes is "auto".
+// Canonical weights: values [rows, depth / 2], positions [rows, depth / 4] (first | second << 2). They
+// are packed for the tier and the lanes, and may then be freed.
 SPARSE_ENGINE_API int sparse_engine_matmul24_create(int64_t rows, int64_t depth, const float* values,
                                                     const uint8_t* positions, const char* tier, const char* lanes,
                                                     void** product, char* message, size_t message_size);
@@ -36,9 +36,9 @@ SPARSE_ENGINE_API int sparse_engine_matmul24_run_pair(const void* first, const f
                                                       const float* residual, const float* input, int64_t tokens,
                                                       float* output, int threads, char* message, size_t message_size);
 
-// The tier, and the layout that so many tokens are computed with. Static strings.
+// The tier, and what lies in its lanes. Static strings.
 SPARSE_ENGINE_API const char* sparse_engine_matmul24_tier(const void* product);
-SPARSE_ENGINE_API const char* sparse_engine_matmul24_lanes(const void* product, int64_t tokens);
+SPARSE_ENGINE_API const char* sparse_engine_matmul24_lanes(const void* product);
 SPARSE_ENGINE_API size_t sparse_engine_matmul24_packed_bytes(const void* product);
 
 SPARSE_ENGINE_API void sparse_engine_matmul24_destroy(void* product);

@@ -9,7 +9,7 @@ namespace sparse_engine {
 namespace {
 
 constexpr const char* kTierNames[kTierCount] = {"scalar", "avx2", "avx512", "avx512-bf16", "neon"};
-constexpr const char* kLanesNames[] = {"auto", "t-lanes", "n-lanes"};
+constexpr const char* kLanesNames[] = {"t-lanes", "n-lanes"};
 constexpr const char* kActivationNames[] = {"none", "gelu", "gelu-tanh", "silu"};
 constexpr const char* kComputeNames[] = {"fp32", "bf16"};
 
@@ -96,12 +96,6 @@ const PeakLoop* find_peak_loop(Tier tier) {
   if (tier == Tier::kNeon) return &kNeonPeak;
 #endif
   return nullptr;
-}
-
-// Where T-lanes overtake N-lanes, measured on a Zen 4 (README.md): below it most lanes of a tile are empty.
-Lanes default_lanes(Tier tier, size_t tokens) {
-  const size_t most = tier == Tier::kAvx512Bf16 ? 24 : 12;
-  return tokens <= most ? Lanes::kRows : Lanes::kTokens;
 }
 
 }  // namespace sparse_engine

@@ -33,7 +33,7 @@ class Kernel : public Form {
         product_(weights_input(api, info, int_attribute(api, info, "N"), int_attribute(api, info, "K"), Form::kValues,
                                Form::kIsSparse),
                  best_tier(parse_compute_is_bfloat16(string_attribute(api, info, "compute", Form::kDefaultCompute))),
-                 parse_lanes(string_attribute(api, info, "tactic", "auto"))) {
+                 parse_lanes(string_attribute(api, info, "tactic", "t-lanes"))) {
     product_.page_out_weights();
   }
 

@@ -10,7 +10,7 @@
 //   attributes  N, K       int
 //               activation string  none (default), gelu, gelu-tanh, silu
 //               compute    string  fp32 (default), bf16: the precision of the products; sums are float32
-//               tactic     string  auto (default), t-lanes, n-lanes
+//               tactic     string  t-lanes (default), n-lanes
 //               threads    int     how many of the session's threads to use at most; 0 (default): the
 //               machine's
 //

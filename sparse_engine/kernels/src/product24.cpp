@@ -56,42 +56,25 @@ MatMul24::MatMul24(const Weights24& weights, Tier tier, Lanes lanes)
     : weights_(weights), tier_(tier), lanes_(weights.dense() ? Lanes::kTokens : lanes) {
   check_shape(weights);
   if (!weights.dense()) check_positions(weights);
-  const bool later = lanes_ == Lanes::kAuto;
-  const Tactic& first = tactic(later ? Lanes::kTokens : lanes_);  // throws where the machine lacks the tier
-  if (!later) packed_for(first);
+  const Tactic& tactic = this->tactic();  // throws where the machine lacks the tier
+  packed_ = Buffer(tactic.packed_bytes(weights.rows, weights.depth));
+  tactic.pack(weights, packed_.data());
 }
 
 void MatMul24::page_out_weights() const {
-  if (lanes_ == Lanes::kAuto) return;
   const size_t values = size_t(weights_.rows) * weights_.depth / (weights_.dense() ? 1 : 2);
   page_out(weights_.values, values * sizeof(float));
 }
 
-const Tactic& MatMul24::tactic(Lanes lanes) const {
-  return weights_.dense() ? find_dense_tactic(tier_) : find_tactic(tier_, lanes);
-}
-
-Lanes MatMul24::lanes_for(size_t tokens) const {
-  return lanes_ == Lanes::kAuto ? default_lanes(tier_, tokens) : lanes_;
-}
-
-size_t MatMul24::packed_bytes() const { return packed_[0].buffer.size() + packed_[1].buffer.size(); }
-
-const void* MatMul24::packed_for(const Tactic& tactic) const {
-  Packed& packed = packed_[tactic.lanes == Lanes::kRows ? 1 : 0];
-  std::call_once(packed.once, [&] {
-    Buffer buffer(tactic.packed_bytes(weights_.rows, weights_.depth));
-    tactic.pack(weights_, buffer.data());
-    packed.buffer = std::move(buffer);
-  });
-  return packed.buffer.data();
+const Tactic& MatMul24::tactic() const {
+  return weights_.dense() ? find_dense_tactic(tier_) : find_tactic(tier_, lanes_);
 }
 
 void MatMul24::run(const float* input, size_t tokens, float* output, const Epilogue& epilogue, int threads,
                    const ParallelFor& parallel_for) const {
   if (tokens == 0) return;
-  const Tactic& tactic = this->tactic(lanes_for(tokens));
-  const Product product = {weights_.rows, weights_.depth, packed_for(tactic), input, output, epilogue};
+  const Tactic& tactic = this->tactic();
+  const Product product = {weights_.rows, weights_.depth, packed_.data(), input, output, epilogue};
   const Partition partition(tactic, tokens, product.rows, std::max(1, threads));
   const size_t scratch_bytes = tactic.scratch_bytes(product.depth, partition.most_block_rows());
 
@@ -109,8 +92,8 @@ void MatMul24::run_pair(const MatMul24& first, const Epilogue& first_epilogue, c
   if (first.lanes_ != Lanes::kTokens || second.lanes_ != Lanes::kTokens) {
     throw Error(Status::kUnsupported, "two layers in a row are computed in T-lanes only");
   }
-  Tactic tactic = first.tactic(Lanes::kTokens);
-  if (tactic.run != second.tactic(Lanes::kTokens).run) {
+  Tactic tactic = first.tactic();
+  if (tactic.run != second.tactic().run) {
     throw Error(Status::kInvalidInput, "two layers in a row have one tier, and are both 2:4 or both dense");
   }
   if (!tactic.run_pair) {
@@ -118,8 +101,8 @@ void MatMul24::run_pair(const MatMul24& first, const Epilogue& first_epilogue, c
                 std::string("two layers in a row have no ") + tier_name(first.tier()) + " kernel");
   }
   if (tokens == 0) return;
-  const Product products[2] = {{first.rows(), first.depth(), first.packed_for(tactic), input, nullptr, first_epilogue},
-                               {second.rows(), second.depth(), second.packed_for(tactic), nullptr, output, epilogue}};
+  const Product products[2] = {{first.rows(), first.depth(), first.packed_.data(), input, nullptr, first_epilogue},
+                               {second.rows(), second.depth(), second.packed_.data(), nullptr, output, epilogue}};
   const int rows = first.rows() + second.rows();
   tactic.row_multiple = rows;  // blocks of tokens only: all rows of the first layer go into each of the second
   const Partition partition(tactic, tokens, rows, std::max(1, threads));

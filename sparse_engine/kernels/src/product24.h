@@ -2,7 +2,6 @@
 #pragma once
 
 #include <functional>
-#include <mutex>
 
 #include "buffer.h"
 #include "matmul24.h"
@@ -14,8 +13,7 @@ using ParallelFor = std::function<void(int workers, const std::function<void()>&
 
 class MatMul24 {
  public:
-  // With kTokens or kRows the weights are packed now, and may then be freed. With kAuto each layout is packed
-  // when it is first needed: the weights must live as long as this object. Dense weights have T-lanes only.
+  // The weights are packed now, and may then be freed. Dense weights have T-lanes only.
   // Throws Error: kInvalidInput for weights that are neither, kUnsupported for a missing tier.
   MatMul24(const Weights24& weights, Tier tier, Lanes lanes);
 
@@ -24,7 +22,7 @@ class MatMul24 {
   void run(const float* input, size_t tokens, float* output, const Epilogue& epilogue, int threads,
            const ParallelFor& parallel_for) const;
 
-  // The weights were packed in every layout that will be used, and may leave memory.
+  // The weights were packed, and may leave memory.
   void page_out_weights() const;
 
   // output = second(first(input)), where second.depth() is first.rows(): bit for bit what two calls of run() give, but
@@ -38,21 +36,16 @@ class MatMul24 {
   int rows() const { return weights_.rows; }
   int depth() const { return weights_.depth; }
   Tier tier() const { return tier_; }
-  Lanes lanes_for(size_t tokens) const;  // what run() uses for so many tokens
-  size_t packed_bytes() const;           // of the layouts packed so far
+  Lanes lanes() const { return lanes_; }
+  size_t packed_bytes() const { return packed_.size(); }
 
  private:
-  struct Packed {
-    std::once_flag once;
-    Buffer buffer;
-  };
-  const Tactic& tactic(Lanes lanes) const;
-  const void* packed_for(const Tactic& tactic) const;
+  const Tactic& tactic() const;
 
   Weights24 weights_;
   Tier tier_;
   Lanes lanes_;
-  mutable Packed packed_[2];  // T-lanes, N-lanes
+  Buffer packed_;
 };
 
 }  // namespace sparse_engine
