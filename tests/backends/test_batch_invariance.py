@@ -73,6 +73,14 @@ def test_an_image_does_not_depend_on_its_batch(
         assert used == {kernel}
 
 
+def test_nor_does_a_prediction_at_times_of_its_own(engines: dict[str, Path], rng: np.random.Generator) -> None:
+    x, t = rng.standard_normal((97, 3, 8, 8), np.float32), np.linspace(0.001, 1, 97)
+    with SparseEngine.load(engines["fp32"], threads=2, autotune=False) as engine:
+        whole = engine.predict(x, t, labels=1)
+        alone = [engine.predict(x[i : i + 1], t[i], labels=1) for i in range(97)]
+    np.testing.assert_array_equal(np.concatenate(alone), whole)
+
+
 @pytest.mark.parametrize("kernel", ["own", "onnxruntime"])
 def test_nor_does_one_in_int8(
     engines: dict[str, Path], kernel: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
