@@ -7,6 +7,7 @@ DIGITS := examples/digits
 CPP := $(wildcard sparse_engine/kernels/src/*.h sparse_engine/kernels/src/*.cpp tests/kernels/*.cpp)
 GPU_PYTHON ?= $(PYTHON)
 GPU_ARGS ?=
+JOBS ?= 2
 
 .PHONY: demo test gpu-check lint format clean
 
@@ -20,8 +21,9 @@ demo: $(READY)
 	$(BIN)/sparse-engine bench --random uvit-s --batch 1,4 --repeat 3 --seconds 4
 	@echo "Look at out/digits.png: digits drawn by the 2:4 sparse model, one class a column."
 
+# Fixtures are made once a process: more of them than cores cost more than they gain.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check
