@@ -91,11 +91,16 @@ def real_numbers(name: str, values: Any) -> tuple[float, ...]:
     return found
 
 
-def whole_numbers(name: str, values: Any, least: int) -> tuple[int, ...]:
+def whole_numbers(name: str, values: Any, least: int | None = None) -> tuple[int, ...]:
     """Several whole numbers, as ``whole_number`` takes them."""
     if isinstance(values, (str, bytes)) or not (isinstance(values, Iterable) and _rank(values, 1)):
         raise refused(name, values, "whole numbers")
     return tuple(whole_number(f"{name}[{index}]", value, least) for index, value in enumerate(values))
+
+
+def plain(value: Any) -> Any:
+    """NumPy's scalars as Python's own; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def is_truth(value: Any) -> bool:

@@ -70,7 +70,7 @@ class SparseEngine:
         """
         threads, device = arguments.threads(threads), arguments.device(device)
         autotune = arguments.truth("autotune", autotune)
-        file = EngineFile(arguments.path("path", path))
+        file = EngineFile(path)
         if arguments.truth("check", check):
             file.verify()
         backend = backend_named(file.manifest.backend["name"])
