@@ -46,9 +46,8 @@ class Quantisation:
     def __post_init__(self) -> None:
         range_method(self.ranges)
         check_strength(self.smooth)
-        limit = self.max_quality_loss
-        if limit is not None and arguments.real_number("max_quality_loss", limit) <= 0:
-            raise OptionError(f"--max-quality-loss {limit:g}; expected a number above 0, such as 0.02 for 2 %")
+        if self.max_quality_loss is not None:
+            arguments.real_number("--max-quality-loss", self.max_quality_loss, above=0)
 
 
 @dataclass(frozen=True)

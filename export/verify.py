@@ -12,7 +12,7 @@ import torch
 
 from sparse_engine import arguments, sampling
 from sparse_engine.engine import SparseEngine
-from sparse_engine.errors import OptionError, VerificationError
+from sparse_engine.errors import VerificationError
 from sparse_engine.images import psnr
 from sparse_engine.manifest import Manifest
 
@@ -109,10 +109,8 @@ def verify_engine(
         OptionError: the tolerance is none.
     """
     if tolerance is not None:
-        tolerance = arguments.real_number("tolerance", tolerance)
-        if tolerance <= 0:
-            raise OptionError(f"tolerance {tolerance:g}: expected a number above 0", "for example 1e-4")
-    seed = arguments.seed(seed)
+        tolerance = arguments.real_number("tolerance", tolerance, above=0)
+    checkpoint, seed = arguments.path("checkpoint", checkpoint), arguments.seed(seed)
     with SparseEngine.load(path, threads=threads, check=True) as engine:
         reference = Reference(engine.manifest, checkpoint)
         times = [_time_error(engine, reference, t * engine.schedule.t_max, seed) for t in TIMES]

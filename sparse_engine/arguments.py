@@ -62,12 +62,13 @@ def whole_number(
     return number
 
 
-def real_number(name: str, value: Any, most: float = math.inf) -> float:
+def real_number(name: str, value: Any, most: float = math.inf, *, above: float = -math.inf) -> float:
     """An int, a float, NumPy's, a 0-d array or tensor of them, or what else has ``__float__``; no bool, no string.
 
     Raises:
-        OptionError: it is none, not finite, or larger than ``most`` in size.
+        OptionError: it is none, not finite, larger than ``most`` in size, or not ``above``.
     """
+    said = "a number" if above == -math.inf else f"a number above {above:g}"
     try:
         if is_truth(value) or isinstance(value, (str, bytes, bytearray)) or _rank(value):
             raise TypeError(f"a {type(value).__name__}")
@@ -75,7 +76,9 @@ def real_number(name: str, value: Any, most: float = math.inf) -> float:
     except OverflowError as error:
         raise refused(name, value, "a finite number") from error
     except Exception as error:  # a caller's own class raises anything
-        raise refused(name, value, "a number") from error
+        raise refused(name, value, said) from error
+    if not number > above and above > -math.inf:
+        raise refused(name, number, said)
     if not math.isfinite(number) or abs(number) > most:
         raise refused(name, number, "a finite number" + ("" if most == math.inf else f", at most {most:.0e}"))
     return number
