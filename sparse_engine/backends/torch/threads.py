@@ -29,8 +29,9 @@ def torch_threads(threads: int) -> Iterator[None]:
     """
     global _users, _size
     with _lock:
+        size = torch.get_num_threads()  # a thread's first look at the number undoes what was set before
         if not _users:
-            _size = torch.get_num_threads()
+            _size = size
         _users += 1
         torch.set_num_threads(threads)
     try:
