@@ -15,7 +15,7 @@ from sparse_engine.backends.base import IDENTITY_ROW, NO_CLIP, StepGraph
 from sparse_engine.backends.onnxruntime.attention import runtime_nodes
 from sparse_engine.backends.onnxruntime.compute import EXACT_PRODUCTS
 from sparse_engine.backends.onnxruntime.library import load_onnxruntime
-from sparse_engine.cores import usable_cores
+from sparse_engine.cores import pool_size
 from sparse_engine.errors import BackendError, InputError
 
 from .collect import CalibrationData
@@ -153,7 +153,7 @@ def _session(graph: StepGraph, tensors: Sequence[str]) -> Any:
     known = {entry.name for entry in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in known)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = usable_cores()
+    options.intra_op_num_threads = pool_size(None)
     options.log_severity_level = 3
     options.add_session_config_entry(*EXACT_PRODUCTS)
     values = [_ort_value(graph.weights[t.name], t.data_type) for t in _external(model)]

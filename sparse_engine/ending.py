@@ -13,6 +13,8 @@ import os
 import threading
 from collections.abc import Iterator
 
+LONGEST_WAIT = 30.0  # seconds, of a step: a thread may also wait for another's engine, whose callback never returns
+
 _changed = threading.Condition()
 _inside: dict[int, int] = {}  # thread -> its calls into libraries, one within the other
 _last: int | None = None  # the thread that ends the process, once it does
@@ -67,7 +69,7 @@ def _wait() -> None:
     global _last
     with _changed:
         _last = threading.get_ident()
-        _changed.wait_for(lambda: not _inside.keys() - {_last})
+        _changed.wait_for(lambda: not _inside.keys() - {_last}, LONGEST_WAIT)
 
 
 def _forget() -> None:

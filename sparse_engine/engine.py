@@ -116,8 +116,8 @@ class SparseEngine:
                 the same, one batch, left on the device that made it: an object with ``__dlpack__`` (a tensor for the
                 torch backend).
             noise: float32 [n, C, H, W] to start from in place of the seed's: an array, or any object with
-                ``__dlpack__``. One that lies on the engine's own GPU is copied there (not for ``init``), and is not
-                looked through for NaN; any other comes by way of the host.
+                ``__dlpack__``. One that lies on the engine's own GPU is copied there (not for ``init``); any other
+                comes by way of the host.
             init: the same, in the model's range: start from these, noised to ``t_start``.
             t_start: the schedule time to start from; None is the schedule's end.
             callback: called with (step, t, x) after each step of each batch; returning False stops, NumPy's too, and
@@ -207,7 +207,7 @@ class SparseEngine:
 
                 drawn = walk(callback)
                 if not allow_nonfinite and len(broken := nonfinite_rows(drawn)):
-                    raise diverged(walk, trajectory, images, broken, self.manifest.precision)
+                    raise diverged(walk, trajectory, x, images, broken, self.manifest.precision)
                 yield finish(drawn, images)
 
         return batches()
@@ -317,7 +317,8 @@ class SparseEngine:
         """Give memory and devices back. A second call does nothing."""
         runner, self._runner = self._runner, None
         if runner is not None and os.getpid() == self._process:
-            runner.close()
+            with library_call():
+                runner.close()
 
     def __enter__(self) -> SparseEngine:
         return self

@@ -9,8 +9,8 @@ import numpy as np
 
 from sparse_engine import arguments
 from sparse_engine.backends.base import StepCallback
-from sparse_engine.backends.cuda.dlpack_in import receive
-from sparse_engine.errors import NonFiniteError, OptionError, SamplingCancelled
+from sparse_engine.backends.cuda.dlpack_in import DeviceArray, receive
+from sparse_engine.errors import NonFiniteError, OptionError, SamplingCancelled, SparseEngineError
 from sparse_engine.sampling import Schedule, Trajectory
 from sparse_engine.sampling.trajectory import model_form
 
@@ -112,19 +112,23 @@ def noise_seen(
 def diverged(
     walk: Callable[[StepCallback], object],
     trajectory: Trajectory,
+    start: np.ndarray | DeviceArray,
     images: np.ndarray,
     broken: np.ndarray,
     precision: str,
-) -> NonFiniteError:
+) -> SparseEngineError:
     """The error for a batch whose last state is not finite.
 
     Args:
         walk: draws the batch once more, calling back after each step, to find where it began.
         trajectory: of the batch.
+        start: its first state. One that was left on a GPU has not been looked through yet.
         images: which of the run they are, [B].
         broken: rows of the last state that are not finite.
         precision: the engine's.
     """
+    if isinstance(start, DeviceArray) and len(nonfinite_rows(start.owner)):
+        return OptionError("noise holds NaN or infinite values")
     step, rows = _first_broken(walk)
     at = "in the end, though not when drawn again step by step"
     if step is not None:
@@ -132,7 +136,7 @@ def diverged(
     other = "" if precision == "fp32" else "a build in fp32 or bf16, " if precision != "bf16" else "a build in fp32, "
     return NonFiniteError(
         f"{_named(images[broken])} became NaN or infinite {at} of sampler {trajectory.sampler}",
-        f"try {other}a lower guidance, more steps, or another sampler; {HIDDEN}",
+        f"try {other}a lower guidance, more steps, or another sampler",
         tuple(images[broken].tolist()),
         step,
     )

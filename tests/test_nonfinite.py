@@ -209,3 +209,30 @@ def test_a_device_backend_too(torch_engine: Path) -> None:
     with SparseEngine.load(torch_engine, threads=1) as engine:
         with pytest.raises(NonFiniteError, match="image 1 became NaN or infinite at step 1 of 4"):
             engine.sample(2, noise=noise, **FAST)
+
+
+class GpuNoise:
+    """An array of another library on cuda:0, which copies it to the host when it is asked to."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+    def __dlpack__(self, *, dl_device: tuple[int, int] = (2, 0), **_: Any) -> Any:
+        address, shape = self.array.ctypes.data, self.array.shape
+        return SharedArray(address, shape, np.float32, dl_device, lambda: None).__dlpack__()
+
+
+def test_noise_that_was_left_on_the_gpu_is_what_is_blamed(engine: SparseEngine) -> None:
+    class OnGpu(Diverging):
+        dlpack_device = (2, 0)
+
+        def run(self, trajectory: Any, x: Any, **options: Any) -> Any:
+            return super().run(trajectory, x.owner.array[x.rows], **options)
+
+    for noise, error in ((np.nan, OptionError), (0.0, NonFiniteError)):
+        given = GpuNoise(np.full((2, 3, 8, 8), noise, np.float32))
+        with pytest.raises(error, match="noise holds NaN|image 1 became"):
+            with_runner(engine, OnGpu(2, 1)).sample(2, noise=given, **FAST)
