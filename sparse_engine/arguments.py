@@ -58,7 +58,11 @@ def whole_number(
     if least is not None and number < least:
         raise refused(name, number, said)
     if most is not None and number > most:
-        raise refused(name, number, expected or f"a whole number of at most {most}")
+        raise refused(
+            name,
+            number,
+            expected or f"at most {most}" + ("" if most != MOST_IMAGES else ", the images that a seed has"),
+        )
     return number
 
 

@@ -14,6 +14,7 @@ import torch
 
 from sparse_engine import SparseEngine, arguments
 from sparse_engine.artifact import EngineFile
+from sparse_engine.backends import TensorRTOptions
 from sparse_engine.bench.settings import Settings
 from sparse_engine.calibration.apply import Quantisation
 from sparse_engine.calibration.collect import check_amounts, collect
@@ -191,7 +192,7 @@ def test_what_is_no_path(value: Any, tiny_checkpoint: Path, conditional_engine: 
 
 BAD_SAMPLES = [
     ({"batch_size": 2.0}, "batch_size = 2.0"),
-    ({"batch_size": 2**33}, "batch_size = 8589934592; expected a whole number of at most"),
+    ({"batch_size": 2**33}, "batch_size = 8589934592; expected at most"),
     ({"seed": 1.0}, "seed = 1.0"),
     ({"steps": np.float32(2)}, "steps = .*; expected a whole number"),
     ({"guidance": True}, "guidance = True; expected a number"),
@@ -339,6 +340,9 @@ BAD_CALLS: list[tuple[Callable[[], Any], str]] = [
     (lambda: check_amounts(64.0, 20, 0), "images = 64.0"),
     (lambda: check_amounts(64, "20", 0), "steps = '20'"),
     (lambda: check_amounts(64, 20, None), "seed = None"),
+    (lambda: TensorRTOptions(workspace=1.5), "workspace = 1.5"),  # type: ignore[arg-type]
+    (lambda: TensorRTOptions(optimization_level="3"), "optimization_level = '3'; expected 0 to 5"),  # type: ignore[arg-type]
+    (lambda: TensorRTOptions(cache="no"), "cache = 'no'; expected True or False"),  # type: ignore[arg-type]
     (lambda: Settings(threads="2"), "threads = '2'"),  # type: ignore[arg-type]
     (lambda: Settings(repeats=0), "repeats = 0"),
     (lambda: Settings(seconds="1"), "seconds = '1'"),  # type: ignore[arg-type]

@@ -121,7 +121,7 @@ def test_a_quota_bounds_the_pool_and_all_that_is_made_by_its_size(
     before = spinning()
     with SparseEngine.load(conditional_engine, threads=threads, autotune=False) as engine:
         assert engine.info["runtime"]["threads"] == 1
-        assert spinning() == before
+        assert spinning() <= before
     monkeypatch.setattr(doctor, "usable_cores", lambda: 1)
     assert doctor._cpu().found.startswith("1 usable cores")
 

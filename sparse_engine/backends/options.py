@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
+
+from sparse_engine import arguments
 
 LINEAR_FORMS = ("auto", "matmul", "gemm", "conv1x1")
 
@@ -37,6 +40,20 @@ class TensorRTOptions:
     version_compatible: bool = False
     strip_weights: bool = False
     compute_capabilities: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        numbers: dict[str, Any] = {
+            name: arguments.truth(name, getattr(self, name))
+            for name in ("static_batch", "cache", "hardware_compatible", "version_compatible", "strip_weights")
+        }
+        level = "0 to 5, a whole number"
+        numbers["optimization_level"] = arguments.whole_number(
+            "optimization_level", self.optimization_level, 0, 5, level
+        )
+        if self.workspace is not None:
+            numbers["workspace"] = arguments.whole_number("workspace", self.workspace, 1)
+        for name, value in numbers.items():
+            object.__setattr__(self, name, value)
 
 
 def _say_nothing(stage: str) -> None:
