@@ -11,6 +11,7 @@ from typing import Any
 from sparse_engine import __version__
 from sparse_engine.artifact import SUFFIX, write_engine
 from sparse_engine.backends import Backend, BuildOptions, Payload, StepGraph, TensorRTOptions, usable_backend
+from sparse_engine.backends.torch.plain import plain_defaults
 from sparse_engine.calibration.apply import Quantisation, Quantised
 from sparse_engine.calibration.collect import CalibrationData
 from sparse_engine.calibration.quantize import QUANTISED_PRECISIONS
@@ -40,6 +41,7 @@ def default_output(checkpoint: Path) -> Path:
     return Path(name).with_suffix(SUFFIX)
 
 
+@plain_defaults()
 def build_engine(
     checkpoint: str | Path,
     output: str | Path | None = None,
