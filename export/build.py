@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from .model import Model, load_model
 from .precision import lower
 from .quantise import calibration_of, check_quantisation, describe_quantised, quantise
 from .step_graph import check_graph, export_step_graph
+from .weight_files import name_without_suffixes
 
 # Share of a layer's weight energy that a mask may remove before the build warns: between the most that a layer trained
 # under the mask lost and the 13 % of one that was not (1.9 % and 13.9 % in examples/digits/README.md).
@@ -33,11 +35,11 @@ LARGEST_BATCH = 65536
 
 
 def default_output(checkpoint: Path) -> Path:
-    """``model.pt`` and ``model.ckpt/`` become ``model.sengine`` in the working directory."""
-    name = checkpoint.resolve().name
+    """``model.pt`` and ``model.ckpt/`` become ``model.sengine`` in the working directory; a link gives its own name."""
+    name = name_without_suffixes(Path(os.path.abspath(checkpoint)))
     if not name:
         raise OptionError(f"{checkpoint} gives no name for the engine", "say where to write it with -o")
-    return Path(name).with_suffix(SUFFIX)
+    return Path(name + SUFFIX)
 
 
 def build_engine(

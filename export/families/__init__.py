@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from sparse_engine.errors import CheckpointError, OptionError
 
 from .base import Family, FamilyConfig, Recipe, Shapes
@@ -27,8 +29,10 @@ def recognise(shapes: Shapes, where: str) -> Family:
         if family.recognises(shapes):
             return family
     sample = ", ".join(list(shapes)[:4])
+    prefix = os.path.commonprefix(list(shapes)).rpartition(".")[0]
+    under = f", all under {prefix + '.'!r}" if prefix and len(shapes) > 1 else ""
     known = ", ".join(family.name for family in FAMILIES)
     raise CheckpointError(
-        f"{where}: its {len(shapes)} keys ({sample}, ...) are of no known model family; expected one of: {known}",
+        f"{where}: its {len(shapes)} keys ({sample}, ...{under}) are of no known model family; expected one of: {known}",
         "check that this is the network's state dict and not an optimizer's or an autoencoder's",
     )

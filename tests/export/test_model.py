@@ -18,11 +18,12 @@ from tests.conftest import TINY, TINY_CONDITIONAL, TINY_LATENT, random_state, sa
         TINY,
         TINY_CONDITIONAL,
         TINY_LATENT,
-        UViTConfig(16, 4, 3, 32, 0, 4, mlp_ratio=8.0, qkv_bias=True),
-        UViTConfig(8, 1, 3, 32, 4, 4, mlp_ratio=1.0, skip=False),
+        UViTConfig(16, 4, 3, 32, 0, 4, mlp_hidden=256, qkv_bias=True),
+        UViTConfig(8, 1, 3, 32, 4, 4, mlp_hidden=32, skip=False),
         UViTConfig(8, 2, 1, 48, 2, 4, num_classes=11, mlp_time_embed=True),
+        UViTConfig(8, 2, 3, 44, 2, 4, mlp_hidden=60),
     ],
-    ids=["pixels", "conditional", "latents", "mid block only, qkv bias", "no skips, patch 1", "time mlp"],
+    ids=["pixels", "conditional", "latents", "mid block only, qkv bias", "no skips, patch 1", "time mlp", "60 of 44"],
 )
 def test_configuration_is_read_off_the_shapes(tmp_path: Path, config: UViTConfig) -> None:
     model = load_model(save_checkpoint(tmp_path / "x.pth", config), heads=4)
