@@ -17,9 +17,7 @@ from .mask_carriers import is_mask
 from .names import without_wrappers, words
 from .weight_sets import AVERAGED, Entry, Weights, first_parts, is_averaged, mappings_in, place
 
-Averages = tuple[
-    tuple[str, ...], str, dict[str, Tensor] | list[Tensor]
-]  # entry, prefix, and tensors with or without names
+Averages = tuple[tuple[str, ...], str, dict[str, Tensor] | list[Tensor]]  # entry, prefix, tensors
 
 
 def averages_named(
