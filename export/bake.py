@@ -149,8 +149,10 @@ def _maskable_modules(model: Model) -> dict[str, nn.Linear | nn.Conv2d]:
 
 
 def _is_pruned(weight: np.ndarray, explicit: np.ndarray | None, pattern: Pattern) -> bool:
-    """Whether a layer shows that its author pruned it; a weight that is all zeros was never trained."""
-    return explicit is not None or (obeys_training_groups(weight, pattern) and bool(weight.any()))
+    """Whether a layer shows that its author pruned it: a mask that keeps all does not, nor zeros that are all."""
+    if explicit is not None:
+        return not explicit.all()
+    return obeys_training_groups(weight, pattern) and bool(weight.any())
 
 
 def _choose_mask(name: str, weight: np.ndarray, explicit: np.ndarray | None, rule: str, pattern: Pattern) -> _Mask:

@@ -1,4 +1,4 @@
-"""Weight files to dictionaries of tensors, by their content and not by their name.
+"""Weight files to dictionaries of tensors.
 
 Pickles are opened with ``weights_only=True`` and nothing else: code in a file is never run.
 """
@@ -43,8 +43,9 @@ def _read(file: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
         start = stream.read(len(LFS_POINTER))
     if start == LFS_POINTER:
         raise CheckpointError(f"{file} is a pointer of Git LFS, not the weights", "git lfs pull")
-    zipped = start.startswith(b"PK")
-    safetensors = not zipped and (file.suffix == ".safetensors" or start[8:9] == b"{")
+    if file.suffix == ".safetensors" and start.startswith(b"PK"):
+        raise CheckpointError(f"{file} is a PyTorch checkpoint and no safetensors file", "rename it to .pth")
+    safetensors = file.suffix == ".safetensors" or start[8:9] == b"{"  # the Hub's cache has no suffixes
     return _read_safetensors(file) if safetensors else _read_pickle(file)
 
 

@@ -72,10 +72,15 @@ def mappings_in(raw: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Mappi
 def entries_of(raw: Mapping[Any, Any]) -> list[Entry]:
     """The dictionaries that hold tensors."""
     found = [
-        (path, {str(name): value for name, value in mapping.items() if isinstance(value, Tensor)})
+        (path, {_text(name): value for name, value in mapping.items() if isinstance(value, Tensor)})
         for path, mapping in mappings_in(raw)
     ]
     return [(path, tensors) for path, tensors in found if tensors]
+
+
+def _text(key: Any) -> str:
+    """A key as a name; one that is no text in brackets, lest 1 and "1" be one."""
+    return key if isinstance(key, str) else f"[{key}]"
 
 
 def networks_in(entry: Entry, raw: Mapping[Any, Any], file: str) -> Iterator[Weights]:
