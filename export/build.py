@@ -198,11 +198,12 @@ def _check_sparse(baked: Baked) -> None:
     if baked.sparse_layers:
         return
     refused = [f"{layer.name}: {layer.reason}" for layer in baked.layers if layer.reason]
-    none = "--mask none leaves the weights as they are" if baked.rule == "none" else "no layer was selected for a mask"
-    why = "; ".join(refused[:3]) or none
+    if baked.rule == "none":
+        refused = ["--mask none leaves the weights as they are"]
+    why = "; ".join(refused[:3]) or "no layer was selected for a mask"
     raise CheckpointError(
         f"--sparse: none of the {len(baked.layers)} layers can be 2:4 ({why})",
-        "build without --sparse, or choose layers with --mask-layers and the pattern 2:4",
+        "build without --sparse, or choose layers with --mask-layers, --mask auto and the pattern 2:4",
     )
 
 
@@ -270,7 +271,9 @@ def _manifest(model: Model, baked: Baked, graph: StepGraph, payload: Payload, op
 def warnings_of(baked: Baked) -> list[str]:
     """What a user should know of the masks: layers that lost much, layers left dense, ties."""
     notes = []
-    lossy = [layer for layer in baked.layers if layer.energy_removed > ENERGY_WARNING]
+    # What an explicit mask takes away was no part of the network that was trained.
+    derived = [layer for layer in baked.layers if layer.source == "magnitude"]
+    lossy = [layer for layer in derived if layer.energy_removed > ENERGY_WARNING]
     if lossy:
         worst = max(lossy, key=lambda layer: layer.energy_removed)
         notes.append(

@@ -52,7 +52,7 @@ def find_weights(path: Path) -> WeightFiles:
     Raises:
         CheckpointError: there is none, it cannot be read or is no checkpoint, or a shard is missing or given alone.
     """
-    check_readable(path, CheckpointError, folder=True)
+    check_readable(path, CheckpointError, folder=True, missing="check the path of the checkpoint")
     if path.is_dir():
         return _in_folder(path)
     if path.suffix == SUFFIX:

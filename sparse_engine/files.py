@@ -83,13 +83,16 @@ def output_error(path: Path, error: OSError) -> OutputError:
     return OutputError(f"{path} cannot be written: {error.strerror or error}", "write elsewhere with -o")
 
 
-def check_readable(path: Path, kind: type[InputError], *, folder: bool = False) -> None:
+def check_readable(
+    path: Path, kind: type[InputError], *, folder: bool = False, missing: str = "check the path"
+) -> None:
     """Say what is wrong with a path that is to be read. Raises ``kind``.
 
     Args:
         path: the file.
         kind: the error.
         folder: whether a folder will do.
+        missing: what to do where there is nothing of that name.
     """
     try:
         mode = path.stat().st_mode
@@ -98,7 +101,7 @@ def check_readable(path: Path, kind: type[InputError], *, folder: bool = False) 
             raise kind(
                 f"{path} is a link to {os.readlink(path)}, which does not exist", "fetch the file it leads to"
             ) from None
-        raise kind(f"{path} does not exist", "check the path") from None
+        raise kind(f"{path} does not exist", missing) from None
     except OSError as error:  # a name that is too long, a folder that may not be searched, links in a circle
         raise kind(f"{path} cannot be looked at: {error.strerror or error}", "check the path and its rights") from error
     except ValueError as error:  # a NUL in the name

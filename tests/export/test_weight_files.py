@@ -155,6 +155,7 @@ def test_default_output(path: str, name: str) -> None:
     assert default_output(Path(path)) == Path(name)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_files_that_are_not_what_their_name_says(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "c0ffee")
     assert load_checkpoint(tmp_path / "c0ffee").state.keys() == STATE.keys()
