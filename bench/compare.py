@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparse_engine.cores import pool_size
 from sparse_engine.errors import VerificationError
 from sparse_engine.export.model import Model
 
@@ -77,7 +78,7 @@ class _Comparison:
         self._progress("building")
         self._arms = build_arms(folder, workload, batch, settings, self._skipped)
         self._ours, self._dense, *_ = self._arms.values()
-        self._threads = settings.threads or torch.get_num_threads()
+        self._threads = pool_size(settings.threads)
         with self._reference() as reference:
             self._expected = reference.step(self._feed)
         self._errors = {arm.name: self._check_arm(arm) for arm in self._arms.values()}

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from sparse_engine.engine import to_uint8
 from sparse_engine.errors import MissingDependencyError, OptionError, UnsupportedError
 from sparse_engine.export.model import Model
 from sparse_engine.files import check_readable
 from sparse_engine.images import write_samples
+from sparse_engine.results import to_uint8
 
 from .quality import Judge, frechet_distance
 

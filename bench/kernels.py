@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from rich.table import Table
 
 from sparse_engine import kernels
-from sparse_engine.backends.onnxruntime.choose import pool_size
+from sparse_engine.backends.onnxruntime.library import load_onnxruntime
+from sparse_engine.cores import pool_size
 
 from .timing import interleave
 
@@ -84,7 +84,7 @@ def measure(
     Args:
         layers: widths of each: (K, N), or (K, H, N) of two in a row with a GELU between.
         tokens: numbers of rows of x, M.
-        threads: numbers of threads.
+        threads: numbers of threads, on no more than the cores that this process may use.
         compute: ``fp32`` or ``bf16``, the precision of the products. ONNX Runtime has no dense bf16 product on
             CPUs and is timed in fp32 then.
         seconds_per_cell: time spent on each cell, over all contenders.
@@ -99,7 +99,7 @@ def measure(
         stack = [_random_layer(rng, depth, rows) for depth, rows in pairwise(widths)]
         for M in tokens:
             x = rng.standard_normal((M, widths[0])).astype(np.float32)
-            for count in threads:
+            for count in dict.fromkeys(pool_size(each) for each in threads):
                 contenders = _contenders(x, stack, compute, count)
                 runs = interleave(contenders, repeats=1, seconds=seconds_per_cell).runs
                 seconds = {name: (times / LAYERS_PER_CALL).ravel().tolist() for name, times in runs.items()}
@@ -167,9 +167,9 @@ def _dense_nodes(stack: Sequence[Layer]) -> list[NodeProto]:
 def _onnxruntime_call(
     x: NDArray[np.float32], stack: Sequence[Layer], nodes: Sequence[NodeProto], threads: int
 ) -> Callable[[], object]:
+    onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
-    # All cores are asked for as an engine asks for them, by 0: the runtime then gives each thread a core of its own.
-    options.intra_op_num_threads = 0 if threads == pool_size(None) else threads
+    options.intra_op_num_threads = threads
     # The copies in a call are equal, and must not be merged into one.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     # Threads spin while the session runs, but not into the next contender's turn.

@@ -100,7 +100,7 @@ def compare(model: Model, baked: Baked, batch: int, say: Callable[[str], None]) 
         found = [predict(noise, _times(schedule, t, batch)) for t in TIMES]
         errors = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(found, expected, strict=True)]
         drawn = sampling.walk(trajectory, _step(predict), noise, noise=None)
-        row = {"precision": precision, "eps_error": float(max(errors)), "psnr": psnr(drawn, sample, low_high)}
+        row = {"precision": precision, "eps_error": float(np.max(errors)), "psnr": psnr(drawn, sample, low_high)}
         rows.append(row)
     return rows
 

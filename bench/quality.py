@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from sparse_engine.errors import VerificationError
 from sparse_engine.images import psnr
+from sparse_engine.results import nonfinite_rows
 
 from .workload import Workload
 
@@ -50,7 +52,11 @@ def measure_quality(
 
     Returns:
         {"steps", "sampler", "images", "rows": {name: {"psnr": dB against the reference's samples (None for the
-        reference and where there is no difference), ...}}}
+        reference and where there is no difference), ...}}}, or {"psnr": None, "nonfinite": how many samples are NaN or
+        infinite}
+
+    Raises:
+        VerificationError: the reference itself draws NaN.
     """
     images = max([PSNR_IMAGES, *(judge.images for judge in judges)])
     batch = max(batch, LEAST_BATCH)
@@ -61,6 +67,12 @@ def measure_quality(
     for name, candidate in candidates.items():
         feeds = (workload.feed(np.arange(start, start + batch)) for start in starts)
         drawn = np.concatenate([sample(candidate, feed, STEPS, SAMPLER) for feed in feeds])[:images]
+        broken = nonfinite_rows(drawn)
+        if len(broken):
+            if expected is None:
+                raise VerificationError(f"{name}: {len(broken)} of {images} samples are NaN or infinite")
+            rows[name] = {"psnr": None, "nonfinite": len(broken)}
+            continue
         expected = drawn if expected is None else expected
         value_range = workload.model.recipe.value_range or (float(expected.min()), float(expected.max()))
         distance = psnr(drawn, expected, value_range)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_engine import __version__
+from sparse_engine.cores import pool_size
 from sparse_engine.errors import InputError
 from sparse_engine.files import check_readable, replacing
 from sparse_engine.tactics import processor_name
@@ -34,7 +35,7 @@ def describe_run(command: str, threads: int | None) -> dict[str, Any]:
         "tool_version": __version__,
         "commit": _commit(),
         "machine": {"processor": processor_name(), "system": platform.system(), "python": platform.python_version()},
-        "threads": threads,
+        "threads": None if threads is None else pool_size(threads),
         "versions": versions,
     }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparse_engine import arguments
+
 # A runtime may differ from our dense fp32 engine by this share of the largest value before it is said to compute
 # something else.
 TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 3e-2, "bf16": 1e-1}
@@ -33,3 +35,15 @@ class Settings:
     backends: tuple[str, ...] = ("auto",)
     steps: int | None = None
     self_test: bool = False
+
+    def __post_init__(self) -> None:
+        numbers = {
+            "threads": arguments.threads(self.threads),
+            "repeats": arguments.whole_number("repeats", self.repeats, 1),
+            "seconds": arguments.real_number("seconds", self.seconds),
+            "peers": arguments.truth("peers", self.peers),
+            "steps": None if self.steps is None else arguments.whole_number("steps", self.steps, 1),
+            "self_test": arguments.truth("self_test", self.self_test),
+        }
+        for name, value in numbers.items():
+            object.__setattr__(self, name, value)

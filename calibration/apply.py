@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from sparse_engine import arguments
 from sparse_engine.backends.base import StepGraph
-from sparse_engine.errors import OptionError
+from sparse_engine.errors import OptionError, QualityLimitError
 
 from .collect import CalibrationData
 from .observe import layer_inputs, observe
@@ -44,10 +46,8 @@ class Quantisation:
     def __post_init__(self) -> None:
         range_method(self.ranges)
         check_strength(self.smooth)
-        if self.max_quality_loss is not None and not 0 < self.max_quality_loss < math.inf:
-            raise OptionError(
-                f"--max-quality-loss {self.max_quality_loss:g}; expected a number above 0, such as 0.02 for 2 %"
-            )
+        if self.max_quality_loss is not None:
+            arguments.real_number("--max-quality-loss", self.max_quality_loss, above=0)
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,11 @@ def quantize_model(
     made = make(layers)
     progress("measuring the quantised network")
     quality = measure(reference, made, held_out, layers)
+    if not np.isfinite(quality.loss):
+        raise QualityLimitError(
+            "the quantised network predicts NaN or infinite values",
+            "keep the layers that 8 bits break in float with --keep-float, or have them found with --max-quality-loss",
+        )
     facts = {
         "weights": scheme.weights.name,
         "activations": scheme.activations.name,

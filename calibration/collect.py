@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_engine import sampling
+from sparse_engine import arguments, sampling
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import InputError, OptionError
 from sparse_engine.files import check_readable, replacing
@@ -85,10 +85,10 @@ class CalibrationData:
 ARRAYS = {"x": np.float32, "times": np.float64, "network_times": np.float32, "labels": np.int64, "guidance": np.float32}
 
 
-def check_amounts(images: int, steps: int, seed: int) -> None:
-    """Say before the work that these are no amounts to collect. Raises OptionError."""
-    if not 0 <= seed < 2**64:
-        raise OptionError(f"seed = {seed}; expected a whole number from 0 to 2**64 - 1")
+def check_amounts(images: Any, steps: Any, seed: Any) -> tuple[int, int, int]:
+    """Say before the work that these are no amounts to collect; as ints. Raises OptionError."""
+    seed = arguments.seed(seed)
+    images, steps = arguments.whole_number("images", images), arguments.whole_number("steps", steps)
     if images < 1 or steps < 1 or images * (steps // EVERY) < MIN_SAMPLES:
         raise OptionError(
             f"{images} images of {steps} steps leave fewer than {MIN_SAMPLES} calibration samples",
@@ -99,6 +99,7 @@ def check_amounts(images: int, steps: int, seed: int) -> None:
             f"{images} images of {steps} steps; expected at most {MOST_IMAGES} and {MOST_STEPS}",
             "64 images of 20 steps are a good start",
         )
+    return images, steps, seed
 
 
 def collect(
@@ -125,6 +126,7 @@ def collect(
 
     Raises:
         OptionError: the engine is quantised itself, or there are too few samples.
+        NonFiniteError: the model diverges.
     """
     manifest = engine.manifest
     if manifest.quantisation is not None:
@@ -132,8 +134,9 @@ def collect(
             f"the engine is {manifest.precision}; calibration needs the ranges of the float model",
             "calibrate the checkpoint, or an engine built in fp32",
         )
-    check_amounts(images, steps, seed)
-    weights = tuple(guidance) if guidance else ((1.0,) if manifest.null_class is None else (1.0, 2.0))
+    images, steps, seed = check_amounts(images, steps, seed)
+    default = (1.0,) if manifest.null_class is None else (1.0, 2.0)
+    weights = default if guidance is None else arguments.real_numbers("guidance", guidance)
     labels = _labels(manifest, images, seed)
     trajectory = engine.trajectory(steps, sampler, spacing="time-uniform")
     groups = list(_groups(images, weights, manifest.batch[1]))

@@ -14,6 +14,8 @@ from sparse_engine.backends.attention import fuse_attention
 from sparse_engine.backends.base import IDENTITY_ROW, NO_CLIP, StepGraph
 from sparse_engine.backends.onnxruntime.attention import runtime_nodes
 from sparse_engine.backends.onnxruntime.compute import EXACT_PRODUCTS
+from sparse_engine.backends.onnxruntime.library import load_onnxruntime
+from sparse_engine.cores import pool_size
 from sparse_engine.errors import BackendError, InputError
 
 from .collect import CalibrationData
@@ -143,7 +145,7 @@ def _feed(batch: CalibrationData) -> dict[str, np.ndarray]:
 
 def _session(graph: StepGraph, tensors: Sequence[str]) -> Any:
     """A session over a step graph in memory, with more of its tensors as outputs."""
-    import onnxruntime
+    onnxruntime = load_onnxruntime()
 
     model = onnx.ModelProto()
     model.CopyFrom(graph.proto)
@@ -151,6 +153,7 @@ def _session(graph: StepGraph, tensors: Sequence[str]) -> Any:
     known = {entry.name for entry in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in known)
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = pool_size(None)
     options.log_severity_level = 3
     options.add_session_config_entry(*EXACT_PRODUCTS)
     values = [_ort_value(graph.weights[t.name], t.data_type) for t in _external(model)]
@@ -166,7 +169,7 @@ def _external(model: ModelProto) -> list[TensorProto]:
 
 
 def _ort_value(array: np.ndarray, onnx_type: int) -> Any:
-    import onnxruntime
+    onnxruntime = load_onnxruntime()
 
     if array.dtype.kind in "fiu":  # a type that NumPy itself has
         return onnxruntime.OrtValue.ortvalue_from_numpy(array)

@@ -16,6 +16,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from sparse_engine.backends.base import StepGraph
 from sparse_engine.backends.onnx_graph import drop_unused, refer_to_weights
+from sparse_engine.backends.onnxruntime.library import load_onnxruntime
 from sparse_engine.errors import BackendError, UnsupportedError
 
 from .formats import FLOAT8, INT8, UINT8, Format
@@ -152,26 +153,25 @@ def _dequantize_before(
 
 def _with_activation_pairs(proto: ModelProto, ranges: Mapping[str, Range], form: Format) -> ModelProto:
     """Put a Q/DQ pair on each of some tensors, before all that read it."""
-    from onnxruntime.quantization import QDQQuantizer, QuantType, TensorsData
-    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData
-    from onnxruntime.quantization.quant_utils import add_infer_metadata
-
-    kind = next(each for each in QuantType if each.tensor_type == form.onnx_type)
+    quantization = load_onnxruntime("quantization")
+    calibrate, quant_utils = (load_onnxruntime(f"quantization.{part}") for part in ("calibrate", "quant_utils"))
+    kind = next(each for each in quantization.QuantType if each.tensor_type == form.onnx_type)
     kinds = _element_types(proto)
     overrides, seen = {}, {}
     for tensor, ends in ranges.items():
         scale, zero = form.scale_and_zero(*ends)
         overrides[tensor] = [{"scale": _cast(scale, kinds[tensor]), "zero_point": zero, "quant_type": kind}]
         low, high = (np.float32(end) for end in ends)
-        seen[tensor] = TensorData(lowest=low, highest=high, avg=np.float32(0), std=np.float32(1))
-    add_infer_metadata(proto)  # shapes are inferred: the quantiser need not write the graph to disk and read it again
-    quantizer = QDQQuantizer(
+        seen[tensor] = calibrate.TensorData(lowest=low, highest=high, avg=np.float32(0), std=np.float32(1))
+    # Shapes are inferred already: the quantiser need not write the graph to disk and read it again.
+    quant_utils.add_infer_metadata(proto)
+    quantizer = quantization.QDQQuantizer(
         proto,
         per_channel=True,
         reduce_range=False,
         weight_qType=kind,
         activation_qType=kind,
-        tensors_range=TensorsData(CalibrationMethod.Distribution, seen),
+        tensors_range=quantization.TensorsData(calibrate.CalibrationMethod.Distribution, seen),
         nodes_to_quantize=[],
         nodes_to_exclude=[],
         op_types_to_quantize=[],

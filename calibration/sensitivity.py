@@ -43,7 +43,9 @@ class Quality:
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """Root mean square error over the root mean square of what was expected."""
+    """Root mean square error over the root mean square of what was expected; infinite where either is not finite."""
+    if not (np.isfinite(found).all() and np.isfinite(expected).all()):
+        return float("inf")
     difference = found.astype(np.float64) - expected
     return float(np.sqrt(np.mean(difference**2) / max(float(np.mean(expected.astype(np.float64) ** 2)), 1e-30)))
 

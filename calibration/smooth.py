@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, numpy_helper
 
+from sparse_engine import arguments
 from sparse_engine.backends.base import StepGraph
 from sparse_engine.backends.onnx_graph import drop_unused, refer_to_weights
 from sparse_engine.errors import OptionError
@@ -34,7 +35,7 @@ class Normalised:
 
 def check_strength(strength: float | None) -> None:
     """Raise OptionError where a strength is outside 0 to 1; None is no smoothing."""
-    if strength is not None and not 0 <= strength <= 1:
+    if strength is not None and not 0 <= arguments.real_number("smooth", strength) <= 1:
         raise OptionError(f"--smooth {strength:g}; expected 0 to 1", "0.5 is SmoothQuant's own")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_engine import __version__
+from sparse_engine import __version__, arguments
 from sparse_engine.artifact import SUFFIX, write_engine
 from sparse_engine.backends import Backend, BuildOptions, Payload, StepGraph, TensorRTOptions, usable_backend
 from sparse_engine.backends.base import with_kernel
@@ -91,7 +91,11 @@ def build_engine(
         CheckpointError, OptionError, OutputError, UnsupportedError: bad input; nothing is left behind.
         BackendError: the graph could not be exported or built.
     """
-    path = Path(output) if output is not None else default_output(Path(checkpoint))
+    checkpoint = arguments.path("checkpoint", checkpoint)
+    path = default_output(checkpoint) if output is None else arguments.path("output", output)
+    sparse, require_sparse = arguments.truth("sparse", sparse), arguments.truth("require_sparse", require_sparse)
+    device = arguments.device(device)
+    given = {name: arguments.plain(value) for name, value in given.items()}
     check_writable(path)
     chosen = usable_backend(backend, to_build=True)
     options = BuildOptions(sparse, precision, _checked_batch(batch), device, require_sparse, tensorrt, progress)
@@ -227,13 +231,14 @@ def _proven_sparse(baked: Baked, graph: StepGraph) -> list[str]:
 
 
 def _checked_batch(batch: tuple[int, int, int]) -> tuple[int, int, int]:
-    smallest, usual, largest = batch
+    sizes = arguments.whole_numbers("batch", batch)
+    smallest, usual, largest = sizes if len(sizes) == 3 else (0, 0, 0)
     if not 1 <= smallest <= usual <= largest <= LARGEST_BATCH:
         raise OptionError(
             f"batch {batch}: expected 1 <= smallest <= usual <= largest <= {LARGEST_BATCH}",
             "for example --batch 1,16,64",
         )
-    return batch
+    return smallest, usual, largest
 
 
 def _manifest(model: Model, baked: Baked, graph: StepGraph, payload: Payload, options: BuildOptions) -> Manifest:

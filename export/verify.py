@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparse_engine import sampling
+from sparse_engine import arguments, sampling
 from sparse_engine.backends.torch.plain import plain_defaults
 from sparse_engine.engine import SparseEngine
-from sparse_engine.errors import OptionError, VerificationError
+from sparse_engine.errors import VerificationError
 from sparse_engine.images import psnr
 from sparse_engine.manifest import Manifest
 
@@ -44,7 +44,8 @@ class Verification:
 
     Attributes:
         times: one error per time.
-        psnr: of a short deterministic trajectory against the reference's, in dB; inf where they are equal.
+        psnr: of a short deterministic trajectory against the reference's, in dB; inf where they are equal, NaN or -inf
+            where one of them is not finite.
         tolerance: for ``relative``.
         same_checkpoint: whether the checkpoint is the file that the engine was built from.
     """
@@ -61,22 +62,35 @@ class Verification:
         return float(np.max([entry.relative for entry in self.times]))  # NaN stays NaN
 
     @property
+    def failure(self) -> tuple[str, str] | None:
+        """What failed and what to do: eps at some time, or else the trajectory; None where neither did."""
+        if not self.worst <= self.tolerance:
+            return (
+                f"relative error of eps is {self.worst:.2e}; expected at most {self.tolerance:.0e}",
+                "rebuild the engine from this checkpoint, or say what is close enough with --tolerance",
+            )
+        if not self.psnr > -math.inf:
+            return (
+                f"a trajectory of {self.steps} steps ends in NaN or infinity; eps itself is right to {self.worst:.2e}",
+                "rebuild the engine in fp32; if it fails in the same way, the checkpoint itself diverges",
+            )
+        return None
+
+    @property
     def passed(self) -> bool:
-        """Whether eps is within the tolerance at every time, and the trajectory came to an end."""
-        return bool(self.worst <= self.tolerance) and not np.isnan(self.psnr)
+        """Whether nothing failed."""
+        return self.failure is None
 
     def to_dict(self) -> dict[str, Any]:
         """As ``--json`` prints it."""
         return {**asdict(self), "worst": self.worst, "passed": self.passed}
 
     def check(self) -> None:
-        """Raise VerificationError unless passed."""
-        if not self.passed:
-            raise VerificationError(
-                f"relative error of eps is {self.worst:.2e}; expected at most {self.tolerance:.0e}"
-                + ("" if self.same_checkpoint else " (the engine was built from another checkpoint file)"),
-                "rebuild the engine from this checkpoint, or say what is close enough with --tolerance",
-            )
+        """Raise VerificationError unless passed, with the failure that it is."""
+        if self.failure is not None:
+            what, fix = self.failure
+            other = "" if self.same_checkpoint else " (the engine was built from another checkpoint file)"
+            raise VerificationError(what + other, fix)
 
 
 @plain_defaults()
@@ -96,8 +110,9 @@ def verify_engine(
         EngineFileError, CheckpointError: one of the two cannot be used.
         OptionError: the tolerance is none.
     """
-    if tolerance is not None and not 0 < tolerance < math.inf:
-        raise OptionError(f"tolerance {tolerance:g}: expected a number above 0", "for example 1e-4")
+    if tolerance is not None:
+        tolerance = arguments.real_number("tolerance", tolerance, above=0)
+    checkpoint, seed = arguments.path("checkpoint", checkpoint), arguments.seed(seed)
     with SparseEngine.load(path, threads=threads, check=True) as engine:
         reference = Reference(engine.manifest, checkpoint)
         times = [_time_error(engine, reference, t * engine.schedule.t_max, seed) for t in TIMES]
@@ -140,7 +155,7 @@ def _time_error(engine: SparseEngine, reference: Reference, t: float, seed: int)
     x = sampling.normal(seed, np.arange(BATCH), 0, engine.manifest.data_shape)
     network_time = np.full(BATCH, engine.schedule.network_time(t), np.float32)
     expected = reference(x, network_time)
-    found = engine.predict(x, t, labels=reference.labels)
+    found = engine.predict(x, t, labels=reference.labels, allow_nonfinite=True)
     error = float(np.abs(found - expected).max())
     return TimeError(t, error, error / max(float(np.abs(expected).max()), 1e-30))
 
@@ -157,5 +172,7 @@ def _trajectory_psnr(engine: SparseEngine, reference: Reference, seed: int) -> f
         labels=reference.labels,
         batch_size=BATCH,
         output="float",
+        allow_nonfinite=True,
     )
-    return psnr(found, expected, engine.manifest.value_range or (float(expected.min()), float(expected.max())))
+    with np.errstate(all="ignore"):  # NaN and infinity are what the result then says
+        return psnr(found, expected, engine.manifest.value_range or (float(expected.min()), float(expected.max())))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from sparse_engine import arguments
 from sparse_engine.errors import EngineFileError
 from sparse_engine.files import replacing
 from sparse_engine.manifest import FORMAT_VERSION, Manifest
@@ -92,7 +93,7 @@ class EngineFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        path = self.path = arguments.path("path", path)
         if self.path.is_dir():
             raise EngineFileError(f"{path} is a folder; expected an engine file", f"name a file, such as NAME{SUFFIX}")
         if not self.path.is_file():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -13,6 +12,7 @@ from typing import Any
 
 from sparse_engine import __version__, kernels
 from sparse_engine.backends import BACKENDS, backend_named
+from sparse_engine.cores import usable_cores
 from sparse_engine.errors import SparseEngineError, UnsupportedError
 
 PACKAGES = (
@@ -69,11 +69,9 @@ def _cpu() -> Finding:
             if line.startswith(("flags", "Features")):
                 flags = set(line.partition(":")[2].split())
                 break
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = [flag for flag in CPU_FLAGS if flag in flags]
-    return Finding(
-        "CPU", True, f"{usable} usable cores, {platform.machine()}, {', '.join(found) or 'no vector flags known'}"
-    )
+    vectors = ", ".join(found) or "no vector flags known"
+    return Finding("CPU", True, f"{usable_cores()} usable cores, {platform.machine()}, {vectors}")
 
 
 def _kernels() -> Finding:

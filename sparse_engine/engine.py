@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from sparse_engine import sampling
+from sparse_engine import arguments, sampling
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends import StepRunner, backend_named
-from sparse_engine.backends.base import with_kernel
+from sparse_engine.backends.base import StepCallback, with_kernel
 from sparse_engine.backends.cuda.dlpack_in import DeviceArray, receive
+from sparse_engine.ending import callers_code, library_call, wait_before_others
 from sparse_engine.errors import EngineClosedError, OptionError, UnsupportedError
 from sparse_engine.manifest import Manifest
+from sparse_engine.results import Decoder, check_prediction, diverged, finisher, noise_seen, nonfinite_rows
 from sparse_engine.sampling.noise import SeededNoise
 
-MOST_IMAGES = 2**32  # an image's number is one word of the noise's counter
-MOST_GUIDANCE = 1e6  # far beyond any that draws a picture, and far from float32's end
-Callback = Callable[[int, float, np.ndarray], object]
+Callback = StepCallback
 Labels = int | Sequence[int] | np.ndarray
-Decoder = Callable[[np.ndarray], np.ndarray]
-OUTPUTS = ("uint8", "float", "dlpack")
+FAR_OUT = 16  # times the model's range: what an image to start from holds beyond is in other units
 TRAJECTORY_OPTIONS = ("t_start", "t_end", "spacing", "eta", "variance", "order", "denoise_to_zero")
 
 
@@ -57,7 +56,8 @@ class SparseEngine:
 
         Args:
             path: the ``.sengine`` file. It stays mapped: do not overwrite it in place while it is in use.
-            threads: for the backend's own pool; None is one per core.
+            threads: for the backend's own pool, on a CPU no more than the cores that the process may use (a warning
+                says so); None is one per core.
             device: where the backend runs, for one that has a choice ("cuda:0").
             check: hash the weights too, which reads the whole file.
             autotune: time the kernels of each 2:4 layer on this machine, once (the choices are remembered in the
@@ -68,14 +68,19 @@ class SparseEngine:
             OptionError, UnsupportedError: this machine or the arguments do not fit.
             BackendError: the backend refuses the payload.
         """
+        threads, device = arguments.threads(threads), arguments.device(device)
+        autotune = arguments.truth("autotune", autotune)
         file = EngineFile(path)
-        if check:
+        if arguments.truth("check", check):
             file.verify()
         backend = backend_named(file.manifest.backend["name"])
         found = backend.availability()
         if not found.usable:
             raise UnsupportedError(f"{path} needs the {backend.name} backend: {found.reason}", found.fix)
-        return cls(file.manifest, backend.load(file, threads=threads, device=device, autotune=autotune))
+        with library_call():
+            runner = backend.load(file, threads=threads, device=device, autotune=autotune)
+        wait_before_others()
+        return cls(file.manifest, runner)
 
     def sample(
         self,
@@ -93,6 +98,7 @@ class SparseEngine:
         t_start: float | None = None,
         callback: Callback | None = None,
         decoder: Decoder | None = None,
+        allow_nonfinite: bool = False,
         **options: Any,
     ) -> np.ndarray:
         """Draw n samples.
@@ -110,18 +116,22 @@ class SparseEngine:
                 the same, one batch, left on the device that made it: an object with ``__dlpack__`` (a tensor for the
                 torch backend).
             noise: float32 [n, C, H, W] to start from in place of the seed's: an array, or any object with
-                ``__dlpack__``. One that lies on the engine's own GPU is copied there (not for ``init``), and is not
-                looked through for NaN; any other comes by way of the host.
+                ``__dlpack__``. One that lies on the engine's own GPU is copied there (not for ``init``); any other
+                comes by way of the host.
             init: the same, in the model's range: start from these, noised to ``t_start``.
             t_start: the schedule time to start from; None is the schedule's end.
-            callback: called with (step, t, x) after each step of each batch; returning False stops.
+            callback: called with (step, t, x) after each step of each batch; returning False stops, NumPy's too, and
+                nothing else does.
             decoder: float32 latents [B, C, H, W] -> pixels [B, C', H', W'] in [-1, 1], for latent models.
+            allow_nonfinite: return NaN and infinite values, where the model diverges, in place of the error; for
+                "float" and "dlpack", whose result is otherwise looked through on the host.
             **options: the sampler's own: ``t_end``, ``spacing``, ``eta``, ``variance``, ``order``,
                 ``denoise_to_zero``; and ``clip``, whether the predicted x0 is kept in the pixels' range (``ddpm`` and
                 ``ddim`` do by default).
 
         Raises:
             OptionError: an argument that cannot be used; says which and what was expected.
+            NonFiniteError: the samples, or what the decoder made of them, are NaN or infinite; says from which step on.
             SamplingCancelled: the callback returned False.
             EngineClosedError: after ``close()``, or in a forked process.
         """
@@ -139,10 +149,12 @@ class SparseEngine:
             t_start=t_start,
             callback=callback,
             decoder=decoder,
+            allow_nonfinite=allow_nonfinite,
             **options,
         )
         if output == "dlpack":
-            if n > (size := batch_size or self.manifest.batch[1]):
+            n, size = self._amounts(n, batch_size)
+            if n > size:
                 raise OptionError(
                     f'output="dlpack" is one batch, and n = {n} is more than batch_size = {size}',
                     "use stream(), or pass batch_size=n",
@@ -166,15 +178,17 @@ class SparseEngine:
         t_start: float | None = None,
         callback: Callback | None = None,
         decoder: Decoder | None = None,
+        allow_nonfinite: bool = False,
         **options: Any,
     ) -> Iterator[np.ndarray]:
         """As ``sample``, yielding each batch as it finishes. Arguments are checked at once, not at the first batch."""
         self._live()
-        _check_count("n", n)
-        size = self.manifest.batch[1] if batch_size is None else batch_size
-        _check_count("batch_size", size)
-        _check_seed(seed)
-        finish = self._finisher(output, decoder)
+        n, size = self._amounts(n, batch_size)
+        seed = arguments.seed(seed)
+        allow_nonfinite = arguments.truth("allow_nonfinite", allow_nonfinite)
+        finish = finisher(output, decoder, self.manifest.value_range, allow_nonfinite)
+        if callback is not None and not callable(callback):
+            raise arguments.refused("callback", callback, "a function of (step, t, x)")
         trajectory = self.trajectory(steps, sampler, t_start=t_start, **options)
         if init is not None and t_start is None:
             raise OptionError("init is given without t_start", "say how far to noise it, for example t_start=0.5")
@@ -187,72 +201,89 @@ class SparseEngine:
                 images = np.arange(first, min(first + size, n))
                 x = self._start(trajectory, seed, images, noise, init)
                 labels_of = y[:, images] if y is not None else None
-                yield finish(
-                    self._walk(trajectory, seed, images, x, labels_of, weights, callback, on_device=output == "dlpack")
-                )
+
+                def walk(told: Callback | None, images: Any = images, x: Any = x, labels: Any = labels_of) -> Any:
+                    return self._walk(trajectory, seed, images, x, labels, weights, told, output == "dlpack")
+
+                drawn = walk(callback)
+                if not allow_nonfinite and len(broken := nonfinite_rows(drawn)):
+                    raise diverged(walk, trajectory, x, images, broken, self.manifest.precision)
+                yield finish(drawn, images)
 
         return batches()
 
     def denoise(
-        self, x: Any, t: float | np.ndarray, *, labels: Labels | None = None, guidance: float | None = None
+        self,
+        x: Any,
+        t: Any,
+        *,
+        labels: Labels | None = None,
+        guidance: float | None = None,
+        allow_nonfinite: bool = False,
     ) -> np.ndarray:
         """The noise that the model sees in x, whatever it was trained to predict: one network evaluation.
 
         Args:
             x: float32 [B, C, H, W]: an array, or any object with ``__dlpack__``, as ``noise`` of ``sample``.
-            t: schedule time, one for all or [B].
+            t: schedule time, one for all or [B]; above 0 for a model that predicts x0.
             labels: one class or B of them; None is the null class, or class 0 for a model without one.
-            guidance: as in ``sample``.
+            guidance, allow_nonfinite: as in ``sample``.
 
         Returns:
             float32 eps [B, C, H, W].
 
         Raises:
-            OptionError, EngineClosedError: as ``sample``.
+            OptionError, NonFiniteError, EngineClosedError: as ``sample``.
         """
+        given: dict[str, Any] = {"labels": labels, "guidance": guidance, "allow_nonfinite": allow_nonfinite}
         if self.manifest.prediction == "eps":
-            return self.predict(x, t, labels=labels, guidance=guidance)
+            return self.predict(x, t, **given)
         x = self._checked_images("x", x, None)
-        predicted = self.predict(x, t, labels=labels, guidance=guidance)
-        times = np.broadcast_to(np.asarray(t, np.float64), (len(predicted),))[:, None, None, None]
-        alpha, sigma = self._schedule.alpha(times), self._schedule.sigma(times)
-        eps = (x - alpha * predicted) / sigma if self.manifest.prediction == "x0" else alpha * predicted + sigma * x
-        return eps.astype(np.float32)
+        times = self._checked_times(t, len(x))
+        if self.manifest.prediction == "x0" and not np.all(self._schedule.sigma(times) > 0):
+            raise OptionError("t = 0: x holds no noise, and a model of x0 says 0/0 of it", "use t > 0, or predict()")
+        eps = noise_seen(self.manifest.prediction, self._schedule, x, self.predict(x, t, **given), times)
+        if not allow_nonfinite:
+            check_prediction(eps, times)
+        return eps
 
     def predict(
-        self, x: Any, t: float | np.ndarray, *, labels: Labels | None = None, guidance: float | None = None
+        self,
+        x: Any,
+        t: Any,
+        *,
+        labels: Labels | None = None,
+        guidance: float | None = None,
+        allow_nonfinite: bool = False,
     ) -> np.ndarray:
-        """What the network itself predicts (eps, x0 or v); arguments and errors as ``denoise``."""
+        """What the network itself predicts (eps, x0 or v); arguments and errors as ``denoise``, but any t."""
         runner = self._live()
         images = self._checked_images("x", x, None, stays=True)
-        if not len(images):
-            raise OptionError("x is empty; expected at least one sample")
-        if not np.all((np.asarray(t) >= 0) & (np.asarray(t) <= self._schedule.t_max)):
-            raise OptionError(f"t = {t}; expected schedule times from 0 to {self._schedule.t_max:g}")
-        network_time = np.asarray(self._schedule.network_time(t), np.float32)
-        if network_time.shape not in ((), (len(images),)):
-            raise OptionError(
-                f"t has shape {list(network_time.shape)}; expected one time, or one for each of {len(images)}"
-            )
+        schedule_times = self._checked_times(t, len(images))
+        network_time = np.asarray(self._schedule.network_time(schedule_times), np.float32)
         if labels is None and self.manifest.num_classes:
             labels = self.manifest.null_class or 0
         y, weights = self._conditioning(len(images), 0, labels, guidance)
         times = np.ascontiguousarray(np.broadcast_to(network_time, (len(images),)))
-        return runner.network(images, times, labels=y, guidance=weights)
+        with library_call():
+            predicted = runner.network(images, times, labels=y, guidance=weights)
+        if not arguments.truth("allow_nonfinite", allow_nonfinite):
+            check_prediction(predicted, schedule_times)
+        return predicted
 
     def warmup(self, batch_size: int | None = None) -> None:
         """Run one step at a batch size, so that the first sample is not slower than the next."""
-        self.sample(
-            batch_size or self.manifest.batch[1], steps=1, batch_size=batch_size, output="float", sampler="ddim"
-        )
+        size = self.manifest.batch[1] if batch_size is None else batch_size
+        self.sample(size, steps=1, batch_size=size, output="float", sampler="ddim", allow_nonfinite=True)
 
     def trajectory(
         self, steps: int, sampler: str | None = None, *, clip: bool | None = None, **options: Any
     ) -> sampling.Trajectory:
         """The table of coefficients that ``sample`` would walk; arguments and errors as there."""
-        name = sampler or self.manifest.sampler
-        info = sampling.SAMPLERS.get(name)
+        name = self.manifest.sampler if sampler is None else sampler
+        info = sampling.SAMPLERS.get(name) if isinstance(name, str) else None
         pixels = self.manifest.value_range
+        clip = None if clip is None else arguments.truth("clip", clip)
         if clip and (pixels is None or (info is not None and not info.clips)):
             why = "latents have no range" if pixels is None else f"sampler {name} never forms x0"
             raise OptionError(f"clip = True, but {why}", "leave clip out")
@@ -287,7 +318,8 @@ class SparseEngine:
         """Give memory and devices back. A second call does nothing."""
         runner, self._runner = self._runner, None
         if runner is not None and os.getpid() == self._process:
-            runner.close()
+            with library_call():
+                runner.close()
 
     def __enter__(self) -> SparseEngine:
         return self
@@ -318,12 +350,19 @@ class SparseEngine:
         weights: np.ndarray,
         callback: Callback | None,
         on_device: bool,
-    ) -> np.ndarray:
+    ) -> Any:
         noise = SeededNoise(seed, images, self.manifest.data_shape)
         y = None if y is None else np.ascontiguousarray(y)
-        options: dict[str, Any] = {"labels": y, "guidance": weights, "noise": noise, "callback": callback}
-        found: np.ndarray = self._live().run(trajectory, x, on_device=on_device, **options)
-        return found
+
+        def told(step: int, t: float, state: np.ndarray) -> object:
+            with callers_code():
+                return callback(step, t, state) if callback is not None else None
+
+        options: dict[str, Any] = {"labels": y, "guidance": weights, "noise": noise}
+        with library_call():
+            return self._live().run(
+                trajectory, x, on_device=on_device, callback=None if callback is None else told, **options
+            )
 
     def _start(
         self,
@@ -345,7 +384,7 @@ class SparseEngine:
     ) -> tuple[np.ndarray | None, np.ndarray]:
         """(labels int64 [G, n] or None, weights float32 [G]): the null class is the second pass."""
         null = self.manifest.null_class
-        weight = 1.0 if guidance is None else _number("guidance", guidance)
+        weight = 1.0 if guidance is None else arguments.real_number("guidance", guidance, arguments.MOST_GUIDANCE)
         if weight != 1.0 and null is None:
             what = "has no labels" if not self.manifest.num_classes else "has no null class"
             raise OptionError(
@@ -365,18 +404,16 @@ class SparseEngine:
         if labels is None:
             drawn = sampling.labels(seed, np.arange(n), rows - (null is not None))
             return drawn if null is None else drawn + (drawn >= null)
-        try:
-            y = np.asarray(labels)
-        except ValueError as error:
-            raise OptionError(f"labels are no array: {error}; expected one label or {n} of them") from error
-        if y.dtype.kind not in "iu":
-            raise OptionError(f"labels are {y.dtype}; expected integers")
-        if y.ndim > 1 or (y.ndim == 1 and len(y) != n):
-            raise OptionError(f"labels have shape {list(y.shape)}; expected one label or {n} of them")
-        if y.size and (y.min() < 0 or y.max() >= rows):
-            bad = y.min() if y.min() < 0 else y.max()
-            raise OptionError(f"label {bad} is out of range; the model has classes 0 to {rows - 1}")
-        return np.broadcast_to(y.astype(np.int64), (n,)).copy()
+        return arguments.class_labels(labels, n, rows)
+
+    def _amounts(self, n: Any, batch_size: Any) -> tuple[int, int]:
+        """(images, images in a batch)."""
+        size = self.manifest.batch[1] if batch_size is None else batch_size
+        most = arguments.MOST_IMAGES
+        return arguments.whole_number("n", n, 1, most), arguments.whole_number("batch_size", size, 1, most)
+
+    def _checked_times(self, t: Any, n: int) -> np.ndarray:
+        return arguments.schedule_times(t, n, self._schedule.t_max)
 
     def _checked_images(self, name: str, images: Any, n: int | None, stays: bool = False) -> Any:
         """float32 [n, C, H, W] of the host; where it lies on the runner's GPU and ``stays``, a ``DeviceArray``.
@@ -390,66 +427,15 @@ class SparseEngine:
         if hasattr(images, "__dlpack__") and not isinstance(images, np.ndarray):
             images = receive(name, images, getattr(self._live(), "dlpack_device", None) if stays else None)
         if not isinstance(images, DeviceArray):
-            try:
-                images = np.ascontiguousarray(images, np.float32)
-            except (TypeError, ValueError) as error:
-                raise OptionError(f"{name} is no array of numbers: {error}; expected {expected}") from error
+            images = arguments.floats(name, images, expected)
         if images.shape[1:] != shape or n not in (None, len(images)):
             raise OptionError(f"{name} has shape {list(images.shape)}; expected {expected}")
-        if isinstance(images, np.ndarray) and not np.isfinite(images).all():
-            raise OptionError(f"{name} holds NaN or infinite values")
-        return images
-
-    def _finisher(self, output: str, decoder: Decoder | None) -> Callable[[np.ndarray], np.ndarray]:
-        """What turns a finished batch into what was asked for."""
-        if output not in OUTPUTS:
-            raise OptionError(f"output = {output!r}; expected one of {', '.join(OUTPUTS)}")
-        value_range = self.manifest.value_range
-        if output == "dlpack":
-            if decoder is not None:
-                raise OptionError(
-                    'a decoder takes NumPy arrays, and output="dlpack" makes none', "decode what it returns"
-                )
-            return lambda x: x
-        if decoder is not None:
-            value_range = (-1.0, 1.0)
-        elif output == "uint8" and value_range is None:
+        if not len(images):
+            raise OptionError(f"{name} is empty; expected at least one sample")
+        low, high = self.manifest.value_range or (-np.inf, np.inf)
+        if name == "init" and np.abs(images).max() > FAR_OUT * max(abs(low), abs(high)):
             raise OptionError(
-                "this is a latent model: its samples have no pixels",
-                'pass output="float" for the latents, or decoder= to turn them into pixels',
+                f"init goes up to {np.abs(images).max():g}; the model's range is {low:g}..{high:g}",
+                "of pixels in 0..255: x / 127.5 - 1 for the range -1..1",
             )
-
-        def finish(x: np.ndarray) -> np.ndarray:
-            pixels = x if decoder is None else np.asarray(decoder(x))
-            return pixels if output == "float" or value_range is None else to_uint8(pixels, value_range)
-
-        return finish
-
-
-def to_uint8(x: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
-    """float [B, C, H, W] in a range -> uint8 [B, H, W, C], rounded and clipped."""
-    low, high = value_range
-    scaled = (x - np.float32(low)) * np.float32(255.0 / (high - low))
-    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise OptionError(f"{name} = {value!r}; expected a whole number of 1 or more")
-    if value > MOST_IMAGES:
-        raise OptionError(f"{name} = {value}; expected at most {MOST_IMAGES}, the images that a seed has")
-
-
-def _number(name: str, value: float) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise OptionError(f"{name} = {value!r}; expected a number") from error
-    if not abs(number) <= MOST_GUIDANCE:  # nor NaN
-        raise OptionError(f"{name} = {value}; expected a finite number, at most {MOST_GUIDANCE:.0e}")
-    return number
-
-
-def _check_seed(seed: int) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**64:
-        raise OptionError(f"seed = {seed!r}; expected a whole number from 0 to 2**64 - 1")
+        return images

@@ -62,6 +62,19 @@ class BackendError(SparseEngineError):
     """A backend failed while building, loading or running an engine."""
 
 
+class NonFiniteError(SparseEngineError):
+    """A network or a decoder gave NaN or infinite values.
+
+    Attributes:
+        images: of the run, those that broke first.
+        step: the first after which they were broken, from 0; None where it was not found, or no sampler was at work.
+    """
+
+    def __init__(self, what: str, fix: str | None, images: tuple[int, ...], step: int | None = None) -> None:
+        super().__init__(what, fix)
+        self.images, self.step = images, step
+
+
 class VerificationError(SparseEngineError):
     """An engine's results are further from the reference than the tolerance allows."""
 

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from sparse_engine import SparseEngine
+from sparse_engine.backends.onnxruntime.library import keep_private
 from sparse_engine.export.build import build_engine
 from sparse_engine.export.families.uvit import UViT, UViTConfig
+
+keep_private()  # tests that import onnxruntime themselves record nothing either
 
 TINY = UViTConfig(image_size=8, patch_size=2, channels=3, embed_dim=32, depth=2, heads=4)
 TINY_CONDITIONAL = UViTConfig(8, 2, 3, 32, 2, 4, num_classes=5)
@@ -64,6 +67,11 @@ def tiny_engine(tiny_checkpoint: Path, build: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def conditional_engine(conditional_checkpoint: Path, build: Callable[..., Path]) -> Path:
     return build(conditional_checkpoint, sparse=True, null_class=4)
+
+
+@pytest.fixture(scope="session")
+def torch_engine(conditional_checkpoint: Path, build: Callable[..., Path]) -> Path:
+    return build(conditional_checkpoint, backend="torch", null_class=4)
 
 
 @pytest.fixture(scope="session")

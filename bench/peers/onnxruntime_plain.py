@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sparse_engine.backends.onnxruntime.library import load_onnxruntime
+
 from .base import Peer, PeerRunner, PeerUnavailableError, Subject
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -11,7 +13,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 def _prepare(subject: Subject) -> PeerRunner:
     try:
-        import onnxruntime
+        onnxruntime = load_onnxruntime()
     except ImportError as error:
         raise PeerUnavailableError("onnxruntime is not installed") from error
     provider = PROVIDERS[subject.device]

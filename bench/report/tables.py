@@ -276,6 +276,8 @@ def _model_cell(row: Row, name: str, ours: bool, wide: bool) -> str:
 
 def quality_text(found: Row) -> str:
     """PSNR, and what the judges said."""
+    if "nonfinite" in found:
+        return f"NaN in {found['nonfinite']} images"
     parts = []
     if "psnr" in found:
         parts.append(f"{found['psnr']:.0f} dB" if found["psnr"] is not None else "identical")

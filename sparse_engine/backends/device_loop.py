@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, runt
 
 import numpy as np
 
+from sparse_engine import arguments
+from sparse_engine.ending import stop_if_ending
 from sparse_engine.errors import BackendError, EngineClosedError, SamplingCancelled
 from sparse_engine.sampling import Trajectory
 from sparse_engine.sampling.noise import SeededNoise
@@ -520,10 +522,11 @@ class DeviceLoop(Generic[B]):
 
     def _tell(self, callback: StepCallback, trajectory: Trajectory, chunk: _Chunk, state: _State[B]) -> None:
         x = self._device.download(state.x[chunk.last % 2])
-        if callback(chunk.first, float(trajectory.times[chunk.first]), x) is False:
+        if arguments.stops(callback(chunk.first, float(trajectory.times[chunk.first]), x)):
             raise SamplingCancelled(f"the callback stopped sampling after step {chunk.last} of {len(trajectory)}")
 
     def _check_open(self) -> None:
+        stop_if_ending()
         if self._closed:
             raise EngineClosedError("the engine was closed by another thread", "load it again with SparseEngine.load")
 

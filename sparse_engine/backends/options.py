@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sparse_engine.errors import OptionError
-
 LINEAR_FORMS = ("auto", "matmul", "gemm", "conv1x1")
-MOST_THREADS = 4096
 
 
 @dataclass(frozen=True)
@@ -67,9 +64,3 @@ class BuildOptions:
     require_sparse: bool = False
     tensorrt: TensorRTOptions = field(default_factory=TensorRTOptions)
     progress: Callable[[str], None] = field(default=_say_nothing, compare=False)
-
-
-def check_threads(threads: int | None) -> None:
-    """Raise OptionError unless it is None, for the backend's own choice, or a number that a machine can have."""
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise OptionError(f"threads = {threads}; expected 1 to {MOST_THREADS}, or None for the backend's own choice")

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from sparse_engine.__main__ import EXIT_INTERRUPTED
-from sparse_engine.backends.options import MOST_THREADS
+from sparse_engine.arguments import MOST_THREADS
 from sparse_engine.errors import OptionError
 from sparse_engine.files import check_writable
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from sparse_engine import arguments
 from sparse_engine.errors import OptionError, SamplingCancelled
 from sparse_engine.sampling.trajectory import Trajectory
 
@@ -62,6 +63,6 @@ def walk(
         z = noise(i + 1) if drawn[i] and noise is not None else zeros
         x, m = step(x, times[i], rows[i], clip, base, h1, h2, z)
         h1, h2 = m, h1
-        if callback is not None and callback(i, float(trajectory.times[i]), x) is False:
+        if callback is not None and arguments.stops(callback(i, float(trajectory.times[i]), x)):
             raise SamplingCancelled(f"the callback stopped sampling after step {i + 1} of {steps}")
     return x

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sparse_engine import arguments
 from sparse_engine.errors import OptionError
 
 _WORD = 1 << 32
@@ -68,8 +69,8 @@ def normal(seed: int, images: npt.ArrayLike, draw: int, shape: tuple[int, ...]) 
         OptionError: a seed, image or draw that its words cannot hold.
     """
     key, index = _key(seed), _images(images)
-    if not 0 <= draw < _WORD:
-        raise OptionError(f"draw is {draw}, expected 0 <= draw < 2^32")
+    draw = arguments.whole_number("draw", draw, 0, _WORD - 1, "a whole number from 0 to 2**32 - 1")
+    shape = arguments.whole_numbers("shape", shape, 0)
     count = math.prod(shape)
     blocks = -(-count // 4)
     out = np.empty((len(index), blocks, 4), np.float32)
@@ -125,8 +126,7 @@ def labels(seed: int, images: npt.ArrayLike, num_classes: int) -> npt.NDArray[np
         OptionError: a seed, image or number of classes out of range.
     """
     key, index = _key(seed), _images(images)
-    if not 1 <= num_classes < _WORD:
-        raise OptionError(f"num_classes is {num_classes}, expected 1 or more")
+    num_classes = arguments.whole_number("num_classes", num_classes, 1, _WORD - 1)
     zeros = np.zeros_like(index)
     word = philox4x32((zeros, zeros, index, zeros + np.uint64(1)), key)[0]
     return ((word * np.uint64(num_classes)) >> _SHIFT).astype(np.int64)
@@ -165,13 +165,12 @@ def _box_muller(radius: Words, angle: Words, cosines: Float32, sines: Float32) -
 
 
 def _key(seed: int) -> tuple[int, int]:
-    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= int(seed) < 1 << 64:
-        raise OptionError(f"seed is {seed!r}, expected a whole number, 0 <= seed < 2^64")
-    return int(seed) % _WORD, int(seed) >> 32
+    whole = arguments.seed(seed)
+    return whole % _WORD, whole >> 32
 
 
 def _images(images: npt.ArrayLike) -> Words:
-    index = np.asarray(images)
+    index = arguments.array("images", images, "array of integers: {}")
     if index.size == 0:
         index = index.astype(np.int64)
     if index.ndim != 1 or not np.issubdtype(index.dtype, np.integer):

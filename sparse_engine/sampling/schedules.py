@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from sparse_engine import arguments
 from sparse_engine.errors import OptionError
 
 Float64 = npt.NDArray[np.float64]
@@ -39,9 +40,11 @@ class Schedule(ABC):
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            value = getattr(self, option.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise OptionError(f"schedule {self.name}: {option.name} is {value}, expected a finite number")
+            name, value = f"schedule {self.name}: {option.name}", getattr(self, option.name)
+            if isinstance(option.default, float):  # plain Python numbers: a manifest can hold them
+                object.__setattr__(self, option.name, arguments.real_number(name, value))
+            elif isinstance(option.default, int):
+                object.__setattr__(self, option.name, arguments.whole_number(name, value))
         if self.time_scale <= 0:
             raise OptionError(f"schedule {self.name}: time_scale is {self.time_scale}, expected more than 0")
 
@@ -206,10 +209,8 @@ class DiscreteBetas(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.betas not in _BETAS:
-            raise OptionError(f"schedule {self.name}: betas is {self.betas!r}, expected one of {', '.join(_BETAS)}")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 2:
-            raise OptionError(f"schedule {self.name}: steps is {self.steps!r}, expected a whole number, 2 or more")
+        arguments.one_of(f"schedule {self.name}: betas", self.betas, tuple(_BETAS))
+        arguments.whole_number(f"schedule {self.name}: steps", self.steps, 2)
         if not 0 < self.beta_start < self.beta_end < 1:
             raise OptionError(
                 f"schedule {self.name}: beta_start {self.beta_start} and beta_end {self.beta_end}, "

@@ -111,11 +111,13 @@ def assemble(
         model = model_form(schedule, times, options.prediction, form)
     columns = (*model, x, base, m, h1, h2, z)
     coef = np.stack([np.broadcast_to(np.asarray(c, np.float64), times.shape) for c in columns], axis=1)
-    if not np.isfinite(coef).all():
-        row = int(np.argmin(np.isfinite(coef).all(axis=1)))
+    with np.errstate(over="ignore", invalid="ignore"):  # the step graph has them in float32
+        finite = np.isfinite(coef.astype(np.float32)).all(axis=1)
+    if not finite.all():
+        row = int(np.argmin(finite))
         raise OptionError(
             f"sampler {sampler} on schedule {schedule.name}: step {row} at t = {times[row]:.6g} has a "
-            "coefficient that is not finite",
+            "coefficient that is not finite in float32",
             "start from a smaller t_start, or end at a larger t_end",
         )
     clip = options.value_range if form == "x0" and options.value_range else (-np.inf, np.inf)

@@ -1,10 +1,15 @@
 """Distances with known answers."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import linalg
 
-from sparse_engine.bench.quality import frechet_distance, psnr
+from sparse_engine.bench.quality import Judge, frechet_distance, measure_quality, psnr
+from sparse_engine.bench.report.tables import quality_text
+from sparse_engine.errors import VerificationError
 
 
 def test_frechet_of_gaussians_with_known_moments(rng: np.random.Generator) -> None:
@@ -33,3 +38,43 @@ def test_psnr() -> None:
     a = np.zeros((2, 3), np.float32)
     assert psnr(a + 0.1, a, (-1.0, 1.0)) == pytest.approx(10 * np.log10(4 / 0.01), rel=1e-5)
     assert psnr(a, a, (-1.0, 1.0)) == float("inf")
+
+
+class Drawn:
+    """A workload, and candidates that draw what they are called."""
+
+    model = SimpleNamespace(recipe=SimpleNamespace(value_range=(-1.0, 1.0)))
+
+    def labels(self, n: int) -> None:
+        return None
+
+    def feed(self, images: np.ndarray) -> np.ndarray:
+        return images
+
+    @staticmethod
+    def sample(candidate: float, images: Any, steps: int, sampler: str) -> np.ndarray:
+        drawn = np.zeros((len(images), 1, 2, 2), np.float32)
+        drawn[images == 3] = candidate
+        return drawn
+
+
+def measured(**candidates: float) -> dict[str, Any]:
+    workload: Any = Drawn()
+    judges = [Judge(16, lambda drawn, labels: {"fid": float(drawn.mean())})]
+    rows: dict[str, Any] = measure_quality(candidates, Drawn.sample, workload, 16, judges)["rows"]
+    return rows
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_is_not_the_same_picture(value: float) -> None:
+    rows = measured(reference=0.0, same=0.0, diverged=value, other=0.5)
+    assert rows["same"]["psnr"] is None
+    assert rows["diverged"] == {"psnr": None, "nonfinite": 1}
+    assert rows["other"]["psnr"] < 40
+    assert quality_text(rows["diverged"]) == "NaN in 1 images"
+    assert quality_text(rows["same"]).startswith("identical")
+
+
+def test_a_reference_that_diverges_is_an_error() -> None:
+    with pytest.raises(VerificationError, match="reference: 1 of 16 samples are NaN or infinite"):
+        measured(reference=float("nan"), other=0.0)

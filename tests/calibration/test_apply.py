@@ -68,8 +68,8 @@ def test_globs_that_match_nothing_and_everything(graph: StepGraph, data: Calibra
     [
         ({"ranges": "median"}, "range method 'median' is not known; expected one of max, percentile, mse, entropy"),
         ({"smooth": 1.5}, "--smooth 1.5; expected 0 to 1"),
-        ({"max_quality_loss": -1.0}, "--max-quality-loss -1; expected a number above 0"),
-        ({"max_quality_loss": float("nan")}, "--max-quality-loss nan; expected a number above 0"),
+        ({"max_quality_loss": -1.0}, "--max-quality-loss = -1.0; expected a number above 0"),
+        ({"max_quality_loss": float("nan")}, "--max-quality-loss = nan; expected a number above 0"),
     ],
 )
 def test_settings_out_of_range(calibration_file: Path, change: dict[str, Any], message: str) -> None:

@@ -52,3 +52,38 @@ def test_nan_never_passes(place: int) -> None:
     with pytest.raises(VerificationError, match="relative error of eps is nan"):
         found.check()
     assert not Verification([TimeError(0.5, 0.0, 0.0)], float(np.nan), 1e-4, True).passed
+
+
+def test_the_failure_that_is_told_is_the_one_that_failed() -> None:
+    fine = [TimeError(0.5, 5e-7, 5e-7)]
+    for psnr in (float("nan"), float("-inf")):  # NaN in the trajectory, or an infinite pixel
+        found = Verification(fine, psnr, 1e-4, True)
+        assert not found.passed
+        with pytest.raises(VerificationError, match=r"10 steps ends in NaN.*eps itself is right to 5.00e-07"):
+            found.check()
+    assert Verification(fine, float("inf"), 1e-4, True).passed  # equal pictures
+    with pytest.raises(VerificationError, match=r"relative error of eps is 1.00e\+00; expected at most 1e-04"):
+        Verification([TimeError(0.5, 1.0, 1.0)], float("nan"), 1e-4, True).check()  # what is wrong first
+
+
+def test_an_engine_whose_samples_diverge_is_told_so(
+    conditional_engine: Path, conditional_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = SparseEngine.sample
+
+    def diverging(*arguments: Any, **options: Any) -> Any:
+        return sample(*arguments, **options) * np.float32(np.inf)
+
+    monkeypatch.setattr(SparseEngine, "sample", diverging)
+    with pytest.raises(VerificationError, match="a trajectory of 10 steps ends in NaN or infinity"):
+        verify_engine(conditional_engine, conditional_checkpoint).check()
+
+
+def test_an_engine_that_predicts_nan_is_told_so(
+    conditional_engine: Path, conditional_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparse_engine.backends.onnxruntime.runner import OnnxRuntimeRunner
+
+    monkeypatch.setattr(OnnxRuntimeRunner, "network", lambda self, x, t, **_: np.full_like(x, np.nan))
+    with pytest.raises(VerificationError, match="relative error of eps is nan"):
+        verify_engine(conditional_engine, conditional_checkpoint).check()

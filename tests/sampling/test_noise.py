@@ -124,15 +124,15 @@ def test_labels_are_uniform_and_do_not_depend_on_their_batch() -> None:
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: normal(-1, [0], 0, (3,)), "seed is -1"),
-        (lambda: normal(2**64, [0], 0, (3,)), "seed is 18446744073709551616"),
-        (lambda: normal(cast(Any, 1.5), [0], 0, (3,)), "seed is 1.5"),
+        (lambda: normal(-1, [0], 0, (3,)), "seed = -1"),
+        (lambda: normal(2**64, [0], 0, (3,)), "seed = 18446744073709551616"),
+        (lambda: normal(cast(Any, 1.5), [0], 0, (3,)), "seed = 1.5"),
         (lambda: normal(0, [-1], 0, (3,)), "images runs from -1 to -1"),
         (lambda: normal(0, [2**32], 0, (3,)), "expected 0 <= image < 2\\^32"),
         (lambda: normal(0, [0.5], 0, (3,)), "float64, expected \\[B\\] of integers"),
         (lambda: normal(0, 3, 0, (3,)), "images has shape \\(\\)"),
-        (lambda: normal(0, [0], -1, (3,)), "draw is -1"),
-        (lambda: labels(0, [0], 0), "num_classes is 0"),
+        (lambda: normal(0, [0], -1, (3,)), "draw = -1"),
+        (lambda: labels(0, [0], 0), "num_classes = 0"),
     ],
 )
 def test_what_the_counter_cannot_hold_is_refused(call: Callable[[], object], message: str) -> None:

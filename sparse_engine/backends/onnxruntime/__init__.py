@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparse_engine import kernels
+from sparse_engine import arguments, kernels
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.base import (
     GRAPH_FILE,
@@ -17,11 +17,12 @@ from sparse_engine.backends.base import (
     bytes_payload,
     weights_payload,
 )
-from sparse_engine.backends.options import check_threads
+from sparse_engine.cores import pool_size, say_if_capped
 from sparse_engine.errors import OptionError, UnsupportedError
 
 from .compute import products_in
 from .cuda import build_cuda, check_cuda, load_cuda, on_gpu
+from .library import load_onnxruntime
 
 if TYPE_CHECKING:
     from sparse_engine.backends.base import StepRunner
@@ -40,7 +41,7 @@ class OnnxRuntimeBackend:
     def availability(self) -> Availability:
         """Whether the onnxruntime package is there."""
         try:
-            import onnxruntime
+            onnxruntime = load_onnxruntime()
         except ImportError as error:
             return Availability(False, reason=str(error), fix="pip install 'sparse-engine[cpu]'")
         return Availability(True, version=onnxruntime.__version__)
@@ -101,8 +102,9 @@ class OnnxRuntimeBackend:
                 f"device {device!r}: {engine.path} was built for onnxruntime on {built_for}",
                 f"leave the device out, or build it with --device {device}",
             )
-        check_threads(threads)
-        return OnnxRuntimeRunner(engine, threads, autotune)
+        asked = arguments.threads(threads)
+        say_if_capped(asked)
+        return OnnxRuntimeRunner(engine, pool_size(asked), autotune)
 
 
 def _worth_bf16(graph: StepGraph, layer: str) -> bool:

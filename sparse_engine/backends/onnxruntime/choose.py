@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +12,14 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from sparse_engine import __version__, kernels
 from sparse_engine.backends.attention import Attention
+from sparse_engine.cores import pool_size
 from sparse_engine.manifest import Manifest
 from sparse_engine.tactics import Choice, TacticCache
 
 from .attention import MICROSOFT, own_node, runtime_nodes
 from .compute import attention_in, products_in
 from .layers import DOMAIN, FusedLayer
+from .library import load_onnxruntime
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Chooser:
     """Chooses for the layers of one engine."""
 
     def __init__(self, manifest: Manifest, threads: int | None, autotune: bool) -> None:
-        import onnxruntime
+        onnxruntime = load_onnxruntime()
 
         self._threads, self._autotune = threads, autotune
         self._compute, self._attention_compute = products_in(manifest.precision), attention_in(manifest.precision)
@@ -163,11 +164,6 @@ class Chooser:
         return lambda: {name: _product(layer, tokens, name, self._compute, self._threads) for name in names}
 
 
-def pool_size(threads: int | None) -> int:
-    """How many threads a session with ``threads`` uses."""
-    return threads or max(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 1)
-
-
 def _product(layer: FusedLayer, tokens: int, kernel: str, compute: str, threads: int | None) -> Callable[[], object]:
     """One layer alone, on random weights, with the kernel asked for."""
     constants = _own_constants(layer)
@@ -210,7 +206,7 @@ def _alone(
     threads: int | None,
 ) -> Callable[[], object]:
     """Some nodes in a session of their own, on a fixed feed."""
-    import onnxruntime
+    onnxruntime = load_onnxruntime()
 
     graph = helper.make_graph(
         nodes,
@@ -222,7 +218,7 @@ def _alone(
     opsets = [helper.make_opsetid(domain, version) for domain, version in (("", 20), (DOMAIN, 1), (MICROSOFT, 1))]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = pool_size(threads)
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")  # not into the next candidate's turn
     if any(node.domain == DOMAIN for node in nodes):

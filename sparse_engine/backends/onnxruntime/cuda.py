@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
+from sparse_engine import arguments
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.attention import fuse_attention
 from sparse_engine.backends.base import (
@@ -25,10 +26,10 @@ from sparse_engine.backends.base import (
 from sparse_engine.backends.cuda.device import OUTPUTS, Buffer, CudaDevice, Recording, tensors
 from sparse_engine.backends.cuda.runtime import Cuda, find_gpu
 from sparse_engine.backends.device_loop import CaptureError, OutOfDeviceMemoryError, StepBuffers
-from sparse_engine.backends.options import check_threads
 from sparse_engine.errors import BackendError, UnsupportedError
 
 from .attention import runtime_nodes
+from .library import load_onnxruntime
 from .session import Prepared, create_session, weights_in_place
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def check_cuda(options: BuildOptions) -> None:
 
 
 def _check_provider() -> None:
-    import onnxruntime
+    onnxruntime = load_onnxruntime()
 
     if PROVIDER not in onnxruntime.get_available_providers():
         raise UnsupportedError(
@@ -89,12 +90,12 @@ def load_cuda(engine: EngineFile, device: str, threads: int | None) -> CudaRunne
             f"device {device!r}: {engine.path} was built for the CPU, its weights packed for our own kernels",
             "build it with --device cuda",
         )
-    check_threads(threads)
+    callers = arguments.threads(threads) or 1
     _check_provider()
     gpu = find_gpu(device)
     lanes: list[Any] = []
     try:
-        for _ in range(threads or 1):
+        for _ in range(callers):
             lanes.append(SessionDevice(Cuda(gpu.index), gpu.index, engine))  # noqa: PERF401 - those made so far are closed
     except BackendError:
         for lane in lanes:
@@ -103,7 +104,7 @@ def load_cuda(engine: EngineFile, device: str, threads: int | None) -> CudaRunne
     description = {
         "library": f"onnxruntime {engine.manifest.backend['version']}",
         "device": f"cuda:{gpu.index} {gpu.name}",
-        "threads": threads or 1,
+        "threads": callers,
     }
     return CudaRunner(lanes, (1, engine.manifest.batch[1], sys.maxsize), description)
 
@@ -120,7 +121,7 @@ class SessionDevice(CudaDevice):
     memory, provider = "cuda", PROVIDER  # as ONNX Runtime calls them
 
     def __init__(self, cuda: Cuda, index: int, engine: EngineFile) -> None:
-        import onnxruntime
+        onnxruntime = load_onnxruntime()
 
         super().__init__(cuda, index)
         prepared = Prepared(onnx.load_model_from_string(engine.read(GRAPH_FILE)))

@@ -11,9 +11,11 @@ import numpy as np
 
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.base import IDENTITY_ROW, NO_CLIP, NoiseSource, StepCallback
+from sparse_engine.ending import stop_if_ending
 from sparse_engine.errors import BackendError, EngineClosedError, SparseEngineError
 from sparse_engine.sampling import StepFunction, Trajectory, walk
 
+from .library import load_onnxruntime
 from .session import create_session, prepare
 
 # A fork has none of its parent's threads, and ONNX Runtime waits for them when a session is destroyed, and again when
@@ -38,8 +40,8 @@ if hasattr(os, "register_at_fork"):
 class OnnxRuntimeRunner:
     """A ``StepRunner``. ``InferenceSession.run`` is thread-safe, and so is this."""
 
-    def __init__(self, engine: EngineFile, threads: int | None, autotune: bool) -> None:
-        import onnxruntime
+    def __init__(self, engine: EngineFile, threads: int, autotune: bool) -> None:
+        onnxruntime = load_onnxruntime()
 
         try:
             prepared = prepare(engine, threads, autotune)
@@ -54,7 +56,7 @@ class OnnxRuntimeRunner:
         self._description = {
             "library": f"onnxruntime {onnxruntime.__version__}",
             "device": "cpu",
-            "threads": threads or "one per core",
+            "threads": threads,
             "attention": prepared.attention,
             "batch_invariant": True,  # one kernel a layer, and each adds up in an order of its own: tested to the bit
             "layers": prepared.report,
@@ -105,6 +107,7 @@ class OnnxRuntimeRunner:
             h2: np.ndarray,
             z: np.ndarray,
         ) -> tuple[np.ndarray, np.ndarray]:
+            stop_if_ending()
             moving = {"x": x, "t": t, "coef": coef, "clip": clip, "base": base, "h1": h1, "h2": h2, "z": z}
             x_next, m = session.run(("x_next", "m"), {**moving, **fixed})
             return x_next, m

@@ -16,11 +16,13 @@ from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.attention import Attention, fuse_attention
 from sparse_engine.backends.base import GRAPH_FILE, WEIGHTS_FILE
 from sparse_engine.backends.onnx_graph import only_consumer
+from sparse_engine.cores import pool_size
 
 from .attention import own_node, runtime_nodes
-from .choose import Chooser, LayerChoice, pool_size
+from .choose import Chooser, LayerChoice
 from .compute import EXACT_PRODUCTS, attention_in, products_in
 from .layers import DOMAIN, LAYER_OPS, FusedLayer, from_nibbles
+from .library import load_onnxruntime
 
 
 @dataclass
@@ -88,12 +90,12 @@ def create_session(
 
     ``profile`` starts the names of its traces; ``providers`` are ONNX Runtime's, with their options.
     """
-    import onnxruntime
+    onnxruntime = load_onnxruntime()
 
     options = onnxruntime.SessionOptions()
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = pool_size(threads)  # its own default knows no quota
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry(*EXACT_PRODUCTS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from sparse_engine import arguments
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.base import (
     GRAPH_FILE,
@@ -16,7 +17,6 @@ from sparse_engine.backends.base import (
     bytes_payload,
     weights_payload,
 )
-from sparse_engine.backends.options import check_threads
 from sparse_engine.errors import BackendError
 
 from .libraries import RTX, TENSORRT, Library, normalised
@@ -130,7 +130,7 @@ class _Backend:
 
         from .plan import Plan, check_fits, mapped
 
-        check_threads(threads)
+        callers = arguments.threads(threads) or 1
         gpu = find_gpu(device)
         check_fits(engine, self.library, self.availability().version or "", gpu)
         cuda = Cuda(gpu.index)
@@ -142,7 +142,7 @@ class _Backend:
             plan.refit(engine)
         lanes: list[Any] = []
         try:
-            lanes += [plan.device(cuda, gpu) for _ in range(threads or 1)]
+            lanes += [plan.device(cuda, gpu) for _ in range(callers)]
         except BackendError:
             for lane in lanes:
                 lane.close()
@@ -150,7 +150,7 @@ class _Backend:
         description = {
             "library": f"{self.name} {built['version']}",
             "device": f"cuda:{gpu.index} {gpu.name}",
-            "threads": threads or 1,
+            "threads": callers,
             "linear": built["linear"],
             "attention": built["attention"],
         }

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparse_engine import arguments
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.base import Availability, Payload, StepGraph
-from sparse_engine.backends.options import BuildOptions, check_threads
+from sparse_engine.backends.options import BuildOptions
+from sparse_engine.cores import say_if_capped
 from sparse_engine.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -83,8 +85,9 @@ class TorchBackend:
         """Rebuild the network and choose the products of its 2:4 layers on this machine."""
         from .runner import TorchRunner, find_device
 
-        check_threads(threads)
-        return TorchRunner.load(engine, threads, find_device(device), autotune)
+        asked = arguments.threads(threads)
+        say_if_capped(asked)
+        return TorchRunner.load(engine, asked, find_device(device), autotune)
 
 
 def _is_product(weight: np.ndarray) -> bool:

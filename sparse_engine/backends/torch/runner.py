@@ -18,6 +18,7 @@ from .device import TorchDevice
 from .network import choose_attention, choose_products, rebuild
 from .payload import read_network
 from .plain import plain_defaults
+from .threads import pool_of, torch_threads
 
 
 class TorchRunner(DeviceLoop[torch.Tensor]):
@@ -28,7 +29,7 @@ class TorchRunner(DeviceLoop[torch.Tensor]):
         conditional: whether it takes labels.
         device: where it runs.
         report: what was chosen, for ``describe``.
-        threads: of PyTorch's pool, which is the process's own; None leaves it as it is.
+        threads: of PyTorch's pool within the engine's own work; None is the process's own, on no more than its cores.
     """
 
     def __init__(
@@ -41,8 +42,7 @@ class TorchRunner(DeviceLoop[torch.Tensor]):
     ) -> None:
         from sparse_engine.export.step_graph import Step, UnconditionalStep
 
-        if threads is not None:
-            torch.set_num_threads(threads)
+        self._threads = pool_of(threads)
         step = (Step if conditional else UnconditionalStep)(network)
         cuda = device.type == "cuda"
         self._torch = TorchDevice(device, step, compiled=cuda)
@@ -50,7 +50,7 @@ class TorchRunner(DeviceLoop[torch.Tensor]):
         super().__init__(self._torch, noise=DeviceNoise(self._torch, tactics_of(device)) if cuda else None)
         self._description = {
             "library": f"torch {torch.__version__}",
-            "threads": threads or torch.get_num_threads(),
+            "threads": self._threads,
             **device_facts(device),
             "device": str(device),
             **report,
@@ -70,13 +70,18 @@ class TorchRunner(DeviceLoop[torch.Tensor]):
         chooser = chooser_for(engine.manifest, device, autotune)
         try:
             network.to(device)
-            report = {
-                "attention": choose_attention(network, _example(engine.manifest, device), chooser),
-                "layers": choose_products(network, stored.packed, chooser, quantised=stored.quantised),
-            }
+            with torch_threads(pool_of(threads)):
+                report = {
+                    "attention": choose_attention(network, _example(engine.manifest, device), chooser),
+                    "layers": choose_products(network, stored.packed, chooser, quantised=stored.quantised),
+                }
         except RuntimeError as error:
             raise BackendError(f"{engine.path} cannot be loaded on {device}: {error}") from error
         return cls(network, bool(engine.manifest.num_classes), device, report, threads)
+
+    def _enqueue(self, state: Any, chunk: Any) -> None:
+        with torch_threads(self._threads):
+            super()._enqueue(state, chunk)
 
     def describe(self) -> dict[str, Any]:
         """See ``StepRunner.describe``."""

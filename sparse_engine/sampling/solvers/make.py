@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Sequence
 
+from sparse_engine import arguments
 from sparse_engine.errors import OptionError
 from sparse_engine.sampling.grid import ENDING_AT_ZERO, SPACINGS
 from sparse_engine.sampling.schedules import Schedule
@@ -58,12 +58,9 @@ def make_trajectory(
     Raises:
         OptionError: an unknown name, an option that the sampler does not have, or a value that it cannot use.
     """
-    info = SAMPLERS.get(sampler) if isinstance(sampler, str) else None
-    if info is None:
-        raise _unknown("sampler", sampler, tuple(SAMPLERS))
-    steps = _steps(steps)
-    if prediction not in PREDICTIONS:
-        raise _unknown("prediction", prediction, PREDICTIONS)
+    info = SAMPLERS[_known("sampler", sampler, tuple(SAMPLERS))]
+    steps = arguments.whole_number("steps", steps, 1, MOST_STEPS)
+    prediction = _known("prediction", prediction, PREDICTIONS)
     spacing = _spacing(info, spacing)
     start, end, to_zero = _times(info, schedule, spacing, t_start, t_end, denoise_to_zero)
     options = Options(
@@ -80,9 +77,11 @@ def make_trajectory(
     return info.function(schedule, steps, options)
 
 
-def _unknown(what: str, found: object, names: Sequence[str]) -> OptionError:
+def _known(what: str, found: object, names: Sequence[str]) -> str:
+    if isinstance(found, str) and found in names:
+        return found
     close = difflib.get_close_matches(str(found), names, n=1, cutoff=0.5)
-    return OptionError(
+    raise OptionError(
         f"{what}: unknown {found!r}, expected one of {', '.join(names)}",
         f"did you mean {close[0]!r}?" if close else None,
     )
@@ -94,20 +93,8 @@ def _has_no(info: SamplerInfo, option: str, owners: Sequence[str]) -> OptionErro
     )
 
 
-def _steps(steps: int) -> int:
-    if isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 1:
-        raise OptionError(f"steps is {steps!r}, expected a whole number of network evaluations, 1 or more")
-    if steps > MOST_STEPS:
-        raise OptionError(f"steps is {steps}, expected at most {MOST_STEPS}")
-    return int(steps)
-
-
 def _spacing(info: SamplerInfo, spacing: str | None) -> str:
-    if spacing is None:
-        return info.spacing
-    if spacing not in SPACINGS:
-        raise _unknown("spacing", spacing, tuple(SPACINGS))
-    return spacing
+    return info.spacing if spacing is None else _known("spacing", spacing, tuple(SPACINGS))
 
 
 def _times(
@@ -118,7 +105,7 @@ def _times(
     t_end: float | None,
     denoise_to_zero: bool | None,
 ) -> tuple[float, float, bool]:
-    start = schedule.t_max if t_start is None else _number("t_start", t_start)
+    start = schedule.t_max if t_start is None else arguments.real_number("t_start", t_start)
     if not 0 < start <= schedule.t_max:
         raise OptionError(f"t_start is {start:g}, expected a time in (0, {schedule.t_max:g}] of {schedule.name}")
     if t_end is None:
@@ -126,7 +113,7 @@ def _times(
         end = 0.0 if ends_at_zero and spacing != "logsnr-uniform" else schedule.t_min or info.t_end or CONTINUOUS_T_END
         to_zero = ends_at_zero or info.denoise_to_zero
     else:
-        end = _number("t_end", t_end)
+        end = arguments.real_number("t_end", t_end)
         to_zero = end == 0 or info.denoise_to_zero
     if not 0 <= end < start:
         raise OptionError(f"t_end is {end:g}, expected a time in [0, t_start), and t_start is {start:g}")
@@ -140,7 +127,7 @@ def _times(
             f"use t_end={schedule.t_min or CONTINUOUS_T_END:g} with denoise_to_zero=True",
         )
     if denoise_to_zero is not None:
-        to_zero = bool(denoise_to_zero)
+        to_zero = arguments.truth("denoise_to_zero", denoise_to_zero)
     if end == 0 and not to_zero:
         raise OptionError("denoise_to_zero is False and t_end is 0", "give a t_end above 0, or leave it out")
     return start, end, to_zero
@@ -151,7 +138,7 @@ def _eta(info: SamplerInfo, eta: float | None) -> float:
         return 0.0
     if not info.has_eta:
         raise _has_no(info, "eta", [s.name for s in SAMPLERS.values() if s.has_eta])
-    value = _number("eta", eta)
+    value = arguments.real_number("eta", eta)
     if not 0 <= value <= 1:
         raise OptionError(f"eta is {value:g}, expected a number from 0 (deterministic) to 1 (DDPM)")
     return value
@@ -162,9 +149,7 @@ def _variance(info: SamplerInfo, variance: str | None) -> str:
         return VARIANCES[0]
     if not info.has_variance:
         raise _has_no(info, "variance", [s.name for s in SAMPLERS.values() if s.has_variance])
-    if variance not in VARIANCES:
-        raise _unknown("variance", variance, VARIANCES)
-    return variance
+    return _known("variance", variance, VARIANCES)
 
 
 def _order(info: SamplerInfo, order: int | None, steps: int) -> int:
@@ -172,9 +157,10 @@ def _order(info: SamplerInfo, order: int | None, steps: int) -> int:
         return info.orders[0] if info.orders else 1
     if not info.orders:
         raise _has_no(info, "order", [s.name for s in SAMPLERS.values() if s.orders])
-    if isinstance(order, bool) or order not in info.orders:
-        offered = ", ".join(str(k) for k in sorted(info.orders))
-        raise OptionError(f"order is {order!r}, expected one of {offered} for sampler {info.name}")
+    offered = f"one of {', '.join(str(k) for k in sorted(info.orders))} for sampler {info.name}"
+    order = arguments.whole_number("order", order, expected=offered)
+    if order not in info.orders:
+        raise arguments.refused("order", order, offered)
     if steps < order:
         raise OptionError(
             f"steps is {steps}, too few for order {order} of sampler {info.name}, expected {order} or more",
@@ -187,19 +173,9 @@ def _value_range(value_range: tuple[float, float] | None) -> tuple[float, float]
     if value_range is None:
         return None
     try:
-        low, high = (_number("value_range", v) for v in value_range)
+        low, high = (arguments.real_number("value_range", v) for v in value_range)
     except (TypeError, ValueError) as error:
         raise OptionError(f"value_range is {value_range!r}, expected (low, high)") from error
     if not low < high:
         raise OptionError(f"value_range is ({low:g}, {high:g}), expected low < high")
     return low, high
-
-
-def _number(what: str, value: float) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise OptionError(f"{what} is {value!r}, expected a number") from error
-    if not math.isfinite(number):
-        raise OptionError(f"{what} is {number}, expected a finite number")
-    return number

@@ -1,0 +1,84 @@
+"""A process may end while a daemon thread samples.
+
+Python ends such a thread where it next asks for the interpreter, inside a C++ library that allows no unwinding there:
+the process aborts (pybind11, Python before 3.14). So the process waits, before Python is taken apart, until no thread
+is in a library, and a daemon thread that calls one after that ends as by ``sys.exit()``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+
+LONGEST_WAIT = 30.0  # seconds, of a step: a thread may also wait for another's engine, whose callback never returns
+
+_changed = threading.Condition()
+_inside: dict[int, int] = {}  # thread -> its calls into libraries, one within the other
+_last: int | None = None  # the thread that ends the process, once it does
+
+
+@contextlib.contextmanager
+def library_call() -> Iterator[None]:
+    """Around calls into a library; the process does not end within. Raises SystemExit where it is ending."""
+    me = threading.get_ident()
+    with _changed:
+        stop_if_ending()
+        _inside[me] = _inside.get(me, 0) + 1
+    try:
+        yield
+    finally:
+        with _changed:
+            left = _inside.pop(me, 1) - 1
+            if left:
+                _inside[me] = left
+            _changed.notify_all()
+
+
+@contextlib.contextmanager
+def callers_code() -> Iterator[None]:
+    """Within ``library_call``, around code of the caller's: it may wait for what never comes, and nobody for it."""
+    me = threading.get_ident()
+    with _changed:
+        calls = _inside.pop(me, 0)
+        _changed.notify_all()
+    try:
+        yield
+    finally:
+        with _changed:
+            stop_if_ending()
+            if calls:
+                _inside[me] = calls
+
+
+def stop_if_ending() -> None:
+    """Between two calls into a library: end this thread where the process ends and it is not the one that ends it."""
+    if _last is not None and threading.get_ident() != _last:
+        raise SystemExit
+
+
+def wait_before_others() -> None:
+    """Have the process wait before all else that it does at its end; called once libraries are loaded."""
+    atexit.unregister(_wait)
+    atexit.register(_wait)
+
+
+def _wait() -> None:
+    global _last
+    with _changed:
+        _last = threading.get_ident()
+        _changed.wait_for(lambda: not _inside.keys() - {_last}, LONGEST_WAIT)
+
+
+def _forget() -> None:
+    """A forked child has none of the other threads."""
+    global _changed
+    _changed = threading.Condition()
+    for thread in _inside.keys() - {threading.get_ident()}:
+        del _inside[thread]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

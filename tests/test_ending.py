@@ -1,0 +1,66 @@
+"""A process that ends while threads of it sample: it ends well, and soon."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LOOP = """
+import atexit, os, sys, threading
+from sparse_engine import SparseEngine
+if sys.argv[2] == "atexit before": atexit.register(lambda: print(engine.sample(1, steps=2).shape))
+engine = SparseEngine.load(sys.argv[1], threads=1, autotune=False)
+started = threading.Event()
+def told(step, t, x):
+    started.set()
+    if sys.argv[2] == "callback": threading.Event().wait()
+def loop():
+    while True:
+        if sys.argv[2] == "load":
+            SparseEngine.load(sys.argv[1], threads=1, autotune=False).close()
+            started.set()
+        else:
+            engine.sample(2, steps=100_000, sampler="ddpm", callback=told)
+for _ in range(2): threading.Thread(target=loop, daemon=True).start()
+started.wait()
+if sys.argv[2] == "close": engine.close()
+if sys.argv[2] == "fork":
+    child = os.fork()
+    if child: assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+if sys.argv[2] == "exit 3": sys.exit(3)
+"""
+
+
+def ended(engine: Path, kind: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr); a hundred thousand steps are not waited for."""
+    command = [sys.executable, "-c", LOOP, str(engine), kind]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout.strip(), done.stderr
+
+
+@pytest.mark.parametrize(
+    "kind,code,printed",
+    [
+        ("", 0, ""),
+        ("exit 3", 3, ""),
+        ("callback", 0, ""),  # one that never returns is not waited for
+        ("load", 0, ""),
+        ("atexit before", 0, "(1, 8, 8, 3)"),  # what the caller does at the end still can sample
+        ("close", 0, ""),
+        ("fork", 0, ""),
+    ],
+)
+def test_daemon_threads(conditional_engine: Path, kind: str, code: int, printed: str) -> None:
+    found, out, err = ended(conditional_engine, kind)
+    assert (found, out) == (code, printed), err
+    if kind != "close":  # there the threads' own EngineClosedError is printed
+        assert err == ""
+
+
+def test_daemon_threads_of_a_device_backend(torch_engine: Path) -> None:
+    assert ended(torch_engine, "") == (0, "", "")
