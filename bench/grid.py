@@ -51,7 +51,7 @@ class Preset:
         """The network of one cell. Raises OptionError where the heads do not divide the embedding."""
         if self.heads < 1 or self.embed_dim % self.heads:
             raise OptionError(f"heads = {self.heads} does not divide embed_dim = {self.embed_dim}")
-        return UViTConfig(32, patch, 3, self.embed_dim, self.depth, self.heads, mlp_ratio=float(mlp_ratio))
+        return UViTConfig(32, patch, 3, self.embed_dim, self.depth, self.heads, mlp_ratio * self.embed_dim)
 
 
 PRESETS = {
@@ -95,7 +95,8 @@ def estimate_bytes(config: UViTConfig, batch: int) -> int:
     """Memory that comparing two engines takes, from the sizes of weights and activations; see the constants above."""
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in UViT(config).parameters())
-    activations = batch * config.tokens * config.embed_dim * (ACTIVATIONS_PER_TOKEN + 2 * math.ceil(config.mlp_ratio))
+    ratio = math.ceil(config.mlp_hidden / config.embed_dim)
+    activations = batch * config.tokens * config.embed_dim * (ACTIVATIONS_PER_TOKEN + 2 * ratio)
     return 4 * (COPIES_OF_WEIGHTS * weights + ENGINES * activations)
 
 

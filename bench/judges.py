@@ -12,6 +12,7 @@ import numpy as np
 
 from sparse_engine.errors import MissingDependencyError, OptionError, UnsupportedError
 from sparse_engine.export.model import Model
+from sparse_engine.files import check_readable
 from sparse_engine.images import write_samples
 from sparse_engine.results import to_uint8
 
@@ -63,6 +64,7 @@ def fid_judge(model: Model, references: Path, images: int) -> Judge:
     value_range = model.recipe.value_range
     if value_range is None:
         raise OptionError("--quality: this is a latent model, whose samples have no pixels", "leave --quality out")
+    check_readable(references, OptionError, folder=True)
     found = [path for path in references.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
     if len(found) < 2:
         raise OptionError(f"--quality {references}: expected a folder with two images or more, found {len(found)}")

@@ -20,7 +20,7 @@ import numpy as np
 from sparse_engine import arguments, sampling
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import InputError, OptionError
-from sparse_engine.files import replacing
+from sparse_engine.files import check_readable, replacing
 from sparse_engine.manifest import Manifest
 
 EVERY = 4  # of this many steps of an image one is kept: neighbouring states of one trajectory say much the same
@@ -267,8 +267,10 @@ def load_calibration(path: Path, *, checkpoint_sha256: str, data_shape: Sequence
         raise InputError(f"{path}: its labels do not fit a model of {classes} classes", _AGAIN)
     if len(data) < MIN_SAMPLES:
         raise InputError(f"{path} holds {len(data)} samples; expected at least {MIN_SAMPLES}", _AGAIN)
-    if np.ptp(data.x, axis=0).max() == 0 or np.ptp(data.times) == 0:
+    if np.ptp(data.x, axis=0).max() == 0:
         raise InputError(f"{path}: all of its samples are the same: they say nothing of activation ranges", _AGAIN)
+    if np.ptp(data.times) == 0:
+        raise InputError(f"{path}: its samples are all of the time {data.times[0]:g}: ranges change over time", _AGAIN)
     return data
 
 
@@ -280,12 +282,11 @@ _AGAIN = "make it for this model: sparse-engine calibrate CHECKPOINT -o calib.np
 
 
 def _read(path: Path) -> CalibrationData:
+    check_readable(path, InputError, missing=_AGAIN)
     try:
         with np.load(path, allow_pickle=False) as archive:
             facts = json.loads(str(archive["facts"]))
             arrays = {name: archive.get(name) for name in ARRAYS}
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist", _AGAIN) from error
     except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is no calibration file: {error}", _AGAIN) from error
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:

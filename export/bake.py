@@ -17,6 +17,7 @@ from sparse_engine.errors import CheckpointError, OptionError
 from .masks import TWO_FOUR, Pattern, energy_removed, is_n_of_m, magnitude_mask, obeys_training_groups
 from .model import Model
 
+LEFT_DENSE = "its weights are dense, in a checkpoint of which other layers are pruned (--mask magnitude masks it too)"
 MASK_RULES = ("auto", "explicit", "zeros", "magnitude", "none")
 
 
@@ -26,6 +27,7 @@ class LayerReport:
 
     Attributes:
         source: where its mask came from: "explicit", "zeros", "magnitude", or None for a dense layer.
+        pattern: the N:M that the mask keeps to; None for a dense layer, and for an explicit mask of another kind.
         hardware_24: whether each aligned group of four along the reduction axis has at most two nonzeros.
         reason: why a layer that was asked for is not masked, or a masked one is not hardware 2:4.
         energy_removed: share of the sum of squares that the mask took away.
@@ -87,9 +89,11 @@ def bake(
 
     Args:
         model: what ``load_model`` read.
-        rule: "auto" takes a layer's explicit mask, else its exact zeros, else SparseDM's magnitude rule; "explicit",
-            "zeros" and "magnitude" take that one alone; "none" leaves the weights as they are stored. Explicit masks
-            in the checkpoint are always multiplied in: without them the stored weights are not the model's.
+        rule: "auto" takes a layer's explicit mask, else its exact zeros, else SparseDM's magnitude rule; where the
+            checkpoint has masks or zeros in some of the layers, it leaves the others dense, as their author did.
+            "explicit", "zeros" and "magnitude" take that one alone; "none" leaves the weights as they are stored.
+            Explicit masks in the checkpoint are always multiplied in: without them the stored weights are not the
+            model's.
         pattern: N:M for the magnitude rule. Only 2:4 is hardware 2:4.
         layers: globs over layer names in place of the family's own choice.
 
@@ -111,72 +115,94 @@ def bake(
     for name, stored_mask in model.checkpoint.masks.items():
         if name.removesuffix(".weight") not in modules:  # a bias, an embedding: no layer of its own below
             state[name] = np.where(stored_mask, state[name], np.float32(0))
+    masks = model.checkpoint.masks
+    selected = [name for name in modules if rule != "none" and any(fnmatchcase(name, glob) for glob in globs)]
+    weights = {name: (state[f"{name}.weight"], masks.get(f"{name}.weight")) for name in modules}
+    pruned = rule == "auto" and any(_is_pruned(*weights[name], pattern) for name in selected)
     reports = []
-    for name, kind in modules.items():
-        selected = rule != "none" and any(fnmatchcase(name, glob) for glob in globs)
-        weight = state[f"{name}.weight"]
-        explicit = model.checkpoint.masks.get(f"{name}.weight")
-        mask, source, tied, reason = _choose_mask(name, weight, explicit, rule if selected else "none", pattern)
-        baked = weight if mask is None else np.where(mask, weight, np.float32(0))
+    for name, module in modules.items():
+        weight, explicit = weights[name]
+        rule_here = "none" if name not in selected else "stored" if pruned else rule
+        chosen = _choose_mask(name, weight, explicit, rule_here, pattern)
+        baked = weight if chosen.mask is None else np.where(chosen.mask, weight, np.float32(0))
         state[f"{name}.weight"] = baked
-        removed = 0.0 if mask is None else energy_removed(weight, mask)
+        removed = 0.0 if chosen.mask is None else energy_removed(weight, chosen.mask)
         positions = model.family.positions(model.config, name)
-        reports.append(_report(name, kind, baked, source, pattern, tied, reason, removed, positions))
+        reports.append(_report(name, module, baked, chosen, pattern, removed, positions))
     return Baked(state, reports, rule, pattern, globs)
 
 
-def _maskable_modules(model: Model) -> dict[str, str]:
+@dataclass(frozen=True)
+class _Mask:
+    """What was chosen for a layer: its mask, where it came from, how many groups were tied, and why there is none."""
+
+    mask: np.ndarray | None = None
+    source: str | None = None
+    tied: int = 0
+    reason: str | None = None
+
+
+def _maskable_modules(model: Model) -> dict[str, nn.Linear | nn.Conv2d]:
     with torch.device("meta"):
         network = model.family.network(model.config)
-    kinds = {nn.Linear: "linear", nn.Conv2d: "conv"}
-    return {name: kinds[type(module)] for name, module in network.named_modules() if type(module) in kinds}
+    return {name: module for name, module in network.named_modules() if type(module) in (nn.Linear, nn.Conv2d)}
 
 
-def _choose_mask(
-    name: str, weight: np.ndarray, explicit: np.ndarray | None, rule: str, pattern: Pattern
-) -> tuple[np.ndarray | None, str | None, int, str | None]:
-    """Return (mask or None, its source, tied groups, why not)."""
+def _is_pruned(weight: np.ndarray, explicit: np.ndarray | None, pattern: Pattern) -> bool:
+    """Whether a layer shows that its author pruned it: a mask that keeps all does not, nor zeros that are all."""
     if explicit is not None:
-        return explicit, "explicit", 0, None
+        return not explicit.all()
+    return obeys_training_groups(weight, pattern) and bool(weight.any())
+
+
+def _choose_mask(name: str, weight: np.ndarray, explicit: np.ndarray | None, rule: str, pattern: Pattern) -> _Mask:
+    """The mask of one layer. ``rule`` "stored" is "auto" for a checkpoint that says which layers were pruned."""
+    if explicit is not None:
+        return _Mask(explicit, "explicit")
     if rule == "explicit":
         raise CheckpointError(f"{name} carries no explicit mask", "use --mask auto")
-    if rule in ("auto", "zeros") and obeys_training_groups(weight, pattern):
-        return None, "zeros", 0, None
+    if rule in ("auto", "stored", "zeros") and obeys_training_groups(weight, pattern):
+        return _Mask(source="zeros")
+    ungrouped = f"{weight.size} weights are no multiple of {pattern.m}" if weight.size % pattern.m else None
     if rule == "zeros":
-        raise CheckpointError(f"{name}: its stored weights are not {pattern}", "use --mask auto, or magnitude")
+        raise CheckpointError(
+            f"{name}: {ungrouped or f'its stored weights are not {pattern}'}",
+            "leave it out with --mask-layers" if ungrouped else "use --mask auto, or magnitude",
+        )
     if rule == "none":
-        return None, None, 0, None
-    if weight.size % pattern.m:
-        return None, None, 0, f"{weight.size} weights are no multiple of {pattern.m}"
+        return _Mask()
+    if ungrouped:
+        return _Mask(reason=ungrouped)
+    if rule == "stored":
+        return _Mask(reason=LEFT_DENSE)
     mask, tied = magnitude_mask(weight, pattern)
-    return mask, "magnitude", tied, None
+    return _Mask(mask, "magnitude", tied)
 
 
 def _report(
     name: str,
-    kind: str,
+    module: nn.Linear | nn.Conv2d,
     weight: np.ndarray,
-    source: str | None,
+    chosen: _Mask,
     pattern: Pattern,
-    tied: int,
-    reason: str | None,
     removed: float,
     positions: int,
 ) -> LayerReport:
-    hardware = is_n_of_m(weight)
-    if source and not hardware:
-        reason = _why_not_hardware(weight, pattern)
+    hardware, reason = is_n_of_m(weight), chosen.reason
+    if chosen.source and not hardware:
+        reason = _why_not_hardware(weight, chosen, pattern, getattr(module, "groups", 1))
+    kept = chosen.mask if chosen.source == "explicit" else weight
     nonzeros = int(np.count_nonzero(weight))
     return LayerReport(
         name=name,
-        kind=kind,
+        kind="linear" if isinstance(module, nn.Linear) else "conv",
         shape=weight.shape,
-        source=source,
-        pattern=str(pattern) if source else None,
+        source=chosen.source,
+        pattern=str(pattern) if chosen.source and kept is not None and obeys_training_groups(kept, pattern) else None,
         hardware_24=hardware,
         reason=reason,
         energy_removed=removed,
-        tied_groups=tied,
+        tied_groups=chosen.tied,
         parameters=weight.size,
         nonzeros=nonzeros,
         macs=weight.size * positions,
@@ -184,9 +210,14 @@ def _report(
     )
 
 
-def _why_not_hardware(weight: np.ndarray, pattern: Pattern) -> str:
+def _why_not_hardware(weight: np.ndarray, chosen: _Mask, pattern: Pattern, groups: int) -> str:
+    """Every reason that holds: to mend one alone would not help."""
+    if chosen.source == "explicit" and chosen.mask is not None and chosen.mask.all():
+        return "its stored mask keeps every weight"
+    reasons = []
     if weight.shape[1] % 4:
-        return f"{weight.shape[1]} inputs are no multiple of 4"
-    if pattern != TWO_FOUR:
-        return f"{pattern} is not 2:4"
-    return "more than 2 of 4 along the inputs"
+        each = f" in each of {groups} groups" if groups > 1 else ""
+        reasons.append(f"{weight.shape[1]} inputs{each} are no multiple of 4")
+    if chosen.source != "explicit" and not (pattern.n == 1 or (pattern.n == 2 and pattern.m % 4 == 0)):
+        reasons.append(f"{pattern} is not 2:4")
+    return " and ".join(reasons) or "more than 2 of 4 along the inputs"

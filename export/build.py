@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from sparse_engine import __version__, arguments
 from sparse_engine.artifact import SUFFIX, write_engine
 from sparse_engine.backends import Backend, BuildOptions, Payload, StepGraph, TensorRTOptions, usable_backend
+from sparse_engine.backends.base import with_kernel
+from sparse_engine.backends.torch.plain import plain_defaults
 from sparse_engine.calibration.apply import Quantisation, Quantised
 from sparse_engine.calibration.collect import CalibrationData
 from sparse_engine.calibration.quantize import QUANTISED_PRECISIONS
@@ -22,9 +25,11 @@ from sparse_engine.sampling import schedule_from_dict
 from .bake import Baked, bake
 from .masks import TWO_FOUR, Pattern, is_n_of_m
 from .model import Model, load_model
+from .names import listed
 from .precision import lower
 from .quantise import calibration_of, check_quantisation, describe_quantised, quantise
 from .step_graph import check_graph, export_step_graph
+from .weight_files import name_without_suffixes
 
 # Share of a layer's weight energy that a mask may remove before the build warns: between the most that a layer trained
 # under the mask lost and the 13 % of one that was not (1.9 % and 13.9 % in examples/digits/README.md).
@@ -33,13 +38,14 @@ LARGEST_BATCH = 65536
 
 
 def default_output(checkpoint: Path) -> Path:
-    """``model.pt`` and ``model.ckpt/`` become ``model.sengine`` in the working directory."""
-    name = checkpoint.resolve().name
+    """``model.pt`` and ``model.ckpt/`` become ``model.sengine`` in the working directory; a link gives its own name."""
+    name = name_without_suffixes(Path(os.path.abspath(checkpoint)))
     if not name:
         raise OptionError(f"{checkpoint} gives no name for the engine", "say where to write it with -o")
-    return Path(name).with_suffix(SUFFIX)
+    return Path(name + SUFFIX)
 
 
+@plain_defaults()
 def build_engine(
     checkpoint: str | Path,
     output: str | Path | None = None,
@@ -197,11 +203,13 @@ def write_built(
 def _check_sparse(baked: Baked) -> None:
     if baked.sparse_layers:
         return
-    masked = [layer for layer in baked.layers if layer.masked]
-    why = "; ".join(f"{layer.name}: {layer.reason}" for layer in masked[:3]) or "no layer was selected for a mask"
+    refused = [f"{layer.name}: {layer.reason}" for layer in baked.layers if layer.reason]
+    if baked.rule == "none":
+        refused = ["--mask none leaves the weights as they are"]
+    why = "; ".join(refused[:3]) or "no layer was selected for a mask"
     raise CheckpointError(
         f"--sparse: none of the {len(baked.layers)} layers can be 2:4 ({why})",
-        "build without --sparse, or choose layers with --mask-layers and the pattern 2:4",
+        "build without --sparse, or choose layers with --mask-layers, --mask auto and the pattern 2:4",
     )
 
 
@@ -209,7 +217,7 @@ def check_all_sparse(layers: Sequence[Mapping[str, Any]]) -> None:
     """Raise UnsupportedError where a masked layer runs a dense kernel. ``layers`` are as in ``engine.info``."""
     dense = [layer for layer in layers if layer["masked"] and not layer["chosen"]]
     if dense:
-        why = dense[0].get("why") or dense[0].get("reason") or f"kernel {dense[0].get('kernel') or 'dense'}"
+        why = dense[0].get("why") or f"kernel {dense[0].get('kernel') or 'dense'}"
         raise UnsupportedError(
             f"--require-sparse: {len(dense)} masked layers stay dense, such as {dense[0]['name']} ({why})",
             "build without --require-sparse, or leave them out with --mask-layers",
@@ -252,7 +260,11 @@ def _manifest(model: Model, baked: Baked, graph: StepGraph, payload: Payload, op
         sparse=options.sparse,
         mask=baked.recipe(),
         layers=[
-            {**layer.to_dict(), "eligible": layer.hardware_24, **payload.layers.get(layer.name, nothing)}
+            with_kernel(
+                {**layer.to_dict(), "eligible": layer.hardware_24},
+                payload.layers.get(layer.name, nothing),
+                options.sparse,
+            )
             for layer in baked.layers
         ],
         backend=payload.backend,
@@ -266,7 +278,9 @@ def _manifest(model: Model, baked: Baked, graph: StepGraph, payload: Payload, op
 def warnings_of(baked: Baked) -> list[str]:
     """What a user should know of the masks: layers that lost much, layers left dense, ties."""
     notes = []
-    lossy = [layer for layer in baked.layers if layer.energy_removed > ENERGY_WARNING]
+    # What an explicit mask takes away was no part of the network that was trained.
+    derived = [layer for layer in baked.layers if layer.source == "magnitude"]
+    lossy = [layer for layer in derived if layer.energy_removed > ENERGY_WARNING]
     if lossy:
         worst = max(lossy, key=lambda layer: layer.energy_removed)
         notes.append(
@@ -274,7 +288,9 @@ def warnings_of(baked: Baked) -> list[str]:
             f"(most in {worst.name}: {worst.energy_removed:.1%}): these weights were not trained under it, "
             "so expect worse pictures"
         )
-    notes += [f"{layer.name} is not 2:4: {layer.reason}" for layer in baked.layers if layer.reason]
+    for reason in dict.fromkeys(layer.reason for layer in baked.layers if layer.reason):
+        names = [layer.name for layer in baked.layers if layer.reason == reason]
+        notes.append(f"{listed(names)} {'is' if len(names) == 1 else 'are'} not 2:4: {reason}")
     tied = sum(layer.tied_groups for layer in baked.layers)
     if tied:
         notes.append(f"{tied} groups had a tie between equal weights; the lower index was pruned")

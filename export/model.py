@@ -16,6 +16,7 @@ from sparse_engine.sampling import SAMPLERS, schedule_from_dict
 
 from .checkpoint import Checkpoint, load_checkpoint
 from .families import Family, FamilyConfig, Recipe, family_named, recognise
+from .names import listed
 
 PREDICTIONS = ("eps", "x0", "v")
 # The settings that a configuration may hold, and what each has to be.
@@ -131,17 +132,22 @@ def _recipe(
 
 
 def _check_weights(model: Model, where: str) -> None:
-    """Hold the keys and shapes against those of the network that the configuration gives."""
+    """Hold the keys, shapes and types against those of the network that the configuration gives."""
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in model.family.network(model.config).state_dict().items()}
-    found = model.checkpoint.shapes
-    for problem, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
-        if names:
-            listed = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
-            raise CheckpointError(
-                f"{where}: {len(names)} {problem} key(s) for a {model.family.name} model: {listed}",
-                "check that the checkpoint is complete and of this family",
-            )
+    found = model.checkpoint.state
+    differing = [("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())]
+    kind = f"for a {model.family.name} model"
+    problems = [f"{len(names)} {problem} key(s) {kind}: {listed(names)}" for problem, names in differing if names]
+    if problems:
+        raise CheckpointError(
+            f"{where}: {'; '.join(problems)}",
+            "check that the checkpoint is complete and of this family",
+        )
     for name, shape in expected.items():
-        if found[name] != shape:
-            raise CheckpointError(f"{where}: {name} has shape {list(found[name])}; expected {list(shape)}")
+        if found[name].shape != shape:
+            raise CheckpointError(f"{where}: {name} has shape {list(found[name].shape)}; expected {list(shape)}")
+        if found[name].dtype != np.float32:
+            raise CheckpointError(
+                f"{where}: {name} is {found[name].dtype}; expected floats", "dequantise it, then save"
+            )

@@ -93,21 +93,25 @@ def export_step_graph(network: nn.Module, config: FamilyConfig) -> StepGraph:
         config: gives the data's shape and whether there are labels.
 
     Raises:
-        BackendError: the exported graph is not a valid model.
+        BackendError: torch cannot export the network, or the exported graph is not a valid model.
     """
     step: nn.Module = Step(network) if config.num_classes else UnconditionalStep(network)
     inputs, dynamic = _example_inputs(config)
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            step,
-            tuple(inputs.values()),
-            dynamo=True,
-            dynamic_shapes=dynamic,
-            input_names=list(inputs),
-            output_names=["x_next", "m"],
-            opset_version=OPSET,
-            verbose=False,
-        )
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                step,
+                tuple(inputs.values()),
+                dynamo=True,
+                dynamic_shapes=dynamic,
+                input_names=list(inputs),
+                output_names=["x_next", "m"],
+                opset_version=OPSET,
+                verbose=False,
+            )
+    except Exception as error:  # a tracer raises whatever the network makes it raise
+        cause = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise BackendError(f"torch {torch.__version__} cannot export the network: {cause}") from error
     if program is None:
         raise BackendError("torch.onnx.export returned no program")
     return _to_step_graph(program.model)

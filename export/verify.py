@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from sparse_engine import arguments, sampling
+from sparse_engine.backends.torch.plain import plain_defaults
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import VerificationError
 from sparse_engine.images import psnr
@@ -92,6 +93,7 @@ class Verification:
             raise VerificationError(what + other, fix)
 
 
+@plain_defaults()
 def verify_engine(
     path: str | Path,
     checkpoint: str | Path,

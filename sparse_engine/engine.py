@@ -13,7 +13,7 @@ import numpy as np
 from sparse_engine import arguments, sampling
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends import StepRunner, backend_named
-from sparse_engine.backends.base import StepCallback
+from sparse_engine.backends.base import StepCallback, with_kernel
 from sparse_engine.backends.cuda.dlpack_in import DeviceArray, receive
 from sparse_engine.ending import callers_code, library_call, wait_before_others
 from sparse_engine.errors import EngineClosedError, OptionError, UnsupportedError
@@ -310,7 +310,8 @@ class SparseEngine:
         """The manifest, what each layer runs here, and under "runtime" what runs it."""
         runtime = self._live().describe()
         chosen = runtime.pop("layers", {})
-        layers = [{**layer, **chosen.get(layer["name"], {})} for layer in self.manifest.layers]
+        sparse = self.manifest.sparse
+        layers = [with_kernel(layer, chosen.get(layer["name"], {}), sparse) for layer in self.manifest.layers]
         return {**self.manifest.to_dict(), "layers": layers, "runtime": runtime}
 
     def close(self) -> None:

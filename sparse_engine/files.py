@@ -1,16 +1,17 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and what is wrong with a path before it is read or written."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from sparse_engine.errors import OptionError, OutputError
+from sparse_engine.errors import InputError, OptionError, OutputError
 
 UMASK = os.umask(0o022)  # it can only be read by setting it: once, before there are threads
 os.umask(UMASK)
@@ -80,3 +81,34 @@ def output_error(path: Path, error: OSError) -> OutputError:
     if not path.parent.is_dir():
         return OutputError(f"{path}: the folder {path.parent} does not exist", "create it, or write elsewhere with -o")
     return OutputError(f"{path} cannot be written: {error.strerror or error}", "write elsewhere with -o")
+
+
+def check_readable(
+    path: Path, kind: type[InputError], *, folder: bool = False, missing: str = "check the path"
+) -> None:
+    """Say what is wrong with a path that is to be read. Raises ``kind``.
+
+    Args:
+        path: the file.
+        kind: the error.
+        folder: whether a folder will do.
+        missing: what to do where there is nothing of that name.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise kind(
+                f"{path} is a link to {os.readlink(path)}, which does not exist", "fetch the file it leads to"
+            ) from None
+        raise kind(f"{path} does not exist", missing) from None
+    except OSError as error:  # a name that is too long, a folder that may not be searched, links in a circle
+        raise kind(f"{path} cannot be looked at: {error.strerror or error}", "check the path and its rights") from error
+    except ValueError as error:  # a NUL in the name
+        raise kind(f"{str(path)!r} is no path: {error}", "check the path") from error
+    if stat.S_ISDIR(mode) and not folder:
+        raise kind(f"{path} is a folder; expected a file", "name a file in it")
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise kind(f"{path} is a device or a pipe; expected a file", "write it to a file first")
+    if not os.access(path, os.R_OK | (os.X_OK if stat.S_ISDIR(mode) else 0)):
+        raise kind(f"{path} may not be read", "check its rights")

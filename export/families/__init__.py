@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import takewhile
+
 from sparse_engine.errors import CheckpointError, OptionError
 
 from .base import Family, FamilyConfig, Recipe, Shapes
@@ -27,8 +30,18 @@ def recognise(shapes: Shapes, where: str) -> Family:
         if family.recognises(shapes):
             return family
     sample = ", ".join(list(shapes)[:4])
+    prefix = _common_prefix(shapes)
+    under = f", all under {prefix!r}" if prefix else ""
     known = ", ".join(family.name for family in FAMILIES)
     raise CheckpointError(
-        f"{where}: its {len(shapes)} keys ({sample}, ...) are of no known model family; expected one of: {known}",
+        f"{where}: its {len(shapes)} keys ({sample}, ...{under}) are of no known model family; "
+        f"expected one of: {known}",
         "check that this is the network's state dict and not an optimizer's or an autoencoder's",
     )
+
+
+def _common_prefix(names: Iterable[str]) -> str:
+    """The parts that all of several names begin with, each with its dot."""
+    split = [name.split(".")[:-1] for name in names]
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False))
+    return "".join(f"{parts[0]}." for parts in shared) if len(split) > 1 else ""

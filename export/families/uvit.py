@@ -41,6 +41,7 @@ class UViTConfig:
 
     ``depth`` counts the in- and out-blocks and not the middle one (12 is 6 + 1 + 6), as the authors' does.
     ``num_classes`` counts every row of the label table, the null class too; 0 is unconditional.
+    ``mlp_hidden`` is the width between the two linears of an MLP; 0 becomes four times ``embed_dim``, as the authors'.
     """
 
     image_size: int
@@ -49,18 +50,24 @@ class UViTConfig:
     embed_dim: int
     depth: int
     heads: int
-    mlp_ratio: float = 4.0
+    mlp_hidden: int = 0
     qkv_bias: bool = False
     mlp_time_embed: bool = False
     num_classes: int = 0
     final_conv: bool = True
     skip: bool = True
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mlp_hidden", self.mlp_hidden or 4 * self.embed_dim)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UViTConfig:
         """Read a configuration from a mapping; keys that are not a U-ViT's are left alone."""
         names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in names})
+        own = {name: value for name, value in values.items() if name in names}
+        if "mlp_ratio" in values:  # an earlier version's manifest, which has the exact quotient
+            own.setdefault("mlp_hidden", round(values["mlp_ratio"] * values["embed_dim"]))
+        return cls(**own)
 
     @property
     def tokens(self) -> int:
@@ -144,7 +151,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, config.heads, config.qkv_bias)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * config.mlp_ratio))
+        self.mlp = Mlp(dim, config.mlp_hidden)
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
@@ -242,7 +249,9 @@ def _read_config(shapes: Shapes, given: Mapping[str, Any]) -> tuple[UViTConfig, 
     given = {AUTHORS_NAMES.get(name, name): value for name, value in given.items()}
     if (given.get("num_classes") or 0) < 0:  # the authors write -1 for unconditional
         given["num_classes"] = 0
+    _refuse_relatives(shapes)
     read = _read_shapes(shapes)
+    _check_ratio(given.pop("mlp_ratio", None), read["embed_dim"], read["mlp_hidden"])
     given.pop("qkv_bias", None)  # SparseDM's layers have a bias whatever its configuration says: the keys know
     for name, value in read.items():
         if name in given and given[name] != value:
@@ -252,6 +261,32 @@ def _read_config(shapes: Shapes, given: Mapping[str, Any]) -> tuple[UViTConfig, 
             )
     heads, notes = _heads(read["embed_dim"], read["depth"], given.get("heads"))
     return UViTConfig(heads=heads, **read), notes
+
+
+def _refuse_relatives(shapes: Shapes) -> None:
+    """Networks with a U-ViT's blocks that are told more than a label."""
+    for key, name in (("clip_img_embed.weight", "UniDiffuser"), ("context_embed.weight", "a text-to-image U-ViT")):
+        if key in shapes:
+            raise CheckpointError(
+                f"{key} is there: this is {name}, which is not offered yet; expected a U-ViT told no more than a label",
+                "build from an unconditional or class-conditional U-ViT",
+            )
+
+
+def _check_ratio(ratio: Any, embed_dim: int, hidden: int) -> None:
+    """A configuration's mlp_ratio has to be what the weights' widths are, or that rounded or cut as written."""
+    if ratio is None:
+        return
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not math.isfinite(ratio):
+        raise CheckpointError(f"mlp_ratio is {ratio!r} in the given configuration; expected a number")
+    product, decimals = ratio * embed_dim, len(repr(ratio).partition(".")[2])
+    rounded = isinstance(ratio, float) and not ratio.is_integer() and round(hidden / embed_dim, decimals) == ratio
+    if not rounded and hidden not in (int(product), round(product)):
+        raise CheckpointError(
+            f"mlp_ratio is {ratio!r} in the given configuration, {product:g} of embed_dim {embed_dim}, but the weights "
+            f"have {hidden} ({hidden / embed_dim:.6g})",
+            "correct the configuration, or leave that entry out: it is read off the weights",
+        )
 
 
 def _read_shapes(shapes: Shapes) -> dict[str, Any]:
@@ -273,7 +308,7 @@ def _read_shapes(shapes: Shapes) -> dict[str, Any]:
         "channels": channels,
         "embed_dim": embed_dim,
         "depth": 2 * len(in_blocks),
-        "mlp_ratio": _shape(shapes, "mid_block.mlp.fc1.weight", 2)[0] / embed_dim,
+        "mlp_hidden": _shape(shapes, "mid_block.mlp.fc1.weight", 2)[0],
         "qkv_bias": "mid_block.attn.qkv.bias" in shapes,
         "mlp_time_embed": "time_embed.0.weight" in shapes,
         "num_classes": num_classes,
@@ -337,5 +372,5 @@ FAMILY = Family(
     recipe=_recipe,
     positions=_positions,
     float32_layers=FLOAT32_LAYERS,
-    settings=frozenset(AUTHORS_NAMES) | {entry.name for entry in dataclasses.fields(UViTConfig)},
+    settings=frozenset(AUTHORS_NAMES) | {"mlp_ratio"} | {entry.name for entry in dataclasses.fields(UViTConfig)},
 )

@@ -22,6 +22,7 @@ GRAPH_FILE = "step.onnx"
 WEIGHTS_ALIGNMENT = 4096  # a page: each large tensor can be mapped by itself
 IDENTITY_ROW = np.array([0, 1, 1, 0, 0, 0, 0, 0], np.float32)  # of coef: m = the network's output
 NO_CLIP = np.array([-np.inf, np.inf], np.float32)
+BUILT_DENSE = "the engine was built without --sparse"
 NoiseSource = Callable[[int], np.ndarray]
 StepCallback = Callable[[int, float, np.ndarray], object]
 
@@ -172,3 +173,22 @@ def weights_payload(weights: dict[str, np.ndarray]) -> PayloadFile:
 def bytes_payload(name: str, data: bytes) -> PayloadFile:
     """A small file as a payload file."""
     return PayloadFile(name, len(data), lambda: (data,))
+
+
+def with_kernel(layer: Mapping[str, Any], kernel: Mapping[str, Any], sparse: bool) -> dict[str, Any]:
+    """A layer's report with what runs it.
+
+    Where a masked layer stays dense for a reason of its own, or of the build's, that is "why", whatever the backend
+    would have said of a dense layer.
+
+    Args:
+        layer: as in the manifest.
+        kernel: what a backend or a runner says: "chosen", "kernel", "why".
+        sparse: whether the engine was built with ``--sparse``.
+    """
+    report = {**layer, **kernel}
+    if layer.get("masked") and not layer.get("hardware_24"):
+        report["why"] = layer.get("reason")
+    elif layer.get("masked") and not sparse:
+        report["why"] = BUILT_DENSE
+    return report

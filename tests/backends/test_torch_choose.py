@@ -126,6 +126,7 @@ def test_what_was_remembered_and_is_not_to_be_had_runs_dense(
     choice = chooser().choose("fc", layer())
     assert {type(product) for product in choice.products.values()} == {DenseProduct}
     assert choice.to_dict()["kernel"] == "dense"
+    assert choice.why == "cusparselt was faster, and cannot be made today; CUDA error: out of memory"
 
 
 def test_a_faster_dense_product_stays(timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,6 +355,20 @@ def test_layers_are_replaced_and_compute_the_same(
     torch.testing.assert_close(network(x), expected)
     assert [report[name]["chosen"] for name in ("fc", "pointwise", "conv")] == [True, True, False]
     assert report["conv"]["why"] == "a Conv2d that is not 1x1: PyTorch has no 2:4 product for it"
+
+
+@pytest.mark.parametrize(
+    "conv,obstacle",
+    [
+        (nn.Conv2d(8, 8, 3, groups=2), "not 1x1"),
+        (nn.Conv2d(8, 8, 1, groups=2), "in groups"),
+        (nn.Conv2d(8, 8, 1, stride=2), "strided or padded"),
+        (nn.Conv2d(8, 8, 1, padding=1), "strided or padded"),
+    ],
+)
+def test_what_keeps_a_convolution_from_being_a_product(conv: nn.Conv2d, obstacle: str) -> None:
+    report = choose_products(nn.Sequential(conv), ["0"], chooser(torch.device("cpu")))
+    assert report["0"]["why"] == f"a Conv2d that is {obstacle}: PyTorch has no 2:4 product for it"
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,18 @@ def test_constant_samples(data: CalibrationData, tmp_path: Path) -> None:
         load(path, data)
 
 
+def test_samples_of_one_time(data: CalibrationData, tmp_path: Path) -> None:
+    path = damaged(tmp_path / "one-time.npz", data, times=np.full_like(data.times, 0.5))
+    with pytest.raises(InputError, match="its samples are all of the time 0.5"):
+        load(path, data)
+
+
+@pytest.mark.parametrize("kind,message", [("folder", "is a folder; expected a file"), ("long", "File name too long")])
+def test_a_path_that_cannot_be_read(data: CalibrationData, tmp_path: Path, kind: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load(tmp_path if kind == "folder" else tmp_path / ("n" * 300), data)
+
+
 def test_nan_samples(data: CalibrationData, tmp_path: Path) -> None:
     x = data.x.copy()
     x[3, 0, 0, 0] = np.nan

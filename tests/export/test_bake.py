@@ -1,5 +1,6 @@
 """Which layers get which mask, and what the report says of it."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -150,3 +151,89 @@ def test_an_explicit_mask_on_a_bias_is_multiplied_in_too(tmp_path: Path) -> None
         {**state, "mid_block.mlp.fc1.bias_orig": bias, "mid_block.mlp.fc1.bias_mask": bias * 0}, tmp_path / "x.pth"
     )
     assert not bake(load_model(tmp_path / "x.pth", heads=4), "none").state["mid_block.mlp.fc1.bias"].any()
+
+
+def with_masks(path: Path, masks: dict[str, torch.Tensor]) -> Model:
+    """A tiny model some of whose layers carry masks."""
+    torch.save({**random_state(TINY), **{f"{name}.weight_mask": mask for name, mask in masks.items()}}, path)
+    return load_model(path, heads=4)
+
+
+TWO_OF_FOUR = torch.tensor([0.0, 1, 1, 0])
+
+
+@pytest.mark.parametrize("stored", ["explicit", "zeros"])
+def test_layers_that_a_pruned_checkpoint_kept_dense_stay_dense(tmp_path: Path, stored: str) -> None:
+    mask = TWO_OF_FOUR.repeat(1024).reshape(128, 32)
+    if stored == "explicit":
+        model = with_masks(tmp_path / "x.pth", {"mid_block.mlp.fc1": mask})
+    else:
+        state = random_state(TINY)
+        state["mid_block.mlp.fc1.weight"] *= mask
+        torch.save(state, tmp_path / "x.pth")
+        model = load_model(tmp_path / "x.pth", heads=4)
+    baked = bake(model)
+    assert {layer.name: layer.source for layer in baked.layers if layer.masked} == {"mid_block.mlp.fc1": stored}
+    assert np.array_equal(baked.state["mid_block.mlp.fc2.weight"], model.checkpoint.state["mid_block.mlp.fc2.weight"])
+    (note,) = warnings_of(baked)
+    assert note.startswith("in_blocks.0.attn.proj, in_blocks.0.attn.qkv")
+    assert "are not 2:4: its weights are dense, in a checkpoint of which other layers are pruned" in note
+    assert len([layer for layer in bake(model, "magnitude").layers if layer.masked]) == 12
+
+
+def test_masks_and_weights_that_say_nothing_of_pruning(tmp_path: Path) -> None:
+    model = with_masks(tmp_path / "x.pth", {"mid_block.mlp.fc1": torch.ones(128, 32)})
+    model.checkpoint.state["mid_block.attn.proj.weight"][:] = 0
+    layers = {layer.name: layer for layer in bake(model).layers}
+    assert layers["mid_block.mlp.fc1"].reason == "its stored mask keeps every weight"
+    assert layers["mid_block.mlp.fc2"].source == "magnitude"
+
+
+@pytest.mark.parametrize(
+    "layers,pattern,reason",
+    [
+        ("patch_embed.proj", Pattern(2, 4), "3 inputs are no multiple of 4"),
+        ("patch_embed.proj", Pattern(1, 4), "3 inputs are no multiple of 4"),
+        ("patch_embed.proj", Pattern(3, 4), "3 inputs are no multiple of 4 and 3:4 is not 2:4"),
+        ("mid_block.mlp.fc1", Pattern(3, 4), "3:4 is not 2:4"),
+        ("mid_block.mlp.fc1", Pattern(2, 3), "4096 weights are no multiple of 3"),
+    ],
+)
+def test_every_reason_that_holds_is_given(model: Model, layers: str, pattern: Pattern, reason: str) -> None:
+    baked = bake(model, "magnitude", pattern, [layers])
+    assert next(layer for layer in baked.layers if layer.name == layers).reason == reason
+
+
+def test_the_pattern_asked_for_says_nothing_of_an_explicit_mask(tmp_path: Path) -> None:
+    dense_groups = torch.tensor([1.0, 1, 1, 0]).repeat(1024).reshape(128, 32)
+    layers = {
+        layer.name: layer
+        for layer in bake(
+            with_masks(tmp_path / "x.pth", {"mid_block.mlp.fc1": dense_groups}), pattern=Pattern(7, 8)
+        ).layers
+    }
+    layer = layers["mid_block.mlp.fc1"]
+    assert (layer.source, layer.pattern, layer.reason) == ("explicit", "7:8", "more than 2 of 4 along the inputs")
+    layers = {
+        layer.name: layer for layer in bake(with_masks(tmp_path / "x.pth", {"mid_block.mlp.fc1": dense_groups})).layers
+    }
+    assert layers["mid_block.mlp.fc1"].pattern is None
+
+
+def test_a_layer_that_has_no_groups_is_not_said_to_lack_zeros(model: Model) -> None:
+    with pytest.raises(CheckpointError, match="final_layer: 81 weights are no multiple of 4(?s:.*)--mask-layers"):
+        bake(model, "zeros", layers=["final_layer"])
+
+
+class Grouped(torch.nn.Module):
+    def __init__(self, config: object) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(8, 8, 1, groups=4)
+
+
+def test_a_convolution_in_groups(model: Model) -> None:
+    family = dataclasses.replace(model.family, network=Grouped, positions=lambda config, layer: 1, sparse_layers=("*",))
+    state = {"conv.weight": np.ones((8, 2, 1, 1), np.float32), "conv.bias": np.ones(8, np.float32)}
+    grouped = dataclasses.replace(model, family=family, checkpoint=dataclasses.replace(model.checkpoint, state=state))
+    (layer,) = bake(grouped, "magnitude").layers
+    assert (layer.kind, layer.reason) == ("conv", "2 inputs in each of 4 groups are no multiple of 4")

@@ -1,5 +1,6 @@
 """What is read off a checkpoint's keys and shapes, what is looked up, and what is refused."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from sparse_engine.errors import CheckpointError, OptionError
-from sparse_engine.export.families.uvit import UViT, UViTConfig
+from sparse_engine.export.families.uvit import FAMILY, UViT, UViTConfig
 from sparse_engine.export.model import load_model
 from tests.conftest import TINY, TINY_CONDITIONAL, TINY_LATENT, random_state, save_checkpoint
 
@@ -18,11 +19,12 @@ from tests.conftest import TINY, TINY_CONDITIONAL, TINY_LATENT, random_state, sa
         TINY,
         TINY_CONDITIONAL,
         TINY_LATENT,
-        UViTConfig(16, 4, 3, 32, 0, 4, mlp_ratio=8.0, qkv_bias=True),
-        UViTConfig(8, 1, 3, 32, 4, 4, mlp_ratio=1.0, skip=False),
+        UViTConfig(16, 4, 3, 32, 0, 4, mlp_hidden=256, qkv_bias=True),
+        UViTConfig(8, 1, 3, 32, 4, 4, mlp_hidden=32, skip=False),
         UViTConfig(8, 2, 1, 48, 2, 4, num_classes=11, mlp_time_embed=True),
+        UViTConfig(8, 2, 3, 44, 2, 4, mlp_hidden=60),
     ],
-    ids=["pixels", "conditional", "latents", "mid block only, qkv bias", "no skips, patch 1", "time mlp"],
+    ids=["pixels", "conditional", "latents", "mid block only, qkv bias", "no skips, patch 1", "time mlp", "60 of 44"],
 )
 def test_configuration_is_read_off_the_shapes(tmp_path: Path, config: UViTConfig) -> None:
     model = load_model(save_checkpoint(tmp_path / "x.pth", config), heads=4)
@@ -31,8 +33,6 @@ def test_configuration_is_read_off_the_shapes(tmp_path: Path, config: UViTConfig
 
 @pytest.mark.parametrize("embed_dim,depth,heads", [(512, 0, 8), (768, 0, 12), (1024, 0, 16), (1152, 28, 16)])
 def test_heads_of_the_published_sizes(embed_dim: int, depth: int, heads: int) -> None:
-    from sparse_engine.export.families.uvit import FAMILY
-
     with torch.device("meta"):
         network = UViT(UViTConfig(32, 2, 3, embed_dim, depth, heads))
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -196,3 +196,62 @@ def test_sparsedm_layers_have_a_bias_whatever_the_configuration_says(tmp_path: P
     checkpoint = save_checkpoint(tmp_path / "x.pth", UViTConfig(8, 2, 3, 32, 0, 4, qkv_bias=True))
     (tmp_path / "x.json").write_text('{"heads": 4, "qkv_bias": false}')
     assert load_model(checkpoint).config.qkv_bias
+
+
+def shapes_of(config: UViTConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in UViT(config).state_dict().items()}
+
+
+@pytest.mark.parametrize("hidden", [60, 61, 59, 163, 44, 1])
+def test_a_width_is_read_off_the_shapes(tmp_path: Path, hidden: int) -> None:
+    config = UViTConfig(8, 2, 3, 44, 2, 4, mlp_hidden=hidden)
+    checkpoint = save_checkpoint(tmp_path / "x.pth", config)
+    model = load_model(checkpoint, heads=4)
+    assert model.config == config
+    assert model.network(model.checkpoint.state).mid_block.mlp.fc1.weight.shape == (hidden, 44)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("ratio", [60 / 44, 1.3636, 1.364, 1.36, 1.4, 1.363, 1.37])
+def test_a_rounded_ratio_agrees_with_what_it_rounds(ratio: float) -> None:
+    config, _ = FAMILY.read_config(
+        shapes_of(UViTConfig(8, 2, 3, 44, 2, 4, mlp_hidden=60)), {"heads": 4, "mlp_ratio": ratio}
+    )
+    assert config.mlp_hidden == 60
+
+
+@pytest.mark.parametrize("ratio", [4, 1, 1.0, 2.0, 1.3, 1.5])
+def test_a_ratio_that_does_not_is_refused_saying_both(ratio: float) -> None:
+    with pytest.raises(
+        CheckpointError, match=rf"mlp_ratio is {ratio!r} in the .* but the weights have 60 \(1\.36364\)"
+    ):
+        FAMILY.read_config(shapes_of(UViTConfig(8, 2, 3, 44, 2, 4, mlp_hidden=60)), {"heads": 4, "mlp_ratio": ratio})
+
+
+@pytest.mark.parametrize("ratio", ["4", True, float("nan"), [4]])
+def test_a_ratio_that_is_no_number(ratio: object) -> None:
+    with pytest.raises(CheckpointError, match="mlp_ratio is .* expected a number"):
+        FAMILY.read_config(shapes_of(TINY), {"heads": 4, "mlp_ratio": ratio})
+
+
+def test_manifests_of_earlier_versions_have_the_ratio() -> None:
+    for hidden in range(1, 400):
+        values = {**dataclasses.asdict(UViTConfig(8, 2, 3, 44, 2, 4)), "mlp_ratio": hidden / 44}
+        del values["mlp_hidden"]
+        assert FAMILY.config_from_dict(values).mlp_hidden == hidden
+
+
+@pytest.mark.parametrize(
+    "key,name", [("context_embed.weight", "a text-to-image U-ViT"), ("clip_img_embed.weight", "UniDiffuser")]
+)
+def test_relatives_of_a_uvit_are_named(key: str, name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"this is {name}, which is not offered yet"):
+        FAMILY.read_config({**shapes_of(TINY), key: (32, 768), "pos_embed": (1, 334, 32)}, {"heads": 4})
+
+
+def test_what_is_missing_and_what_is_there_instead_are_both_said(tmp_path: Path) -> None:
+    state = random_state(TINY)
+    state["mid_block.norm1.beta"] = state.pop("mid_block.norm1.bias")
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"1 missing key.*norm1\.bias; 1 unexpected key.*norm1\.beta"):
+        load_model(tmp_path / "x.pth", heads=4)

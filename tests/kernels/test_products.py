@@ -5,8 +5,6 @@ import numpy as np
 import pytest
 from kernel_cases import TOLERANCE, create, random_weight, relative_error
 
-from sparse_engine import kernels
-
 SHAPES = [(1, 4), (16, 64), (37, 76), (33, 132), (129, 516), (80, 1032), (65, 2048)]
 
 

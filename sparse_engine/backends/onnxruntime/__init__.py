@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from sparse_engine.backends.base import StepRunner
 
 PRECISIONS = ("fp32", "bf16", "int8")
+NOT_A_PRODUCT = "the sparse kernels of the CPU are for linear layers over tokens"
+INT8_IS_DENSE = "in int8, which ONNX Runtime has dense kernels for alone"
 FEWEST_BF16_WEIGHTS = 1 << 16  # of a dense layer: a smaller one (the last, say) gains nothing and stays float32
 
 
@@ -82,7 +84,8 @@ class OnnxRuntimeBackend:
         opset = next(entry.version for entry in graph.proto.opset_import if entry.domain == "")
         later = "chosen where it is loaded"
         layers: dict[str, dict[str, Any]] = {name: {"chosen": False, "kernel": "dense"} for name in graph.layers}
-        layers |= {name: {"chosen": False, "kernel": "dense int8"} for name in quantised}
+        layers |= {name: {"chosen": False, "kernel": "dense", "why": NOT_A_PRODUCT} for name in sparse_layers}
+        layers |= {name: {"chosen": False, "kernel": "dense int8", "why": INT8_IS_DENSE} for name in quantised}
         layers |= {name: {"chosen": False, "kernel": later} for name in others}
         layers |= {name: {"chosen": None, "kernel": later} for name in linear}
         return Payload(files, {"name": self.name, "opset": opset, "device": "cpu"}, layers)

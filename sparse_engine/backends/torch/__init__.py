@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .runner import TorchRunner
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+NOT_A_PRODUCT = "a convolution that is not 1x1: PyTorch has no 2:4 product for it"
 
 
 def float_precision(precision: str) -> str:
@@ -76,6 +77,7 @@ class TorchBackend:
         for name in graph.layers:
             layers[name] = {"chosen": False, "kernel": "dense"} | (later if name in quantised else {})
             layers[name] |= {"chosen": None, **later} if name in packable else {}
+            layers[name] |= {"why": NOT_A_PRODUCT} if name in sparse_layers and name not in packable else {}
         state = _lowered(graph, self.graph_precision(options))
         return Payload([network_payload(state, packable, quantised)], {"name": self.name}, layers)
 

@@ -96,9 +96,10 @@ class Chooser:
             return LayerChoice({tokens[self._usual]: made[DENSE]}, DENSE, why, left_out=left_out)
         products = {rows: _product_named(choice.kernel, made) for rows, choice in measured.items()}
         usual = nearest(measured, tokens[self._usual])
-        kernel = DENSE if products[usual] is made[DENSE] else parse_name(measured[usual].kernel)[0]
-        why = "; ".join(["faster at the usual batch", *obstacles])
-        return LayerChoice(products, kernel, why, measured, left_out)
+        fastest = parse_name(measured[usual].kernel)[0]
+        kernel = DENSE if products[usual] is made[DENSE] else fastest
+        how = "faster at the usual batch" if kernel == fastest else f"{fastest} was faster, and cannot be made today"
+        return LayerChoice(products, kernel, "; ".join([how, *obstacles]), measured, left_out)
 
     def _measured(
         self, made: dict[str, nn.Module], layer: Layer, tokens: list[int], left_out: dict[str, str]

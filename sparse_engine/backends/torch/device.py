@@ -19,6 +19,7 @@ from sparse_engine.errors import BackendError, EngineClosedError, SparseEngineEr
 
 from .fused import RECOMPILE_LIMIT
 from .noise import draw_noise
+from .plain import plain_torch
 from .products import first_line
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ class TorchDevice:
     def step(self, buffers: StepBuffers[Tensor]) -> None:
         """See ``StepDevice.step``. Where torch.compile fails the step runs as PyTorch's own operators from then on."""
         arguments = vars(buffers)
-        with self._current():
+        with plain_torch(), self._current():
             if self._compiled is not None:
                 try:
                     with self._compiling(buffers):
@@ -144,6 +145,7 @@ class TorchDevice:
         graph, self._recording = torch.cuda.CUDAGraph(), True
         try:
             with (
+                plain_torch(),
                 self._current(),
                 torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
             ):

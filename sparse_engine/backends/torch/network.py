@@ -79,8 +79,7 @@ def choose_products(
             network.set_submodule(name, kind(choice.products, module.weight.dtype))
             report[name] = choice.to_dict()
         else:
-            why = f"a {type(module).__name__} that is not 1x1: PyTorch has no 2:4 product for it"
-            report[name] = {"chosen": False, "kernel": "dense", "why": why}
+            report[name] = {"chosen": False, "kernel": "dense", "why": _why_no_product(module)}
     return report
 
 
@@ -130,6 +129,14 @@ def is_product(module: nn.Module) -> bool:
         plain = module.kernel_size == module.stride == module.dilation == (1, 1) and module.groups == 1
         return plain and module.padding in ((0, 0), "valid")
     return isinstance(module, nn.Linear)
+
+
+def _why_no_product(module: Any) -> str:
+    """What keeps a layer from being one matrix product."""
+    obstacle = "not 1x1"
+    if module.kernel_size == (1, 1):
+        obstacle = "in groups" if module.groups != 1 else "strided or padded"
+    return f"a {type(module).__name__} that is {obstacle}: PyTorch has no 2:4 product for it"
 
 
 class TwoFourLinear(nn.Module):

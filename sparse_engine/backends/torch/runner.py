@@ -17,6 +17,7 @@ from .choose import Chooser, device_facts, tactics_of
 from .device import TorchDevice
 from .network import choose_attention, choose_products, rebuild
 from .payload import read_network
+from .plain import plain_defaults
 from .threads import pool_of, torch_threads
 
 
@@ -56,6 +57,7 @@ class TorchRunner(DeviceLoop[torch.Tensor]):
         }
 
     @classmethod
+    @plain_defaults()
     def load(cls, engine: EngineFile, threads: int | None, device: torch.device, autotune: bool) -> TorchRunner:
         """From an engine file.
 
