@@ -11,13 +11,17 @@ import atexit
 import contextlib
 import os
 import threading
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
 LONGEST_WAIT = 30.0  # seconds, of a step: a thread may also wait for another's engine, whose callback never returns
 
 _changed = threading.Condition()
 _inside: dict[int, int] = {}  # thread -> its calls into libraries, one within the other
 _last: int | None = None  # the thread that ends the process, once it does
+_owned: weakref.WeakSet[Any] = weakref.WeakSet()
+_kept: list[Any] = []  # of those, what there is once the process ends
 
 
 @contextlib.contextmanager
@@ -59,8 +63,16 @@ def stop_if_ending() -> None:
         raise SystemExit
 
 
-def wait_before_others() -> None:
-    """Have the process wait before all else that it does at its end; called once libraries are loaded."""
+def keep_until_the_end(owner: Any) -> None:
+    """Have the process wait before all else that it does at its end, and give up ``owner`` of a library's memory last.
+
+    A thread that ends gives up what it has: a library's memory too, in calls that nobody waits for. Called once the
+    library is loaded, which may itself have something done at the end.
+    """
+    with _changed:
+        _owned.add(owner)
+        if _last is not None:
+            _kept.append(owner)
     atexit.unregister(_wait)
     atexit.register(_wait)
 
@@ -69,6 +81,7 @@ def _wait() -> None:
     global _last
     with _changed:
         _last = threading.get_ident()
+        _kept.extend(_owned)
         _changed.wait_for(lambda: not _inside.keys() - {_last}, LONGEST_WAIT)
 
 

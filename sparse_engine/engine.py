@@ -15,7 +15,7 @@ from sparse_engine.artifact import EngineFile
 from sparse_engine.backends import StepRunner, backend_named
 from sparse_engine.backends.base import StepCallback, with_kernel
 from sparse_engine.backends.cuda.dlpack_in import DeviceArray, receive
-from sparse_engine.ending import callers_code, library_call, wait_before_others
+from sparse_engine.ending import callers_code, keep_until_the_end, library_call
 from sparse_engine.errors import EngineClosedError, OptionError, UnsupportedError
 from sparse_engine.manifest import Manifest
 from sparse_engine.results import Decoder, check_prediction, diverged, finisher, noise_seen, nonfinite_rows
@@ -79,7 +79,7 @@ class SparseEngine:
             raise UnsupportedError(f"{path} needs the {backend.name} backend: {found.reason}", found.fix)
         with library_call():
             runner = backend.load(file, threads=threads, device=device, autotune=autotune)
-        wait_before_others()
+            keep_until_the_end(runner)
         return cls(file.manifest, runner)
 
     def sample(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
+
+from sparse_engine import SparseEngine, ending
 
 LOOP = """
 import atexit, os, sys, threading
@@ -64,3 +68,30 @@ def test_daemon_threads(conditional_engine: Path, kind: str, code: int, printed:
 
 def test_daemon_threads_of_a_device_backend(torch_engine: Path) -> None:
     assert ended(torch_engine, "") == (0, "", "")
+
+
+def test_what_a_thread_owns_of_a_library_is_given_up_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory would else go, in calls of the library's, when the thread ends."""
+
+    class Owner:
+        pass
+
+    for name, value in (("_last", None), ("_kept", []), ("_inside", {})):
+        monkeypatch.setattr(ending, name, value)
+    owner, late = Owner(), Owner()
+    seen = [weakref.ref(owner), weakref.ref(late)]
+    ending.keep_until_the_end(owner)
+    ending._wait()
+    ending.keep_until_the_end(late)  # a load that was under way
+    del owner, late
+    gc.collect()
+    assert all(each() is not None for each in seen)
+
+
+def test_what_is_closed_before_the_end_goes_at_once(conditional_engine: Path) -> None:
+    engine = SparseEngine.load(conditional_engine, threads=1, autotune=False)
+    runner = weakref.ref(engine._runner)
+    engine.close()
+    del engine
+    gc.collect()
+    assert runner() is None
