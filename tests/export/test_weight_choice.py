@@ -79,6 +79,14 @@ BESIDE_RAW: dict[str, dict[str, Any]] = {
         "current_model_state": RAW,
         "averaging_state": {"n_averaged": torch.tensor(3)},
     },
+    "MMEngine's EMAHook, which exchanges the two": {
+        "meta": {"mmengine_version": "0.10.7", "epoch": 3},
+        "state_dict": AVERAGED,
+        "ema_state_dict": {**under("module.", RAW), "steps": torch.tensor(9)},
+    },
+    "in a list of algorithms": {
+        "state": {"model": RAW, "algorithms": [["EMA", {"ema_model": {"named_parameters_dict": AVERAGED}}]]}
+    },
     "CompVis' LitEma": {
         "state_dict": {
             **under("model.diffusion_model.", RAW),
