@@ -79,6 +79,16 @@ def entries_of(raw: Mapping[Any, Any]) -> list[Entry]:
     return [(path, tensors) for path, tensors in found if tensors]
 
 
+def lists_of(raw: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], list[Tensor]]]:
+    """The lists of tensors, and the keys that lead to them."""
+    for path, mapping in mappings_in(raw):
+        for key, value in mapping.items():
+            if isinstance(value, (list, tuple)) and not words(str(key)) & NO_WEIGHTS:
+                tensors = [each for each in value if isinstance(each, Tensor)]
+                if tensors:
+                    yield (*path, str(key)), tensors
+
+
 def _text(key: Any) -> str:
     """A key as a name; one that is no text in brackets, lest 1 and "1" be one."""
     return key if isinstance(key, str) else f"[{key}]"

@@ -125,9 +125,9 @@ def test_torch_prune_on_weights_and_biases(tmp_path: Path) -> None:
 
 def test_helpers_that_are_not_used_are_named(load: Callable) -> None:
     notes = load(CARRIERS["apex ASP, masks to be computed again"]).notes
-    assert notes == [f"not used: the values that apex ASP cut away, in 1 tensors such as {LAYER}.__weight_mma_pruned_p"]
+    assert notes == [f"not used: the values that apex ASP cut away, such as {LAYER}.__weight_mma_pruned_p (1 in all)"]
     notes = load(CARRIERS["ModelOpt, then quantised"]).notes
-    assert notes == [f"not used: ModelOpt's quantisation ranges, in 2 tensors such as {LAYER}.input_quantizer._amax"]
+    assert notes == [f"not used: ModelOpt's quantisation ranges, such as {LAYER}.input_quantizer._amax (2 in all)"]
 
 
 def test_modelopts_own_file(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_what_is_not_averaged_is_that_of_the_raw_weights(load: Callable) -> None
     some = {name: tensor for name, tensor in AVERAGED.items() if name != frozen}
     checkpoint = load({"state_dict": {**under("model.", RAW), **without_dots("model_ema.", some)}})
     assert_same(checkpoint, {**some, frozen: RAW[frozen]})
-    assert any("1 tensors are not among the averaged ones and come from" in note for note in checkpoint.notes)
+    assert any(note.startswith("not averaged, and taken from the names under 'model.'") for note in checkpoint.notes)
 
 
 def test_masks_of_the_raw_weights_serve_the_averaged_ones(load: Callable) -> None:
@@ -224,13 +224,14 @@ def test_both_a_wrapped_and_a_plain_network_are_refused(load: Callable) -> None:
     [
         (
             {"state_dict": {**under("model.", RAW), "loss.vgg.weight": torch.ones(3)}},
-            "1 tensors of the entry 'state_dict': loss.vgg.weight",
+            "1 tensor of the entry 'state_dict': loss.vgg.weight",
         ),
-        ({"model": RAW, "vae": {"decoder.weight": torch.ones(2)}}, "1 tensors of the entry 'vae': decoder.weight"),
-        ({"model": RAW, "betas": torch.ones(9)}, "1 tensors of the file itself: betas"),
-        ({"n_averaged": torch.tensor(2), **under("module.", RAW)}, "1 tensors of the file itself: n_averaged"),
+        ({"model": RAW, "vae": {"decoder.weight": torch.ones(2)}}, "1 tensor of the entry 'vae': decoder.weight"),
+        ({"model": RAW, "betas": torch.ones(9)}, "1 tensor of the file itself: betas"),
+        ({"model": RAW, "ema_losses": [torch.ones(9), torch.ones(9)]}, "2 tensors of the entry 'ema_losses': [0], [1]"),
+        ({"n_averaged": torch.tensor(2), **under("module.", RAW)}, "1 tensor of the file itself: n_averaged"),
     ],
-    ids=["outside the prefix", "another entry", "beside the entries", "a counter"],
+    ids=["outside the prefix", "another entry", "beside the entries", "a list", "a counter"],
 )
 def test_tensors_that_nothing_uses_are_named(load: Callable, held: dict[str, Any], where: str) -> None:
     checkpoint = load(held)
