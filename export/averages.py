@@ -6,7 +6,7 @@ CompVis' LitEma drops the dots of names; torch-ema and diffusers' EMAModel store
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from sparse_engine.errors import CheckpointError
 
 from .mask_carriers import is_mask
 from .names import without_wrappers, words
-from .weight_sets import AVERAGED, Entry, Weights, first_parts, is_averaged, mappings_in, place
+from .weight_sets import AVERAGED, Entry, Weights, first_parts, is_averaged, lists_of, place
 
 Averages = tuple[tuple[str, ...], str, dict[str, Tensor] | list[Tensor]]  # entry, prefix, tensors
 
@@ -30,6 +30,8 @@ def averages_named(
     """
     named = []
     for entry, prefix, tensors in [*_groups(entries), *_lists(raw)]:
+        if not _are_akin(tensors.values() if isinstance(tensors, dict) else tensors, others):
+            continue
         fitting = [own for own in (_fit(tensors, other) for other in others) if own is not None]
         if len(fitting) != 1:
             raise CheckpointError(
@@ -53,12 +55,15 @@ def _groups(entries: Sequence[Entry]) -> Iterator[Averages]:
 
 
 def _lists(raw: Mapping[Any, Any]) -> Iterator[Averages]:
-    for path, mapping in mappings_in(raw):
-        for key, value in mapping.items():
-            inner = (*path, str(key))
-            listed = isinstance(value, (list, tuple)) and value and all(isinstance(each, Tensor) for each in value)
-            if listed and is_averaged(inner, "", {}):
-                yield inner, "", list(value)
+    for path, tensors in lists_of(raw):
+        if is_averaged(path, "", {}):
+            yield path, "", tensors
+
+
+def _are_akin(tensors: Iterable[Tensor], others: Sequence[Weights]) -> bool:
+    """Whether tensors could be of a network: a log of averaged losses, say, has none of its shapes."""
+    shapes = {tensor.shape for other in others for tensor in other.tensors.values() if tensor.numel() > 1}
+    return any(tensor.shape in shapes for tensor in tensors)
 
 
 def _fit(averages: dict[str, Tensor] | list[Tensor], other: Weights) -> dict[str, Tensor] | None:

@@ -17,7 +17,7 @@ from sparse_engine.errors import CheckpointError, OptionError
 from .masks import TWO_FOUR, Pattern, energy_removed, is_n_of_m, magnitude_mask, obeys_training_groups
 from .model import Model
 
-LEFT_DENSE = "its weights are dense, in a checkpoint of which other layers are pruned (--mask magnitude masks it too)"
+LEFT_DENSE = "dense weights, in a checkpoint of which other layers are pruned (--mask magnitude masks all)"
 MASK_RULES = ("auto", "explicit", "zeros", "magnitude", "none")
 
 

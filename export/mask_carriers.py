@@ -6,6 +6,7 @@ Sources: apex ``contrib/sparsity/asp.py``; ModelOpt ``sparsity/weight_sparsity/m
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -150,7 +151,7 @@ def _drop_helpers(found: Carried) -> None:
         for name in names:
             del found.weights[name]
         if names:
-            found.notes.append(f"not used: {what}, in {len(names)} tensors such as {names[0]}")
+            found.notes.append(f"not used: {what}, such as {names[0]} ({len(names)} in all)")
 
 
 def _renamed(found: Carried, file: str) -> dict[str, Any]:
@@ -193,7 +194,7 @@ def _unpack(layer: str, own: Mapping[str, Any], file: str) -> Any:
     shape = [int(size) for size in own["shape"].flatten().tolist()]
     bits, values = own["bitmask"], own["compressed"].flatten()
     fits = shape and min(shape) > 0 and bits.dtype == torch.uint8
-    if not fits or bits.numel() != int(np.prod(shape[:-1])) * -(-shape[-1] // 8):
+    if not fits or bits.numel() != math.prod(shape[:-1]) * -(-shape[-1] // 8):
         raise CheckpointError(f"{file}: {layer}.bitmask does not fit its shape {shape}", "save the checkpoint again")
     rows = bits.numpy().reshape(*shape[:-1], -1)
     kept = torch.from_numpy(np.unpackbits(rows, axis=-1, count=shape[-1], bitorder="little").astype(bool))

@@ -118,6 +118,8 @@ def _recipe(
         raise OptionError(f"prediction {recipe.prediction!r} is not known; expected one of {', '.join(PREDICTIONS)}")
     schedule_from_dict(recipe.schedule if isinstance(recipe.schedule, Mapping) else {"name": recipe.schedule})
     null = recipe.null_class
+    if null is not None and not config.num_classes:
+        raise OptionError(f"null class {null} is given, and the model has no labels", "leave it out")
     if null is not None and not 0 <= null < config.num_classes:
         raise OptionError(
             f"null class {null} is outside the {config.num_classes} rows of the label table",

@@ -57,6 +57,11 @@ def network_prefixes(shapes: Shapes) -> list[str]:
     return [prefix for prefix, own in under.items() if any(family.recognises(own) for family in FAMILIES)]
 
 
+def tensors_in_words(count: int) -> str:
+    """ "1 tensor", "2 tensors"."""
+    return f"{count} tensor{'' if count == 1 else 's'}"
+
+
 def listed(names: Iterable[str], most: int = 5) -> str:
     """A few names for a sentence."""
     names = sorted(names)

@@ -35,7 +35,7 @@ def lower(network: nn.Module, float32_layers: Sequence[str], precision: str) -> 
 
     Raises:
         OptionError: an unknown precision.
-        CheckpointError: a weight is beyond the range of fp16.
+        CheckpointError: a weight is beyond the range of the precision.
     """
     if precision not in DTYPES:
         raise OptionError(f"precision {precision!r} is not known; expected one of {', '.join(DTYPES)}")
@@ -65,9 +65,10 @@ def _check_range(name: str, module: nn.Module, dtype: torch.dtype) -> None:
     for part, value in module.named_parameters():
         found = _largest(value)
         if found > largest:
+            lower, higher = ("fp16", "bf16") if dtype == torch.float16 else ("bf16", "fp32")
             raise CheckpointError(
-                f"{name}.{part} holds {found:.3g}, which is beyond the range of fp16 ({largest:.0f})",
-                "build with --precision bf16",
+                f"{name}.{part} holds {found:.3g}, which is beyond the range of {lower} ({largest:.5g})",
+                f"build with --precision {higher}",
             )
 
 

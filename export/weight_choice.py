@@ -10,8 +10,8 @@ from torch import Tensor
 from sparse_engine.errors import CheckpointError
 
 from .averages import averages_named
-from .names import listed, tidied
-from .weight_sets import Entry, Weights, entries_of, is_averaged, networks_in, place
+from .names import listed, tensors_in_words, tidied
+from .weight_sets import Entry, Weights, entries_of, is_averaged, lists_of, networks_in, place
 
 
 def choose_weights(raw: Mapping[Any, Any], file: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -38,7 +38,11 @@ def choose_weights(raw: Mapping[Any, Any], file: str) -> tuple[dict[str, Tensor]
     taken = _only(averaged or averages_named(raw, entries, others, file) or others, file)
     passed_over = [weights for weights in found if weights is not taken]
     tensors, notes = _completed(taken, others)
-    return tensors, [*_taken_note(taken, passed_over, file), *notes, *_unused_notes(entries, [taken, *passed_over])]
+    return tensors, [
+        *_taken_note(taken, passed_over, file),
+        *notes,
+        *_unused_notes(raw, entries, [taken, *passed_over]),
+    ]
 
 
 def _likeliest(entries: Sequence[Entry], file: str) -> Weights:
@@ -64,7 +68,8 @@ def _completed(taken: Weights, others: Sequence[Weights]) -> tuple[dict[str, Ten
     lacking = others[0].tensors.keys() - taken.tensors.keys() if taken.averaged and len(others) == 1 else set()
     if not lacking:
         return taken.tensors, []
-    there = f"{len(lacking)} tensors are not among the averaged ones and come from {others[0].where}: {listed(lacking)}"
+    count = tensors_in_words(len(lacking))
+    there = f"not averaged, and taken from {others[0].where}: {count}, {listed(lacking)}"
     return {**others[0].tensors, **taken.tensors}, [there]
 
 
@@ -76,8 +81,13 @@ def _taken_note(taken: Weights, passed_over: Sequence[Weights], file: str) -> li
     return [f"{kind} taken from {taken.where} of {file}{beside}"]
 
 
-def _unused_notes(entries: Sequence[Entry], named: Sequence[Weights]) -> list[str]:
+def _unused_notes(raw: Mapping[Any, Any], entries: Sequence[Entry], named: Sequence[Weights]) -> list[str]:
     """Which tensors of a file nothing uses, beside those of the sets that are named already."""
     used = {id(tensor) for weights in named for tensor in weights.tensors.values()}
-    left = [(path, [name for name, tensor in own.items() if id(tensor) not in used]) for path, own in entries]
-    return [f"not used: {len(names)} tensors of {place(path)}: {listed(names)}" for path, names in left if names]
+    lists = [(path, {f"[{index}]": each for index, each in enumerate(own)}) for path, own in lists_of(raw)]
+    left = [
+        (path, [name for name, tensor in own.items() if id(tensor) not in used]) for path, own in [*entries, *lists]
+    ]
+    return [
+        f"not used: {tensors_in_words(len(names))} of {place(path)}: {listed(names)}" for path, names in left if names
+    ]

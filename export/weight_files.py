@@ -18,7 +18,7 @@ from sparse_engine.files import check_readable
 FOLDER_FILES = ("nnet_ema.pth", "nnet.pth")
 # What the Hub's libraries write into a folder.
 HUB_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")
-INDEX = ".index.json"
+INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")  # with a variant: model.safetensors.index.fp16.json
 SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)$")
 
 
@@ -59,7 +59,7 @@ def find_weights(path: Path) -> WeightFiles:
         raise CheckpointError(f"{path} is an engine; expected a checkpoint", "name the file that it was built from")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty", "copy or download the checkpoint again")
-    if path.name.endswith(INDEX):
+    if INDEX.search(path.name):
         return _indexed(path)
     _refuse_lone_shard(path)
     return WeightFiles(path, (path,), notes=_averaged_beside(path))
@@ -72,8 +72,7 @@ def _in_folder(folder: Path) -> WeightFiles:
         if present[0] != FOLDER_FILES[0]:
             return WeightFiles(found.path, found.parts, notes=[f"{folder.name} has no nnet_ema.pth: using nnet.pth"])
         return found
-    indices = sorted(folder.glob(f"*{INDEX}"))
-    choices = indices or [folder / name for name in HUB_FILES if (folder / name).is_file()]
+    choices = _indices(folder) or [folder / name for name in HUB_FILES if (folder / name).is_file()]
     if len(choices) == 1:
         return find_weights(choices[0])
     if choices:
@@ -86,6 +85,10 @@ def _in_folder(folder: Path) -> WeightFiles:
     raise CheckpointError(
         f"{folder} is a folder without {' or '.join(FOLDER_FILES)}", "name the weights file or its *.index.json itself"
     )
+
+
+def _indices(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.json") if INDEX.search(path.name))
 
 
 def _averaged_beside(path: Path) -> list[str]:
@@ -124,8 +127,9 @@ def _refuse_lone_shard(path: Path) -> None:
     count = int(shard["count"])
     numbers = [number for number in range(1, min(count, 4) + 1) if number != int(shard["number"])]
     siblings = [f"{shard['stem']}-{number:05d}-of-{count:05d}{shard['suffix']}" for number in numbers]
-    index = path.with_name(f"{shard['stem']}{shard['suffix']}{INDEX}")
-    fix = f"name {index}" if index.is_file() else f"put the others and {index.name} beside it, and name that"
+    indices = _indices(path.parent)
+    wanted = f"{shard['stem']}{shard['suffix']}.index.json"
+    fix = f"name {indices[0]}" if indices else f"put the others and {wanted} beside it, and name that"
     raise CheckpointError(
         f"{path} is one of {count} shards; the others are {', '.join(siblings)}{', ...' if count > 4 else ''}", fix
     )
@@ -150,7 +154,7 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
 
 def name_without_suffixes(path: Path) -> str:
     """``model`` of ``model.pth`` and of ``model.safetensors.index.json``."""
-    return Path(path.name.removesuffix(INDEX)).stem
+    return Path(INDEX.sub("", path.name)).stem
 
 
 def _sha256(file: Path) -> str:

@@ -18,8 +18,8 @@ AVERAGED = frozenset({"ema", "swa", "averaged", "average", "avg", "shadow", "pol
 RAW = frozenset({"online", "current", "collected", "stored", "backup"})
 NO_WEIGHTS = frozenset({"opt", "optim", "optimizer", "optimizers", "scheduler", "schedulers", "scaler", "rng"})
 # Counters that averaging keeps beside the weights.
-BOOKKEEPING = frozenset({"n_averaged", "initted", "step", "decay", "num_updates"})
-DEPTH = 5  # of dictionaries in dictionaries
+BOOKKEEPING = frozenset({"n_averaged", "initted", "step", "steps", "decay", "num_updates"})
+DEPTH = 8  # of dictionaries in dictionaries
 
 Entry = tuple[tuple[str, ...], dict[str, Tensor]]  # the keys that lead to a dictionary, and its tensors
 
@@ -54,18 +54,19 @@ def place(entry: Sequence[str], prefix: str = "") -> str:
 
 
 def mappings_in(raw: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
-    """Each dictionary of a file, once, and the keys that lead to it; those that hold no weights are left out."""
-    waiting: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), raw)]
+    """Each dictionary of a file, once, and the keys and indices that lead to it; what holds no weights is left out."""
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), raw)]
     seen: set[int] = set()
-    for path, mapping in waiting:  # grows as it is walked
-        if id(mapping) in seen or len(path) > DEPTH:
+    for path, inner in waiting:  # grows as it is walked
+        if id(inner) in seen or len(path) > DEPTH:
             continue
-        seen.add(id(mapping))
-        yield path, mapping
+        seen.add(id(inner))
+        if isinstance(inner, Mapping):
+            yield path, inner
         waiting += [
             ((*path, str(key)), value)
-            for key, value in mapping.items()
-            if isinstance(value, Mapping) and not words(str(key)) & NO_WEIGHTS
+            for key, value in (inner.items() if isinstance(inner, Mapping) else enumerate(inner))
+            if isinstance(value, (Mapping, list, tuple)) and not words(str(key)) & NO_WEIGHTS
         ]
 
 
@@ -76,6 +77,16 @@ def entries_of(raw: Mapping[Any, Any]) -> list[Entry]:
         for path, mapping in mappings_in(raw)
     ]
     return [(path, tensors) for path, tensors in found if tensors]
+
+
+def lists_of(raw: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], list[Tensor]]]:
+    """The lists of tensors, and the keys that lead to them."""
+    for path, mapping in mappings_in(raw):
+        for key, value in mapping.items():
+            if isinstance(value, (list, tuple)) and not words(str(key)) & NO_WEIGHTS:
+                tensors = [each for each in value if isinstance(each, Tensor)]
+                if tensors:
+                    yield (*path, str(key)), tensors
 
 
 def _text(key: Any) -> str:
@@ -105,10 +116,15 @@ def first_parts(names: Iterable[str]) -> list[str]:
     return sorted({name.partition(".")[0] + "." for name in names if "." in name})
 
 
-def is_averaged(path: Sequence[str], prefix: str, raw: Mapping[Any, Any]) -> bool:
-    """By the last key that says it. Lightning's WeightAveraging puts the average in the place of the raw weights."""
-    if tuple(path) == ("state_dict",) and "averaging_state" in raw:
-        return True
+def is_averaged(path: tuple[str, ...], prefix: str, raw: Mapping[Any, Any]) -> bool:
+    """By the last key that says it, but for the tools that put the average in the place of the raw weights.
+
+    Lightning's WeightAveraging keeps the raw ones as ``current_model_state``, MMEngine's EMAHook as ``ema_state_dict``.
+    """
+    meta = raw.get("meta")
+    exchanged = isinstance(meta, Mapping) and "mmengine_version" in meta
+    if exchanged or "averaging_state" in raw:
+        return path[:1] == ("state_dict",)
     for part in reversed([*path, *prefix.split(".")]):
         if words(part) & (AVERAGED | RAW):
             return not words(part) & RAW

@@ -177,7 +177,7 @@ def test_layers_that_a_pruned_checkpoint_kept_dense_stay_dense(tmp_path: Path, s
     assert np.array_equal(baked.state["mid_block.mlp.fc2.weight"], model.checkpoint.state["mid_block.mlp.fc2.weight"])
     (note,) = warnings_of(baked)
     assert note.startswith("in_blocks.0.attn.proj, in_blocks.0.attn.qkv")
-    assert "are not 2:4: its weights are dense, in a checkpoint of which other layers are pruned" in note
+    assert "are not 2:4: dense weights, in a checkpoint of which other layers are pruned" in note
     assert len([layer for layer in bake(model, "magnitude").layers if layer.masked]) == 12
 
 

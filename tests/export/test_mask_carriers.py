@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.ao.pruning import WeightNormSparsifier
 from torch.nn.utils import prune
 
@@ -124,9 +125,9 @@ def test_torch_prune_on_weights_and_biases(tmp_path: Path) -> None:
 
 def test_helpers_that_are_not_used_are_named(load: Callable) -> None:
     notes = load(CARRIERS["apex ASP, masks to be computed again"]).notes
-    assert notes == [f"not used: the values that apex ASP cut away, in 1 tensors such as {LAYER}.__weight_mma_pruned_p"]
+    assert notes == [f"not used: the values that apex ASP cut away, such as {LAYER}.__weight_mma_pruned_p (1 in all)"]
     notes = load(CARRIERS["ModelOpt, then quantised"]).notes
-    assert notes == [f"not used: ModelOpt's quantisation ranges, in 2 tensors such as {LAYER}.input_quantizer._amax"]
+    assert notes == [f"not used: ModelOpt's quantisation ranges, such as {LAYER}.input_quantizer._amax (2 in all)"]
 
 
 def test_modelopts_own_file(tmp_path: Path) -> None:
@@ -259,4 +260,14 @@ def test_semi_structured_tensors_are_refused_by_name(tmp_path: Path) -> None:
     tensor = kind(torch.Size((128, 128)), half, torch.zeros(128, 8, dtype=torch.int16), None, None, None)
     torch.save({"w": tensor}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="semi-structured sparse tensors(?s:.*)to_dense"):
+        load_checkpoint(tmp_path / "x.pth")
+
+
+def test_tensors_of_another_kind_are_refused_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A distributed or quantised tensor looks like a plain one until it is computed with."""
+    torch.save({"w": torch.ones(2)}, tmp_path / "x.pth")
+    with FakeTensorMode():
+        fake = torch.ones(2)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: {"w": fake})
+    with pytest.raises(CheckpointError, match="w is a FakeTensor; expected a plain tensor(?s:.*)full_tensor"):
         load_checkpoint(tmp_path / "x.pth")

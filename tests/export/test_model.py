@@ -255,3 +255,8 @@ def test_what_is_missing_and_what_is_there_instead_are_both_said(tmp_path: Path)
     torch.save(state, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=r"1 missing key.*norm1\.bias; 1 unexpected key.*norm1\.beta"):
         load_model(tmp_path / "x.pth", heads=4)
+
+
+def test_a_null_class_of_a_model_without_labels(tiny_checkpoint: Path) -> None:
+    with pytest.raises(OptionError, match="null class 4 is given, and the model has no labels"):
+        load_model(tiny_checkpoint, heads=4, null_class=4)

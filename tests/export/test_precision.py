@@ -104,3 +104,17 @@ def test_a_weight_beyond_fp16_is_named(digits: tuple[Model, Baked]) -> None:
 def test_unknown_precision(digits: tuple[Model, Baked]) -> None:
     with pytest.raises(OptionError, match="precision 'fp4' is not known; expected one of fp32, fp16, bf16"):
         lowered(digits, "fp4")
+
+
+@pytest.mark.parametrize(
+    "precision,value,message",
+    [
+        ("fp16", 1e5, r"0\.weight holds 1e\+05, which is beyond the range of fp16 \(65504\)\n.*--precision bf16"),
+        ("bf16", 3.4e38, r"beyond the range of bf16 \(3\.3895e\+38\)\n.*--precision fp32"),
+    ],
+)
+def test_weights_beyond_a_range_name_it(precision: str, value: float, message: str) -> None:
+    network = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
+    nn.init.constant_(network[0].weight, value)
+    with pytest.raises(CheckpointError, match=message):
+        lower(network, (), precision)

@@ -79,6 +79,14 @@ BESIDE_RAW: dict[str, dict[str, Any]] = {
         "current_model_state": RAW,
         "averaging_state": {"n_averaged": torch.tensor(3)},
     },
+    "MMEngine's EMAHook, which exchanges the two": {
+        "meta": {"mmengine_version": "0.10.7", "epoch": 3},
+        "state_dict": AVERAGED,
+        "ema_state_dict": {**under("module.", RAW), "steps": torch.tensor(9)},
+    },
+    "in a list of algorithms": {
+        "state": {"model": RAW, "algorithms": [["EMA", {"ema_model": {"named_parameters_dict": AVERAGED}}]]}
+    },
     "CompVis' LitEma": {
         "state_dict": {
             **under("model.diffusion_model.", RAW),
@@ -152,7 +160,7 @@ def test_what_is_not_averaged_is_that_of_the_raw_weights(load: Callable) -> None
     some = {name: tensor for name, tensor in AVERAGED.items() if name != frozen}
     checkpoint = load({"state_dict": {**under("model.", RAW), **without_dots("model_ema.", some)}})
     assert_same(checkpoint, {**some, frozen: RAW[frozen]})
-    assert any("1 tensors are not among the averaged ones and come from" in note for note in checkpoint.notes)
+    assert any(note.startswith("not averaged, and taken from the names under 'model.'") for note in checkpoint.notes)
 
 
 def test_masks_of_the_raw_weights_serve_the_averaged_ones(load: Callable) -> None:
@@ -216,13 +224,14 @@ def test_both_a_wrapped_and_a_plain_network_are_refused(load: Callable) -> None:
     [
         (
             {"state_dict": {**under("model.", RAW), "loss.vgg.weight": torch.ones(3)}},
-            "1 tensors of the entry 'state_dict': loss.vgg.weight",
+            "1 tensor of the entry 'state_dict': loss.vgg.weight",
         ),
-        ({"model": RAW, "vae": {"decoder.weight": torch.ones(2)}}, "1 tensors of the entry 'vae': decoder.weight"),
-        ({"model": RAW, "betas": torch.ones(9)}, "1 tensors of the file itself: betas"),
-        ({"n_averaged": torch.tensor(2), **under("module.", RAW)}, "1 tensors of the file itself: n_averaged"),
+        ({"model": RAW, "vae": {"decoder.weight": torch.ones(2)}}, "1 tensor of the entry 'vae': decoder.weight"),
+        ({"model": RAW, "betas": torch.ones(9)}, "1 tensor of the file itself: betas"),
+        ({"model": RAW, "ema_losses": [torch.ones(9), torch.ones(9)]}, "2 tensors of the entry 'ema_losses': [0], [1]"),
+        ({"n_averaged": torch.tensor(2), **under("module.", RAW)}, "1 tensor of the file itself: n_averaged"),
     ],
-    ids=["outside the prefix", "another entry", "beside the entries", "a counter"],
+    ids=["outside the prefix", "another entry", "beside the entries", "a list", "a counter"],
 )
 def test_tensors_that_nothing_uses_are_named(load: Callable, held: dict[str, Any], where: str) -> None:
     checkpoint = load(held)

@@ -44,6 +44,8 @@ def test_shards_are_read_through_their_index_or_folder(tmp_path: Path, suffix: s
         assert model.checkpoint.path == index
         assert all(np.array_equal(model.checkpoint.state[name], t) for name, t in random_state(TINY).items())
         assert model.notes[0] == f"3 shards listed by {index.name}"
+    variant = index.rename(index.with_name(f"model{suffix}.index.fp16.json"))
+    assert load_model(tmp_path).checkpoint.path == variant
 
 
 def test_the_hash_of_shards_is_of_all_of_them(tmp_path: Path) -> None:
@@ -146,6 +148,7 @@ def test_an_engine_is_named_after_the_link_and_configured_beside_it(tmp_path: Pa
     "path,name",
     [
         ("a/model.safetensors.index.json", "model.sengine"),
+        ("a/model.safetensors.index.fp16.json", "model.sengine"),
         ("a/model.v2.pth", "model.v2.sengine"),
         ("500000.ckpt/", "500000.sengine"),
         ("a/b/..", "a.sengine"),
