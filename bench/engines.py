@@ -107,7 +107,7 @@ def main() -> None:
     given = parser.parse_args()
     try:
         if given.output is not None:
-            check_writable(given.output)
+            check_writable(given.output, ".json")
         results = describe_run("python -m sparse_engine.bench.engines " + " ".join(sys.argv[1:]), given.threads)
         batches = parse_batches(given.batch)
         results |= time_engines(

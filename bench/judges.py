@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from sparse_engine.engine import to_uint8
 from sparse_engine.errors import MissingDependencyError, OptionError, UnsupportedError
 from sparse_engine.export.model import Model
+from sparse_engine.files import scratch_folder
 from sparse_engine.images import write_samples
 
 from .quality import Judge, frechet_distance
@@ -69,8 +69,8 @@ def fid_judge(model: Model, references: Path, images: int) -> Judge:
     fidelity, weights = _fidelity(), inception_weights()
 
     def judge(drawn: np.ndarray, labels: np.ndarray | None) -> dict[str, float]:
-        with tempfile.TemporaryDirectory() as name:
-            samples = Path(name) / "samples"
+        with scratch_folder() as folder:
+            samples = folder / "samples"
             write_samples(samples, [to_uint8(drawn, value_range)])
             scores = fidelity.calculate_metrics(
                 input1=str(samples),

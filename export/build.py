@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,13 @@ def default_output(checkpoint: Path) -> Path:
     return Path(name).with_suffix(SUFFIX)
 
 
+def output_for(checkpoint: str | Path, output: str | Path | None) -> Path:
+    """The engine file that is asked for as ``output``: where that is a folder, ``default_output`` in it."""
+    if output is None or os.path.isdir(output):
+        return Path(output or "") / default_output(Path(checkpoint))
+    return Path(output)
+
+
 def build_engine(
     checkpoint: str | Path,
     output: str | Path | None = None,
@@ -63,7 +71,7 @@ def build_engine(
 
     Args:
         checkpoint: as ``load_checkpoint`` takes it.
-        output: the file to write; ``default_output`` where None.
+        output: the file to write, or a folder for it; ``default_output`` where None.
         sparse: bake 2:4 masks and let the backend use sparse kernels where they are faster.
         mask: rule for ``bake``; None is "auto" for a sparse build and "none" for a dense one.
         pattern: N:M of the magnitude rule; only 2:4 has sparse kernels.
@@ -85,7 +93,7 @@ def build_engine(
         CheckpointError, OptionError, OutputError, UnsupportedError: bad input; nothing is left behind.
         BackendError: the graph could not be exported or built.
     """
-    path = Path(output) if output is not None else default_output(Path(checkpoint))
+    path = output_for(checkpoint, output)
     check_writable(path)
     chosen = usable_backend(backend, to_build=True)
     options = BuildOptions(sparse, precision, _checked_batch(batch), device, require_sparse, tensorrt, progress)

@@ -2,15 +2,16 @@
 
 import sys
 
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+from sparse_engine import process
 
 
 def main() -> None:
-    """Run the command line; Ctrl-C while it is still being imported is no traceback either."""
+    """Run the command line; a signal while it is still being imported is no traceback either."""
+    process.begin()
     try:
         from sparse_engine.cli.main import main as run
     except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(process.interrupted_code())
     run()
 
 

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import torch
 
-from sparse_engine.__main__ import EXIT_INTERRUPTED
 from sparse_engine.backends.torch.runner import find_device
-from sparse_engine.errors import BackendError, OptionError, SparseEngineError
+from sparse_engine.errors import EXIT_INTERRUPTED, BackendError, OptionError, SparseEngineError
 
 from . import ceilings, engines, ways, where
 from .session import Results, Row, Session, failure, has_broken_cuda

@@ -1,0 +1,166 @@
+"""What a command owes the shell that runs it: output that cannot fail in odd ways, signals that clean up, exit codes.
+
+Light, as it is imported before anything else. A program that uses the library is left as it is: only ``begin`` changes
+the process.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import io
+import os
+import signal
+import sys
+import threading
+import unicodedata
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, TextIO
+
+from sparse_engine.errors import EXIT_INTERRUPTED, EXIT_SIGNAL, PrintError
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+PLAIN_ERRORS = "sparse_engine.plain"
+PLAIN = {
+    "→": "->", "←": "<-", "×": "x", "…": "...", "–": "-", "—": "-", "─": "-", "━": "-", "│": "|", "┃": "|", "•": "*",
+    "±": "+-", "≤": "<=", "≥": ">=", "‘": "'", "’": "'", "“": '"', "”": '"', "\N{HYPHEN}": "-",
+}  # fmt: skip
+
+_received: int | None = None
+_interruptible = False  # before, nothing has been written: the process may end anywhere
+
+
+def begin() -> None:
+    """Make this process one that behaves: streams, and signals, which end it at once until ``interruptible``."""
+    if os.name != "posix" or isinstance(getattr(sys.stdout, "buffer", None), _Buffer):
+        return
+    _fill_closed_descriptors()
+    codecs.register_error(PLAIN_ERRORS, _plain)
+    sys.stdout = _stream(1, sys.stdout)
+    sys.stderr = _stream(2, sys.stderr)
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, or in the background of a script
+            signal.signal(number, _stop)
+
+
+def interruptible() -> None:
+    """From here on a signal is a KeyboardInterrupt, so that what was begun is cleared away."""
+    global _interruptible
+    _interruptible = True
+
+
+def interrupted_by() -> int | None:
+    """The signal that this process was sent, if any."""
+    return _received
+
+
+def interrupted_code() -> int:
+    """The exit code of a process that was interrupted: 128 and the signal's number; Ctrl-C's where none is known."""
+    return EXIT_INTERRUPTED if _received is None else EXIT_SIGNAL + _received
+
+
+def ignore_signals() -> None:
+    """What is left to be done takes no time, and has to be done."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is _stop:
+            signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def noting(note: Callable[[], None]) -> Iterator[None]:
+    """While a library runs that no exception may pass through: a signal calls ``note`` and raises nothing."""
+    if threading.current_thread() is not threading.main_thread():  # where signals do not come
+        yield
+        return
+
+    def noted(number: int, frame: FrameType | None) -> None:
+        global _received
+        _received = number if before[number] is _stop else _received
+        note()
+
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: it for number, it in handlers.items() if it is _stop or number == signal.SIGINT}
+    for number in before:
+        signal.signal(number, noted)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    global _received
+    _received = number
+    if not _interruptible:
+        os._exit(EXIT_SIGNAL + number)
+    raise KeyboardInterrupt
+
+
+def _fill_closed_descriptors() -> None:
+    """Open the standard streams that the shell closed (``>&-``): a file of ours would get their numbers."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+
+
+def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
+    """For ``codecs``: a character that a stream's encoding lacks, in plain ones; an undecodable byte as it was."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letter = error.object[error.start]
+    if "\udc80" <= letter <= "\udcff":  # of a file name that is no text
+        return bytes([ord(letter) & 0xFF]), error.start + 1
+    plain = PLAIN.get(letter) or unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode()
+    return plain or "?", error.start + 1
+
+
+class _Output(io.FileIO):
+    """Standard output or error. When nobody reads it any more, the rest is dropped and the command goes on.
+
+    A write that fails otherwise, as on a full disk, is said once: PrintError from standard output.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._muted = False
+
+    def write(self, data: Any, /) -> int:
+        size = memoryview(data).nbytes
+        if self._muted:
+            return size
+        try:
+            return super().write(data)  # None where a pipe is full and would block
+        except BrokenPipeError:
+            self._muted = True
+        except OSError as error:
+            self._muted = True
+            if self.fileno() == 1:
+                raise PrintError(
+                    f"standard output cannot be written: {error.strerror}", "write it elsewhere, or free space"
+                ) from error
+        return size
+
+
+class _Buffer(io.BufferedWriter):
+    """Tells a stream that is ours already."""
+
+
+def _stream(descriptor: int, old: TextIO | None) -> TextIO:
+    """A standard stream as it was set up, over ``_Output``."""
+    with contextlib.suppress(Exception):
+        if old is not None:
+            old.flush()
+    return io.TextIOWrapper(
+        _Buffer(_Output(descriptor)),
+        encoding=getattr(old, "encoding", None) or "utf-8",
+        errors=PLAIN_ERRORS,
+        line_buffering=bool(getattr(old, "line_buffering", False)) or descriptor == 2,
+        write_through=bool(getattr(old, "write_through", False)),
+    )
