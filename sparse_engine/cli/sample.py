@@ -62,7 +62,6 @@ def command(
     ):
         manifest = loaded.manifest
         latents = manifest.value_range is None
-        check_output(output, max(n, 1), manifest.data_shape, latents=latents)
         size = batch_size or manifest.batch[1]
         task = display.add_task("sampling", total=math.ceil(max(n, 1) / max(size, 1)) * steps)
         batches = loaded.stream(
@@ -84,6 +83,7 @@ def command(
             clip=clip,
             callback=(lambda *_: display.advance(task)) if errors.is_terminal else None,  # it costs a GPU its pace
         )
+        check_output(output, n, manifest.data_shape, latents=latents)  # nothing has been drawn yet
         written = write_samples(output, batches)
     errors.print(f"{written} samples: {output}", highlight=False, markup=False)
 
