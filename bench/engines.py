@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_engine import sampling
+from sparse_engine import process, sampling
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import OptionError, SparseEngineError
 from sparse_engine.files import check_writable
@@ -126,4 +126,4 @@ def _told(error: SparseEngineError) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)

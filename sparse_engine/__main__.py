@@ -2,16 +2,18 @@
 
 import sys
 
-from sparse_engine import process
+from sparse_engine.errors import EXIT_INTERRUPTED
 
 
 def main() -> None:
     """Run the command line; a signal while it is still being imported is no traceback either."""
-    process.begin()
     try:
+        from sparse_engine import process
+
+        process.begin()
         from sparse_engine.cli.main import main as run
     except KeyboardInterrupt:
-        sys.exit(process.interrupted_code())
+        sys.exit(EXIT_INTERRUPTED)
     run()
 
 

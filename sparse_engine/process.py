@@ -16,8 +16,9 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
+from sparse_engine import temporaries
 from sparse_engine.errors import EXIT_INTERRUPTED, EXIT_SIGNAL, PrintError
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -32,7 +33,7 @@ _interruptible = False  # before, nothing has been written: the process may end 
 
 
 def begin() -> None:
-    """Make this process one that behaves: streams, and signals, which end it at once until ``interruptible``."""
+    """Make this process one that behaves: streams, and signals, which end it at once until ``run``."""
     if os.name != "posix" or isinstance(getattr(sys.stdout, "buffer", None), _Buffer):
         return
     _fill_closed_descriptors()
@@ -44,27 +45,36 @@ def begin() -> None:
             signal.signal(number, _stop)
 
 
-def interruptible() -> None:
-    """From here on a signal is a KeyboardInterrupt, so that what was begun is cleared away."""
+def run(work: Callable[[], int | None]) -> NoReturn:
+    """Run a command and exit with its code. From here on a signal is a KeyboardInterrupt: what was begun goes."""
     global _interruptible
+    begin()
     _interruptible = True
+    try:
+        code = work()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = clear_away()
+    except PrintError as error:
+        sys.stderr.write(f"error: {error}\n")
+        code = error.exit_code
+    _handle(_stop, signal.SIG_DFL)  # an exception has nobody to go to any more
+    sys.exit(code)
+
+
+def clear_away() -> int:
+    """After an interrupt: nothing is left behind, whatever signal comes meanwhile. The exit code: 128 + the signal's.
+
+    Ctrl-C's where no signal is known.
+    """
+    _handle(_stop, signal.SIG_IGN)
+    temporaries.clear()
+    return EXIT_INTERRUPTED if _received is None else EXIT_SIGNAL + _received
 
 
 def interrupted_by() -> int | None:
     """The signal that this process was sent, if any."""
     return _received
-
-
-def interrupted_code() -> int:
-    """The exit code of a process that was interrupted: 128 and the signal's number; Ctrl-C's where none is known."""
-    return EXIT_INTERRUPTED if _received is None else EXIT_SIGNAL + _received
-
-
-def ignore_signals() -> None:
-    """What is left to be done takes no time, and has to be done."""
-    for number in SIGNALS:
-        if signal.getsignal(number) is _stop:
-            signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -88,6 +98,13 @@ def noting(note: Callable[[], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _handle(before: Any, after: Any) -> None:
+    """Give the signals that are handled so another handler."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is before:
+            signal.signal(number, after)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

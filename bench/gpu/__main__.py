@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
+from sparse_engine import process
 from sparse_engine.backends.torch.runner import find_device
-from sparse_engine.errors import EXIT_INTERRUPTED, BackendError, OptionError, SparseEngineError
+from sparse_engine.errors import BackendError, OptionError, SparseEngineError
 
 from . import ceilings, engines, ways, where
 from .session import Results, Row, Session, failure, has_broken_cuda
@@ -135,7 +136,7 @@ def main(arguments: list[str]) -> int:
         done = [run_step(n, session) if given.here else _run_apart(n, arguments, given.budget) for n in wanted]
     except KeyboardInterrupt:
         say("interrupted; what was measured is kept")
-        return EXIT_INTERRUPTED
+        return process.clear_away()
     return 0 if all(done) else 1
 
 
@@ -212,4 +213,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    process.run(lambda: main(sys.argv[1:]))

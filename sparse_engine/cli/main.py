@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparse_engine import __version__, process, temporaries
+from sparse_engine import __version__, process
 from sparse_engine.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, SparseEngineError
 
 from . import bench, build, calibrate, doctor, export_triton, inspect, sample, samplers, verify
@@ -46,9 +46,7 @@ def _options(
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 bad input, 128 + N ended by signal N (130: Ctrl-C)."""
-    process.begin()
-    process.interruptible()
-    sys.exit(run(sys.argv[1:]))
+    process.run(lambda: run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
@@ -70,10 +68,9 @@ def run(arguments: list[str]) -> int:
 
 
 def _interrupted() -> int:
-    process.ignore_signals()
-    temporaries.clear()
+    code = process.clear_away()
     errors.print("interrupted; nothing half-written was left behind")
-    return process.interrupted_code()
+    return code
 
 
 def _failed(error: Exception) -> int:
