@@ -15,6 +15,7 @@ from sparse_engine.errors import OptionError, OutputError
 
 UMASK = os.umask(0o022)  # it can only be read by setting it: once, before there are threads
 os.umask(UMASK)
+SET_TMPDIR = "set TMPDIR to a folder that can be written and has space"
 MOUNTS = Path("/proc/self/mountinfo")
 CONTENT = "content"  # what is being made in a folder goes by this name
 NOT_CONTENT = ("lost+found",)  # what a file system that was just made has in it
@@ -99,7 +100,7 @@ def scratch_folder() -> Iterator[Path]:
         if folder is not None and error.errno not in FULL:
             raise
         where = folder.parent if folder is not None else "the folder for temporary files"
-        raise OutputError(f"{where}: {_words(error)}", "set TMPDIR to a folder with more space") from error
+        raise OutputError(f"{where}: {_words(error)}", SET_TMPDIR) from error
 
 
 def check_writable(path: Path, *kinds: str) -> None:
@@ -199,7 +200,7 @@ def output_error(path: Path, error: OSError | ValueError) -> OutputError:
     number, folder = getattr(error, "errno", None), path.parent
     scratch = temporaries.in_scratch(path)
     if scratch is not None:
-        return OutputError(f"{scratch.parent}: {_words(error)}", "set TMPDIR to a folder with more space")
+        return OutputError(f"{scratch.parent}: {_words(error)}", SET_TMPDIR)
     if number in FULL:
         return OutputError(f"{path}: {_words(error)}", "free space, or write elsewhere")
     if number in (errno.EACCES, errno.EPERM):
