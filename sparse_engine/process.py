@@ -22,6 +22,7 @@ from sparse_engine import temporaries
 from sparse_engine.errors import EXIT_INTERRUPTED, EXIT_SIGNAL, PrintError
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+INTERRUPTED = "interrupted; nothing half-written was left behind"
 PLAIN_ERRORS = "sparse_engine.plain"
 PLAIN = {
     "→": "->", "←": "<-", "×": "x", "…": "...", "–": "-", "—": "-", "─": "-", "━": "-", "│": "|", "┃": "|", "•": "*",
@@ -29,6 +30,7 @@ PLAIN = {
 }  # fmt: skip
 
 _received: int | None = None
+_fragile = False  # what runs cannot bear an exception in its midst
 _interruptible = False  # before, nothing has been written: the process may end anywhere
 
 
@@ -72,6 +74,20 @@ def clear_away() -> int:
     return EXIT_INTERRUPTED if _received is None else EXIT_SIGNAL + _received
 
 
+@contextlib.contextmanager
+def fragile() -> Iterator[None]:
+    """While a library runs that an exception in its midst would abort: a signal clears away and ends the process.
+
+    Only where ``run`` handles signals; a program that uses the library has its own.
+    """
+    global _fragile
+    before, _fragile = _fragile, True
+    try:
+        yield
+    finally:
+        _fragile = before
+
+
 def interrupted_by() -> int | None:
     """The signal that this process was sent, if any."""
     return _received
@@ -110,9 +126,14 @@ def _handle(before: Any, after: Any) -> None:
 def _stop(number: int, frame: FrameType | None) -> None:
     global _received
     _received = number
-    if not _interruptible:
-        os._exit(EXIT_SIGNAL + number)
-    raise KeyboardInterrupt
+    if _interruptible and not _fragile:
+        raise KeyboardInterrupt
+    code = clear_away()
+    if _interruptible:
+        show_cursor = b"\x1b[?25h" if os.isatty(2) else b""
+        with contextlib.suppress(OSError):
+            os.write(2, show_cursor + INTERRUPTED.encode() + b"\n")
+    os._exit(code)
 
 
 def _fill_closed_descriptors() -> None:

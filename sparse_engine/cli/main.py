@@ -69,7 +69,7 @@ def run(arguments: list[str]) -> int:
 
 def _interrupted() -> int:
     code = process.clear_away()
-    errors.print("interrupted; nothing half-written was left behind")
+    errors.print(process.INTERRUPTED)
     return code
 
 

@@ -23,6 +23,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from sparse_engine import process
 from sparse_engine.errors import MissingDependencyError
 
 PIPE_WIDTH = 120  # columns where there is no terminal to ask
@@ -34,7 +35,8 @@ errors = Console(stderr=True, soft_wrap=True)
 def export_module(name: str) -> ModuleType:
     """A module of ``sparse_engine.export``, which needs torch. Raises MissingDependencyError where it is not there."""
     try:
-        return import_module(f"sparse_engine.export.{name}")
+        with process.fragile():  # torch, while it is imported
+            return import_module(f"sparse_engine.export.{name}")
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             f"this command reads checkpoints, which needs {error.name}; it is not installed",
@@ -45,7 +47,8 @@ def export_module(name: str) -> ModuleType:
 def bench_module(name: str) -> ModuleType:
     """A module of ``sparse_engine.bench``. Raises MissingDependencyError where something it needs is not there."""
     try:
-        return import_module(f"sparse_engine.bench.{name}")
+        with process.fragile():
+            return import_module(f"sparse_engine.bench.{name}")
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             f"the bench needs {error.name}; it is not installed", "pip install 'sparse-engine[bench,export,cpu]'"
