@@ -85,7 +85,8 @@ def _move(source: Path, folder: Path) -> None:
             each.replace(moved[-1])
     except BaseException:
         for each in moved:
-            each.unlink(missing_ok=True)
+            if not (source / each.name).exists():
+                each.unlink(missing_ok=True)
         raise
 
 
