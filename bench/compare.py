@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from sparse_engine.cores import pool_size
 from sparse_engine.errors import VerificationError
 from sparse_engine.export.model import Model
+from sparse_engine.files import scratch_folder
 
 from .arms import DENSE, Arm, build_arms
 from .layers import amdahl_limit, profile_step
@@ -56,8 +56,7 @@ def compare_model(
         VerificationError: one of our own engines does not compute what torch computes.
     """
     workload = Workload(model)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         progress("exporting")
         if settings.peers:
             workload.write_onnx(folder)

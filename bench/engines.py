@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_engine import sampling
+from sparse_engine import process, sampling
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import OptionError, SparseEngineError
 from sparse_engine.files import check_writable
@@ -107,7 +107,7 @@ def main() -> None:
     given = parser.parse_args()
     try:
         if given.output is not None:
-            check_writable(given.output)
+            check_writable(given.output, ".json")
         results = describe_run("python -m sparse_engine.bench.engines " + " ".join(sys.argv[1:]), given.threads)
         batches = parse_batches(given.batch)
         results |= time_engines(
@@ -126,4 +126,4 @@ def _told(error: SparseEngineError) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)

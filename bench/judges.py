@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from sparse_engine.errors import MissingDependencyError, OptionError, UnsupportedError
 from sparse_engine.export.model import Model
-from sparse_engine.files import check_readable
+from sparse_engine.files import check_readable, scratch_folder
 from sparse_engine.images import write_samples
 from sparse_engine.results import to_uint8
 
@@ -71,8 +70,8 @@ def fid_judge(model: Model, references: Path, images: int) -> Judge:
     fidelity, weights = _fidelity(), inception_weights()
 
     def judge(drawn: np.ndarray, labels: np.ndarray | None) -> dict[str, float]:
-        with tempfile.TemporaryDirectory() as name:
-            samples = Path(name) / "samples"
+        with scratch_folder() as folder:
+            samples = folder / "samples"
             write_samples(samples, [to_uint8(drawn, value_range)])
             scores = fidelity.calculate_metrics(
                 input1=str(samples),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ import numpy as np
 
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.onnxruntime.layers import PAIR
+from sparse_engine.files import scratch_folder
 
 RUNS = 2
 PROFILED_BACKEND = "onnxruntime"  # the one whose runtime tells the time of each node
@@ -58,8 +58,8 @@ def profile_step(
     from sparse_engine.backends.onnxruntime.session import create_session, prepare
 
     prepared = prepare(engine, threads, autotune=True)
-    with tempfile.TemporaryDirectory() as folder:
-        session = create_session(prepared, engine.path, threads, Path(folder) / "step")
+    with scratch_folder() as folder:
+        session = create_session(prepared, engine.path, threads, folder / "step")
         for _ in range(1 + RUNS):
             session.run(None, dict(feed))
         events = json.loads(Path(session.end_profiling()).read_text())

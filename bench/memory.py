@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -45,14 +46,16 @@ def peak_memory(engines: Mapping[str, Path], batch: int, threads: int | None) ->
         for name, path in engines.items()
     }
     found = {}
-    for name, process in processes.items():
-        try:
-            output, _ = process.communicate(timeout=TIMEOUT)
-        except subprocess.TimeoutExpired:
+    try:
+        for name, process in processes.items():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                output, _ = process.communicate(timeout=TIMEOUT)
+                if process.returncode == 0:
+                    found[name] = json.loads(output.splitlines()[-1])
+    finally:  # of those that took too long, or of all after an interrupt
+        for process in processes.values():
             process.kill()
-            continue
-        if process.returncode == 0:
-            found[name] = json.loads(output.splitlines()[-1])
+            process.wait()
     return found
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparse_engine import sampling
+from sparse_engine import process, sampling
 from sparse_engine.export.bake import Baked, bake
 from sparse_engine.export.model import Model, load_model
 from sparse_engine.export.precision import PRODUCTS, lower
@@ -151,4 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sparse_engine.errors import MissingDependencyError
-from sparse_engine.files import replacing
+from sparse_engine.plots import save_figure
 
 from .collect import CalibrationData
 from .observe import Activation
@@ -19,22 +19,21 @@ COLUMNS = 4
 
 
 def plot_ranges(activations: Mapping[str, Activation], data: CalibrationData, path: Path) -> None:
-    """Draw what each layer is given, from the smallest to the largest value, against schedule time, to a PNG.
+    """Draw what each layer is given, from the smallest to the largest value, against schedule time.
 
     Args:
         activations: layer -> what it was given over ``data``.
         data: the inputs, in order.
-        path: the picture.
+        path: the picture: PNG, SVG or PDF.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
-        OutputError: the file cannot be written.
+        OptionError, OutputError: the file cannot be written, or is no figure's.
     """
     try:
         import matplotlib as mpl
     except ModuleNotFoundError as error:
         raise MissingDependencyError("--plot needs matplotlib", "pip install 'sparse-engine[bench]'") from error
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = -(-len(activations) // COLUMNS)
@@ -60,5 +59,4 @@ def plot_ranges(activations: Mapping[str, Activation], data: CalibrationData, pa
             ha="left",
             fontsize=9,
         )
-        with replacing(path) as stream:
-            FigureCanvasAgg(figure).print_png(stream)
+        save_figure(figure, path)

@@ -45,6 +45,13 @@ def default_output(checkpoint: Path) -> Path:
     return Path(name + SUFFIX)
 
 
+def output_for(checkpoint: str | Path, output: str | Path | None) -> Path:
+    """The engine file that is asked for as ``output``: where that is a folder, ``default_output`` in it."""
+    if output is None or os.path.isdir(output):
+        return Path(output or "") / default_output(Path(checkpoint))
+    return Path(output)
+
+
 @plain_defaults()
 def build_engine(
     checkpoint: str | Path,
@@ -69,7 +76,7 @@ def build_engine(
 
     Args:
         checkpoint: as ``load_checkpoint`` takes it.
-        output: the file to write; ``default_output`` where None.
+        output: the file to write, or a folder for it; ``default_output`` where None.
         sparse: bake 2:4 masks and let the backend use sparse kernels where they are faster.
         mask: rule for ``bake``; None is "auto" for a sparse build and "none" for a dense one.
         pattern: N:M of the magnitude rule; only 2:4 has sparse kernels.
@@ -92,7 +99,7 @@ def build_engine(
         BackendError: the graph could not be exported or built.
     """
     checkpoint = arguments.path("checkpoint", checkpoint)
-    path = default_output(checkpoint) if output is None else arguments.path("output", output)
+    path = output_for(checkpoint, None if output is None else arguments.path("output", output))
     sparse, require_sparse = arguments.truth("sparse", sparse), arguments.truth("require_sparse", require_sparse)
     device = arguments.device(device)
     given = {name: arguments.plain(value) for name, value in given.items()}

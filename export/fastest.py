@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from sparse_engine.errors import (
     SparseEngineError,
     UnsupportedError,
 )
+from sparse_engine.files import scratch_folder
 from sparse_engine.tactics import Choice, fastest
 
 from .bake import Baked
@@ -87,8 +87,8 @@ def fastest_within(
             "name a precision, or build on the machine that will run the engine",
         )
     limit = wanted.max_quality_loss
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        build = _Builder(model, baked, backend, options, data, wanted, Path(folder))
+    with scratch_folder() as folder, ExitStack() as stack:
+        build = _Builder(model, baked, backend, options, data, wanted, folder)
         candidates: dict[str, Candidate] = {}
         left_out: dict[str, SparseEngineError] = {}
         for precision in PRECISIONS:

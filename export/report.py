@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sparse_engine.errors import MissingDependencyError
-from sparse_engine.files import replacing
+from sparse_engine.plots import save_figure
 
 from .bake import bake
 from .build import warnings_of
@@ -41,17 +41,16 @@ def inspect_checkpoint(
 
 
 def plot_layers(layers: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw parameters per layer before and after masking to a PNG.
+    """Draw parameters per layer before and after masking, to a PNG, an SVG or a PDF.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
-        OutputError: the file cannot be written.
+        OptionError, OutputError: the file cannot be written, or is no figure's.
     """
     try:
         import matplotlib as mpl
     except ModuleNotFoundError as error:
         raise MissingDependencyError("--plot needs matplotlib", "pip install 'sparse-engine[bench]'") from error
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = [layer["name"] for layer in layers]
@@ -69,5 +68,4 @@ def plot_layers(layers: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.margins(x=0.01)
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside upper right", ncols=2, frameon=False)
-        with replacing(path) as stream:
-            FigureCanvasAgg(figure).print_png(stream)
+        save_figure(figure, path)

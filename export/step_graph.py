@@ -21,6 +21,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from sparse_engine import process
 from sparse_engine.backends.base import WEIGHTS_FILE, StepGraph, weight_offsets
 from sparse_engine.errors import BackendError
 
@@ -98,7 +99,7 @@ def export_step_graph(network: nn.Module, config: FamilyConfig) -> StepGraph:
     step: nn.Module = Step(network) if config.num_classes else UnconditionalStep(network)
     inputs, dynamic = _example_inputs(config)
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), process.fragile():  # an exception through torch's dispatch modes aborts
             program = torch.onnx.export(
                 step,
                 tuple(inputs.values()),

@@ -2,12 +2,15 @@
 
 import sys
 
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+from sparse_engine.errors import EXIT_INTERRUPTED
 
 
 def main() -> None:
-    """Run the command line; Ctrl-C while it is still being imported is no traceback either."""
+    """Run the command line; a signal while it is still being imported is no traceback either."""
     try:
+        from sparse_engine import process
+
+        process.begin()
         from sparse_engine.cli.main import main as run
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

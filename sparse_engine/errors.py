@@ -7,6 +7,10 @@ line prints both, in one or two lines, and exits with ``exit_code``: 2 where the
 
 from __future__ import annotations
 
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
+EXIT_SIGNAL = 128  # and the signal's number, as shells count
+EXIT_INTERRUPTED = EXIT_SIGNAL + 2  # SIGINT: Ctrl-C
+
 
 class SparseEngineError(Exception):
     """The root of the hierarchy: something failed.
@@ -16,7 +20,7 @@ class SparseEngineError(Exception):
         fix: what the user can do about it; None where there is nothing to add.
     """
 
-    exit_code = 1
+    exit_code = EXIT_FAILED
 
     def __init__(self, what: str, fix: str | None = None) -> None:
         super().__init__(what if fix is None else f"{what}\n  fix: {fix}")
@@ -27,7 +31,7 @@ class SparseEngineError(Exception):
 class InputError(SparseEngineError):
     """The user's input is at fault."""
 
-    exit_code = 2
+    exit_code = EXIT_BAD_INPUT
 
 
 class CheckpointError(InputError):
@@ -48,6 +52,10 @@ class QualityLimitError(OptionError):
 
 class OutputError(InputError):
     """A result cannot be written where it was asked for."""
+
+
+class PrintError(SparseEngineError):
+    """What a command has to say cannot be written to its standard output."""
 
 
 class MissingDependencyError(InputError):

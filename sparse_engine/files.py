@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and what is wrong with a path before it is read or written."""
+"""Writing files and folders whole or not at all, and what is wrong with a path before it is read or written."""
 
 from __future__ import annotations
 
@@ -6,44 +6,106 @@ import contextlib
 import errno
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from sparse_engine import temporaries
 from sparse_engine.errors import InputError, OptionError, OutputError
 
 UMASK = os.umask(0o022)  # it can only be read by setting it: once, before there are threads
 os.umask(UMASK)
+SET_TMPDIR = "set TMPDIR to a folder that can be written and has space"
+MOUNTS = Path("/proc/self/mountinfo")
+CONTENT = "content"  # what is being made in a folder goes by this name
+NOT_CONTENT = ("lost+found",)  # what a file system that was just made has in it
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A temporary file beside ``path``: it takes its place, flushed to disk, if the block ends well; otherwise it goes.
 
+    A symbolic link is written through: what it leads to is replaced.
+
     Raises:
         OutputError: the folder does not exist or cannot be written, or the disk is full.
     """
-    temporary = None
+    with _failing_at(path):
+        target = written_through(path)
+        with temporaries.file_beside(target) as temporary:
+            with temporary.open("r+b") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.chmod(0o666 & ~UMASK)
+            temporary.replace(target)
+
+
+@contextlib.contextmanager
+def kept_if_done(path: Path) -> Iterator[Path]:
+    """A name in a temporary folder: the file of that name takes the place of ``path`` if the block ends well.
+
+    So what was there stays until the new file is known to be what was wanted. Raises OutputError.
+    """
+    with contextlib.ExitStack() as held:
+        with _failing_at(path):
+            target = written_through(path)
+            folder = held.enter_context(temporaries.folder_beside(target))
+        yield folder / path.name
+        with _failing_at(path):
+            (folder / path.name).replace(target)
+
+
+@contextlib.contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files are ``folder``'s if the block ends well; otherwise they go.
+
+    A folder that is not there appears whole; one that is there, and empty, is filled in place, as it may be a mount
+    point. Raises OutputError where it cannot be, or is not empty.
+    """
+    check_fillable(folder)
+    with _failing_at(folder):
+        in_place = folder.is_dir()
+        with temporaries.folder_beside(folder / CONTENT if in_place else folder) as temporary:
+            yield temporary
+            if in_place:
+                check_fillable(folder)
+                _move(temporary, folder)
+            else:
+                temporary.chmod(0o777 & ~UMASK)
+                temporary.replace(folder)
+
+
+def _move(source: Path, folder: Path) -> None:
+    """Move all that is in a folder to another of the same file system; nothing, where one of them fails."""
+    moved: list[Path] = []
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(descriptor, "w+b") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~UMASK)
-        os.replace(temporary, path)
-        temporary = None
+        for each in sorted(source.iterdir()):
+            moved.append(folder / each.name)
+            each.replace(moved[-1])
+    except BaseException:
+        for each in moved:
+            if not (source / each.name).exists():
+                each.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for the work alone, in the system's folder for such. Raises OutputError where it is full, or is none."""
+    folder = None
+    try:
+        with temporaries.scratch_folder() as folder:
+            yield folder
     except OSError as error:
-        raise output_error(path, error) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        if folder is not None and error.errno not in FULL:
+            raise
+        where = folder.parent if folder is not None else "the folder for temporary files"
+        raise OutputError(f"{where}: {_words(error)}", SET_TMPDIR) from error
 
 
 def check_writable(path: Path, *kinds: str) -> None:
-    """Say before the work, not after it, that a file cannot be written.
+    """Say before the work, not after it, that a file cannot be written: one is made beside it, and removed.
 
     Args:
         path: the file.
@@ -53,34 +115,106 @@ def check_writable(path: Path, *kinds: str) -> None:
         OptionError: its name ends in none of them.
         OutputError: it cannot be written.
     """
+    with _failing_at(path):
+        target = written_through(path)
+        if target.is_dir():
+            raise OutputError(f"{path} is a folder; expected a file name", f"write to {path / 'NAME'}")
+        if target.exists() and not target.is_file():  # it would be replaced by a file
+            raise OutputError(f"{path} is a device or a pipe; expected a file name", "write to a file")
+        if kinds and path.suffix.lower() not in kinds:
+            raise OptionError(
+                f"{path}: the name of what is written here ends in {' or '.join(kinds)}",
+                f"for example {path.with_suffix(kinds[0]) if path.name else 'NAME' + kinds[0]}",
+            )
+        if target.is_file() and _is_mount_point(target):
+            raise OutputError(
+                f"{path} is a mount point of its own, which cannot be replaced in one go", "mount its folder instead"
+            )
+        with temporaries.file_beside(target):
+            pass
+
+
+def check_fillable(folder: Path) -> None:
+    """Say before the work that ``filling`` cannot be done. Raises OutputError."""
+    with _failing_at(folder):
+        if not folder.is_dir():
+            if folder.exists() or folder.is_symlink():
+                raise OutputError(f"{folder} is there already and is not an empty folder", "name a new folder")
+            with temporaries.folder_beside(folder):
+                return
+        content = [name for name in os.listdir(folder) if name not in NOT_CONTENT]
+        if any(not name.endswith(temporaries.SUFFIX) for name in content):
+            raise OutputError(f"{folder} is there already and is not an empty folder", "name a new folder")
+        with temporaries.folder_beside(folder / CONTENT):
+            pass
+
+
+def in_folder(path: Path, name: str) -> Path:
+    """Where a file goes that was asked for as ``path``: into it, under ``name``, where that is a folder."""
+    return path / name if os.path.isdir(path) else path
+
+
+def written_through(path: Path) -> Path:
+    """What a write to ``path`` replaces: a symbolic link's target, not the link. Raises OSError."""
     try:
-        special = path.exists() and not (path.is_file() or path.is_dir())
-    except OSError as error:  # a name that is too long, for one
+        if not stat.S_ISLNK(os.lstat(path).st_mode):
+            return path
+    except FileNotFoundError:
+        return path
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return target
+
+
+def _is_mount_point(path: Path) -> bool:
+    """Whether a file was mounted (``docker -v FILE:FILE``): nothing can be renamed over it."""
+    name = str(path.absolute()).replace(" ", r"\040")
+    with contextlib.suppress(OSError):
+        return any(line.split(" ")[4] == name for line in MOUNTS.read_text(errors="replace").splitlines())
+    return False
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_WORDS = {
+    errno.ENOSPC: "the disk is full; nothing was left behind",
+    errno.EDQUOT: "your share of the disk is full; nothing was left behind",
+}
+
+
+@contextlib.contextmanager
+def _failing_at(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and "null byte" not in str(error):
+            raise
         raise output_error(path, error) from error
-    if special:  # it would be replaced by a file
-        raise OutputError(f"{path} is a device or a pipe; expected a file name", "write to a file")
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder; expected a file name", f"write to {path / 'NAME'}")
-    if kinds and path.suffix.lower() not in kinds:
-        raise OptionError(
-            f"{path}: the name of what is written here ends in {' or '.join(kinds)}",
-            f"for example {path.with_suffix(kinds[0]) if path.name else 'NAME' + kinds[0]}",
-        )
-    if not path.parent.is_dir():
-        raise output_error(path, FileNotFoundError(errno.ENOENT, "no such folder"))
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"{path}: the folder {path.parent} cannot be written to", "write elsewhere with -o")
 
 
-def output_error(path: Path, error: OSError) -> OutputError:
+def _words(error: OSError | ValueError) -> str:
+    return _WORDS.get(getattr(error, "errno", None) or 0) or getattr(error, "strerror", None) or str(error)
+
+
+def output_error(path: Path, error: OSError | ValueError) -> OutputError:
     """What went wrong with writing ``path``, in the user's terms."""
-    if error.errno == errno.ENOSPC:
-        return OutputError(
-            f"{path}: the disk is full; nothing was left behind", "free space, or write elsewhere with -o"
-        )
-    if not path.parent.is_dir():
-        return OutputError(f"{path}: the folder {path.parent} does not exist", "create it, or write elsewhere with -o")
-    return OutputError(f"{path} cannot be written: {error.strerror or error}", "write elsewhere with -o")
+    number, folder = getattr(error, "errno", None), path.parent
+    scratch = temporaries.in_scratch(path)
+    if scratch is not None:
+        return OutputError(f"{scratch.parent}: {_words(error)}", SET_TMPDIR)
+    if number in FULL:
+        return OutputError(f"{path}: {_words(error)}", "free space, or write elsewhere")
+    if number in (errno.EACCES, errno.EPERM):
+        return OutputError(f"{path}: the folder {folder} cannot be written to", "write elsewhere")
+    if number == errno.ENOTDIR or os.path.isfile(folder):
+        return OutputError(f"{path} cannot be written: {_first_file(folder)} is a file, no folder", "write elsewhere")
+    if number == errno.ENOENT and not os.path.isdir(folder):
+        return OutputError(f"{path}: the folder {folder} does not exist", "create it, or write elsewhere")
+    return OutputError(f"{path} cannot be written: {_words(error)}", "write elsewhere, or under another name")
+
+
+def _first_file(folder: Path) -> Path:
+    return next((each for each in (*reversed(folder.parents), folder) if os.path.isfile(each)), folder)
 
 
 def check_readable(

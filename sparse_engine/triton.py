@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from .artifact import MANIFEST, EngineFile
-from .errors import OutputError, UnsupportedError
-from .files import UMASK, output_error
+from .errors import OptionError, OutputError, UnsupportedError
+from .files import filling, output_error
 from .manifest import Manifest
 
 PLAN = "step.plan"
@@ -34,6 +32,7 @@ def export_triton(engine: str | Path, repository: str | Path, name: str | None =
 
     Raises:
         EngineFileError: the file is damaged.
+        OptionError: the name is none of a folder.
         UnsupportedError: it holds no plan that Triton can load.
         OutputError: the model is there already, or cannot be written; nothing is left behind.
     """
@@ -46,22 +45,26 @@ def export_triton(engine: str | Path, repository: str | Path, name: str | None =
         )
     if file.manifest.backend["flags"]["strip_weights"]:
         raise UnsupportedError(f"{file.path} has a plan without weights", "build it without --strip-weights")
-    target = Path(repository) / (name or file.path.stem)
-    if target.exists():
+    target = Path(repository) / checked_name(name or file.path.stem)
+    if os.path.lexists(target):
         raise OutputError(f"{target} exists already", "remove it, or give another --name")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            made = Path(folder) / target.name
-            (made / "1").mkdir(parents=True)
-            _copy_plan(file, made / "1" / "model.plan")
-            (made / "config.pbtxt").write_text(configuration(file.manifest, target.name))
-            (made / MANIFEST).write_text(json.dumps(file.manifest.to_dict(), indent=1, sort_keys=True))
-            os.chmod(made, 0o777 & ~UMASK)
-            shutil.move(made, target)
     except OSError as error:
         raise output_error(target, error) from error
+    with filling(target) as made:
+        (made / "1").mkdir()
+        _copy_plan(file, made / "1" / "model.plan")
+        (made / "config.pbtxt").write_text(configuration(file.manifest, target.name))
+        (made / MANIFEST).write_text(json.dumps(file.manifest.to_dict(), indent=1, sort_keys=True))
     return target
+
+
+def checked_name(name: str) -> str:
+    """A model's name: of one folder, which Triton reads from ``config.pbtxt`` too. Raises OptionError on another."""
+    if name in (".", "..") or set(name) & set('/\\"\n\0'):
+        raise OptionError(f"--name {name!r} is no name of a folder in the repository", "give one like unet-2")
+    return name
 
 
 def configuration(manifest: Manifest, name: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from sparse_engine.artifact import EngineFile, PayloadFile, write_engine
 from sparse_engine.cli.main import run
-from sparse_engine.errors import EngineFileError, OutputError, UnsupportedError
+from sparse_engine.errors import EngineFileError, OptionError, OutputError, UnsupportedError
 from sparse_engine.triton import export_triton
 
 PLAN = bytes(range(256)) * 1000
@@ -83,6 +83,13 @@ def test_nothing_is_overwritten_and_nothing_left_behind(make: Any, tmp_path: Pat
     with pytest.raises(OutputError):
         export_triton(engine, tmp_path / "file")
     assert sorted(os.listdir(tmp_path / "models")) == ["other", "unet"]
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", 'a"b', "a\\nb"])
+def test_a_name_is_one_folders(make: Any, tmp_path: Path, name: str) -> None:
+    with pytest.raises(OptionError, match="is no name of a folder in the repository"):
+        export_triton(make(), tmp_path / "models", name)
+    assert not (tmp_path / "models").exists()
 
 
 def test_damaged(make: Any, tmp_path: Path) -> None:

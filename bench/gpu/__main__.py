@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from sparse_engine.__main__ import EXIT_INTERRUPTED
+from sparse_engine import process
 from sparse_engine.backends.torch.runner import find_device
 from sparse_engine.errors import BackendError, OptionError, SparseEngineError
 
@@ -136,7 +136,7 @@ def main(arguments: list[str]) -> int:
         done = [run_step(n, session) if given.here else _run_apart(n, arguments, given.budget) for n in wanted]
     except KeyboardInterrupt:
         say("interrupted; what was measured is kept")
-        return EXIT_INTERRUPTED
+        return process.clear_away()
     return 0 if all(done) else 1
 
 
@@ -213,4 +213,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    process.run(lambda: main(sys.argv[1:]))

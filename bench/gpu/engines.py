@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from sparse_engine.bench.workload import Workload
 from sparse_engine.errors import BackendError, UnsupportedError
 from sparse_engine.export.build import write_built
 from sparse_engine.export.families.uvit import UViTConfig
+from sparse_engine.files import scratch_folder
 from sparse_engine.images import psnr
 
 from .measure import device_time
@@ -88,11 +88,11 @@ def _compare(
     steps: int = 4 * CHUNK_STEPS,
 ) -> None:
     """Sparse and dense engines of a backend: outputs against float32, the times of their steps, and the layers."""
-    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as held:
-        reference = Reference.make(session, Path(name), config, batch)
+    with scratch_folder() as folder, contextlib.ExitStack() as held:
+        reference = Reference.make(session, folder, config, batch)
         engines = {}
         for kind, sparse in (("sparse", True), ("dense", False)):
-            engine = _engine(session, Path(name), backend, config, sparse, batch, tensorrt)
+            engine = _engine(session, folder, backend, config, sparse, batch, tensorrt)
             engines[kind] = held.enter_context(engine)
             row |= {f"{kind}_parity": reference.parity(engine), f"{kind}_psnr": reference.psnr(engine)}
             if not row[f"{kind}_parity"] <= TOLERATED:
@@ -181,8 +181,8 @@ def _end_to_end(session: Session, row: Row, backend: str, sparse: bool) -> None:
     batch = session.batches(64)[0]
     images, steps = (2 * batch, 4) if session.rehearsal else (END_TO_END, PAPER_STEPS)
     with (
-        tempfile.TemporaryDirectory() as name,
-        _closing(_engine(session, Path(name), backend, session.uvit_s(), sparse, batch, TensorRTOptions())) as engine,
+        scratch_folder() as folder,
+        _closing(_engine(session, folder, backend, session.uvit_s(), sparse, batch, TensorRTOptions())) as engine,
     ):
         whole = _sampling(engine, images, steps, batch)
         whole()

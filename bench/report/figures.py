@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+from sparse_engine.plots import encoded
 
 from ..arms import DENSE
 from ..grid import MLP_RATIOS, PAPER, PATCHES
@@ -41,17 +41,11 @@ class Plot:
 
     def png(self) -> bytes:
         """As a PNG file."""
-        return self._saved(format="png", dpi=DPI)
+        return encoded(self.figure, ".png", self.name, dpi=DPI)
 
     def svg(self) -> bytes:
         """As an SVG file, its letters as outlines: it looks the same everywhere."""
-        with rc_context({"svg.hashsalt": self.name}):
-            return self._saved(format="svg", metadata={"Date": None})
-
-    def _saved(self, **options: Any) -> bytes:
-        stream = io.BytesIO()
-        self.figure.savefig(stream, **options)
-        return stream.getvalue()
+        return encoded(self.figure, ".svg", self.name)
 
 
 def plots(results: Row) -> list[Plot]:

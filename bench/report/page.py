@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,9 @@ code { overflow-wrap: anywhere; } summary { cursor: pointer; }
 
 def check_folder(folder: Path) -> None:
     """Say before the work that a report cannot be written there. Raises OutputError."""
-    if folder.exists() and not folder.is_dir():
+    if os.path.isfile(folder):
         raise OutputError(f"--report {folder} is a file; expected a folder", "name a folder")
-    if not (folder.is_dir() or folder.parent.is_dir()):
-        raise OutputError(f"--report {folder}: the folder {folder.parent} does not exist", "create it, or name another")
-    check_writable((folder if folder.is_dir() else folder.parent) / "index.html")
+    check_writable(folder / "index.html" if os.path.isdir(folder) else folder)
 
 
 def write_report(folder: Path, results: Row) -> list[Path]:

@@ -21,7 +21,7 @@ import numpy as np
 from sparse_engine import SparseEngine, __version__
 from sparse_engine.bench.quality import frechet_distance
 from sparse_engine.export.build import build_engine
-from sparse_engine.files import replacing
+from sparse_engine.plots import save_figure
 from sparse_engine.sampling import SAMPLERS
 
 DOCS = evaluate.HERE.parents[1] / "docs"
@@ -73,7 +73,6 @@ def table(results: dict[str, Any]) -> str:
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """Draw distance and error against evaluations, both axes logarithmic."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 4.0), layout="constrained")
@@ -89,8 +88,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     handles, names = distance.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=8)
-    with replacing(path) as stream:
-        FigureCanvasAgg(figure).print_png(stream)
+    save_figure(figure, path)
 
 
 def main() -> None:

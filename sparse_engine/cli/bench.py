@@ -9,12 +9,11 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sparse_engine.__main__ import EXIT_INTERRUPTED
 from sparse_engine.arguments import MOST_THREADS
-from sparse_engine.errors import OptionError
-from sparse_engine.files import check_writable
+from sparse_engine.errors import EXIT_FAILED, EXIT_INTERRUPTED, OptionError
+from sparse_engine.files import check_writable, in_folder
 
-from .terminal import bench_module, console, errors, print_json, progress
+from .terminal import bench_module, console, errors, print_json, progress, tell
 
 GRID, CHECKPOINT, RANDOM = "--compare-dense", "--checkpoint", "--random"
 BELONGS = {
@@ -27,6 +26,7 @@ BELONGS = {
     "--quality": (CHECKPOINT,),  # random weights draw nothing that could be judged
 }
 MOST_SECONDS = 3600
+RESULTS = "results.json"  # in a folder that is given as -o
 
 
 def command(
@@ -94,6 +94,7 @@ def command(
     if precision not in known.PRECISIONS:
         raise OptionError(f"--precision {precision!r}: expected one of {', '.join(known.PRECISIONS)}")
     if output is not None:
+        output = in_folder(output, RESULTS)
         check_writable(output, ".json")
     if report is not None:
         bench_module("report.page").check_folder(report)
@@ -138,7 +139,7 @@ def command(
     failed = all("failed" in row for row in rows) and earlier is None
     failed |= results.get("self_test", False) and not bench_module("report").self_test_verdict(rows)[0]
     if failed or (old is not None and _lost(old, results, max_loss)):
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_FAILED)
 
 
 def _check_belongs(mode: str, given: dict[str, bool]) -> None:
@@ -181,8 +182,7 @@ def _show(results: dict[str, Any], as_json: bool, profile: bool = False) -> None
     tables = bench_module("report")
     for table in [*tables.rich_tables(results), *(tables.profile_tables(results) if profile else [])]:
         console.print(table)
-    for line in tables.remarks(results):
-        console.print(line, markup=False, highlight=False)
+    tell(*tables.remarks(results))
 
 
 def _lost(old: dict[str, Any], new: dict[str, Any], allowed: float) -> bool:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,9 +12,9 @@ from sparse_engine.backends import TensorRTOptions, backend_named
 from sparse_engine.backends.options import LINEAR_FORMS
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import EngineFileError, OptionError, UnsupportedError
-from sparse_engine.files import check_writable, output_error
+from sparse_engine.files import check_writable, kept_if_done
 
-from .terminal import console, export_module, parse_globs, print_json, progress
+from .terminal import export_module, parse_globs, print_json, progress, tell
 
 if TYPE_CHECKING:
     from sparse_engine.calibration.apply import Quantisation
@@ -38,7 +35,8 @@ def _quantisation(text: str, *names: str) -> Any:
 def command(
     checkpoint: Annotated[Path, typer.Argument(help=".pth, .pt, .safetensors, or a SparseDM N.ckpt folder.")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Engine file.", show_default="NAME.sengine")
+        Path | None,
+        typer.Option("-o", "--output", help="Engine file, or its folder.", show_default="NAME.sengine"),
     ] = None,
     sparse: Annotated[bool, typer.Option("--sparse", help="Bake 2:4 masks and use sparse kernels.")] = False,
     mask: Annotated[
@@ -87,8 +85,9 @@ def command(
     """Build an engine from a checkpoint."""
     builder = export_module("build")
     masks = export_module("masks")
-    path = output if output is not None else builder.default_output(checkpoint)
-    with progress() as display, _kept_if_done(path) as built:
+    path = builder.output_for(checkpoint, output)
+    check_writable(path, SUFFIX)
+    with progress() as display, kept_if_done(path) as built:
         task = display.add_task("starting", total=None)
         _, manifest = builder.build_engine(
             checkpoint,
@@ -129,39 +128,16 @@ def command(
         print_json({"path": str(path), "bytes": path.stat().st_size, **info})
         return
     for note in manifest.notes:
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        tell(f"note: {note}")
     masked = [layer for layer in info["layers"] if layer["masked"]]
     eligible = sum(layer["eligible"] for layer in masked)
     chosen = sum(bool(layer["chosen"]) for layer in masked)
     where = "on this machine" if "runtime" in info else "as the builder reports"
     backend_line = f"{manifest.backend['name']} {manifest.backend['version']}, {manifest.precision}"
-    console.print(
+    tell(
         f"{path}: {path.stat().st_size / 1e6:.1f} MB, {backend_line}; {len(masked)} of {len(manifest.layers)} layers "
-        f"masked, {eligible} of them hardware 2:4, {chosen} run by a sparse kernel {where}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"masked, {eligible} of them hardware 2:4, {chosen} run by a sparse kernel {where}"
     )
-
-
-@contextmanager
-def _kept_if_done(path: Path) -> Iterator[Path]:
-    """Where to build: a file beside ``path``, which takes its place if the block ends well; otherwise it goes.
-
-    So an engine that was there stays until the new one is known to be what was required. Raises OutputError.
-    """
-    check_writable(path, SUFFIX)
-    try:
-        temporary = tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as error:
-        raise output_error(path, error) from error
-    with temporary as folder:
-        built = Path(folder) / path.name
-        yield built
-        try:
-            built.replace(path)
-        except OSError as error:
-            raise output_error(path, error) from error
 
 
 def _bytes(workspace: float | None) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -13,14 +12,17 @@ from sparse_engine.artifact import SUFFIX, EngineFile
 from sparse_engine.calibration.collect import CalibrationData, check_amounts, collect
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import OptionError
-from sparse_engine.files import check_writable
+from sparse_engine.files import check_writable, in_folder, scratch_folder
+from sparse_engine.plots import check_plot
 
-from .terminal import check_plot, errors, export_module, progress
+from .terminal import errors, export_module, progress
+
+CALIBRATION = "calib.npz"
 
 
 def command(
     model: Annotated[Path, typer.Argument(help="A checkpoint, or an engine built in a float precision.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")] = Path("calib.npz"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="File, or its folder.")] = Path(CALIBRATION),
     images: Annotated[int, typer.Option(help="Trajectories; of every four steps one is kept.")] = 64,
     steps: Annotated[int, typer.Option(help="Network evaluations of each.")] = 20,
     sampler: Annotated[str | None, typer.Option(help="Sampler.", show_default="the model's own")] = None,
@@ -36,29 +38,31 @@ def command(
     null_class: Annotated[int | None, typer.Option(help="Label that stands for 'no label'.")] = None,
     schedule: Annotated[str | None, typer.Option(help="Noise schedule the model was trained on.")] = None,
     prediction: Annotated[str | None, typer.Option(help="What the network predicts: eps, x0 or v.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw what each layer is given against time to a PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw what layers are given against time: PNG, SVG or PDF.")] = None,
 ) -> None:
     """Collect what the network is given along its own sampling trajectories."""
     weights = _weights(guidance)
+    output = in_folder(output, CALIBRATION)
     check_writable(output, ".npz")
     if plot is not None:
+        plot = in_folder(plot, f"{model.stem}.png")
         check_plot(plot)
     check_amounts(images, steps, seed)
     of_a_checkpoint = {"--heads": heads, "--null-class": null_class, "--schedule": schedule, "--prediction": prediction}
     of_a_checkpoint |= {"--family": family, "--sparse": sparse or None}
-    if model.suffix == SUFFIX and any(value is not None for value in of_a_checkpoint.values()):
+    if model.suffix.lower() == SUFFIX and any(value is not None for value in of_a_checkpoint.values()):
         raise OptionError(f"{model} is an engine: {', '.join(of_a_checkpoint)} are for a checkpoint", "leave them out")
-    with tempfile.TemporaryDirectory() as folder, progress(bar=True) as display:
+    with scratch_folder() as folder, progress(bar=True) as display:
         task = display.add_task("building a float engine", total=None)
 
         def advance(done: int, total: int) -> None:
             display.update(task, completed=done, total=total)
 
         engine_file = model
-        if model.suffix != SUFFIX:
+        if model.suffix.lower() != SUFFIX:
             given = {"heads": heads, "null_class": null_class, "schedule": schedule, "prediction": prediction}
             build = export_module("build").build_engine
-            temporary = Path(folder) / f"float{SUFFIX}"
+            temporary = folder / f"float{SUFFIX}"
             engine_file, _ = build(model, temporary, sparse=sparse, backend="onnxruntime", family=family, **given)
         display.update(task, description="sampling")
         with SparseEngine.load(engine_file) as engine:

@@ -12,8 +12,10 @@ from rich.table import Table
 from sparse_engine.artifact import SUFFIX, EngineFile
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import EngineFileError, OptionError, UnsupportedError
+from sparse_engine.files import in_folder
+from sparse_engine.plots import check_plot
 
-from .terminal import check_plot, console, export_module, human, make_table, parse_globs, print_json
+from .terminal import console, export_module, human, make_table, parse_globs, print_json, tell
 
 
 def command(
@@ -24,14 +26,15 @@ def command(
     family: Annotated[str | None, typer.Option(help="Model family.", show_default="read off the keys")] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads, where the weights cannot tell.")] = None,
     null_class: Annotated[int | None, typer.Option(help="Label that stands for 'no label'.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw parameters per layer before and after to a PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw parameters per layer: PNG, SVG or PDF.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Of an engine, hash the weights too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a checkpoint's or an engine's layers: masked, 2:4, parameters and MACs before and after."""
     if plot is not None:
+        plot = in_folder(plot, f"{path.stem}.png")
         check_plot(plot)
-    if path.suffix == SUFFIX:
+    if path.suffix.lower() == SUFFIX:
         if (mask, pattern) != ("auto", "2:4") or any(
             each is not None for each in (mask_layers, family, heads, null_class)
         ):
@@ -88,7 +91,7 @@ def _kernel(layer: dict[str, Any], against: str) -> str:
 
 def _print_summary(path: Path, report: dict[str, Any]) -> None:
     for note in report["notes"]:
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        tell(f"note: {note}")
     shape = "x".join(map(str, report["data_shape"]))
     classes = f"{report['num_classes']} classes" if report["num_classes"] else "unconditional"
     trained = f"schedule {report['schedule']['name']}, predicts {report['prediction']}"
@@ -96,13 +99,13 @@ def _print_summary(path: Path, report: dict[str, Any]) -> None:
     if "backend" in report:
         backend = report["backend"]
         line += f"; engine for {backend['name']} {backend.get('version')}, {report['precision']}"
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    tell(line)
     if "profile" in report.get("backend", {}):
-        console.print(_plan_line(report["backend"]), markup=False, highlight=False, soft_wrap=True)
+        tell(_plan_line(report["backend"]))
     dense = [layer for layer in report["layers"] if layer["masked"] and not layer.get("chosen", True)]
     for why, count in Counter(layer["why"] for layer in dense if layer.get("why")).most_common():
         line = f"no sparse kernel in {count} masked layers: {why}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        tell(line)
 
 
 def _plan_line(backend: dict[str, Any]) -> str:

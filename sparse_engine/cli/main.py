@@ -8,12 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from sparse_engine import __version__
-from sparse_engine.__main__ import EXIT_INTERRUPTED
-from sparse_engine.errors import SparseEngineError
+from sparse_engine import __version__, process
+from sparse_engine.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, SparseEngineError
 
 from . import bench, build, calibrate, doctor, export_triton, inspect, sample, samplers, verify
-from .terminal import errors
+from .terminal import errors, tell
 
 # Typer brings click inside itself, or imports it, by version; the base of a usage error is the same class either way.
 ClickException: Any = typer.BadParameter.__mro__[2]
@@ -30,7 +29,7 @@ for module in (build, calibrate, inspect, sample, verify, bench, export_triton, 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"sparse-engine {__version__}")
+        tell(f"sparse-engine {__version__}")
         raise typer.Exit
 
 
@@ -46,8 +45,8 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 1 failed, 2 bad input, 130 interrupted."""
-    sys.exit(run(sys.argv[1:]))
+    """Run the command line and exit: 0 done, 1 failed, 2 bad input, 128 + N ended by signal N (130: Ctrl-C)."""
+    process.run(lambda: run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
@@ -55,30 +54,49 @@ def run(arguments: list[str]) -> int:
     try:
         result = app(arguments, prog_name="sparse-engine", standalone_mode=False)
         if result == EXIT_INTERRUPTED:  # some versions of Typer swallow the interrupt
-            raise KeyboardInterrupt
-        return result if isinstance(result, int) else 0
-    except SparseEngineError as error:
-        if "--debug" in arguments:
+            return _interrupted()
+        sys.stdout.flush()
+        return result if isinstance(result, int) else EXIT_DONE
+    except (KeyboardInterrupt, typer.Abort):
+        return _interrupted()
+    except Exception as error:
+        if process.interrupted_by() is not None:  # a library has made another error of it
+            return _interrupted()
+        if "--debug" in arguments and not isinstance(error, ClickException):
             raise
+        return _failed(error)
+
+
+def _interrupted() -> int:
+    code = process.clear_away()
+    errors.print(process.INTERRUPTED)
+    return code
+
+
+def _failed(error: Exception) -> int:
+    """Say what went wrong, in the two lines that all errors have; the exit code. What nobody foresaw is raised."""
+    if isinstance(error, SparseEngineError):
         _say(error.what, error.fix)
         return error.exit_code
-    except ClickException as error:
-        words = " ".join(error.format_message().split())
-        if not words:  # help that was shown for want of arguments
-            error.show()
-            return int(error.exit_code)
+    if isinstance(error, ClickException):
+        return _misused(error)
+    if isinstance(error, MemoryError):
+        _say(f"out of memory: {error}", "ask for fewer samples or steps at a time, or a smaller batch")
+        return EXIT_FAILED
+    if isinstance(error, OSError) and error.strerror:
+        _say(f"{error.filename or 'the system'}: {error.strerror}", "check the path, the disk and the permissions")
+        return EXIT_BAD_INPUT if error.filename else EXIT_FAILED
+    raise error
+
+
+def _misused(error: Any) -> int:
+    words = " ".join(error.format_message().split())
+    if not words:  # help that was shown for want of arguments
+        error.show()
+    else:
         context = getattr(error, "ctx", None)
         _say(words, f"see {context.command_path if context else 'sparse-engine'} --help")
-        return int(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        errors.print("interrupted; nothing half-written was left behind")
-        return EXIT_INTERRUPTED
-    except MemoryError as error:
-        _say(f"out of memory: {error}", "ask for fewer samples or steps at a time, or a smaller batch")
-        return 1
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        sys.stderr.close()
-        return 0
+    return int(error.exit_code)
 
 
 def _say(what: str, fix: str | None) -> None:

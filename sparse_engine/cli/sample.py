@@ -11,8 +11,7 @@ import typer
 
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import OptionError
-from sparse_engine.files import check_writable
-from sparse_engine.images import write_samples
+from sparse_engine.images import check_output, check_place, write_samples
 
 from .terminal import errors, progress
 
@@ -56,14 +55,14 @@ def command(
     ] = None,
 ) -> None:
     """Draw samples and write them to a picture, a folder or an array."""
-    if output.suffix in (".png", ".npz"):
-        check_writable(output)
-    as_array = output.suffix == ".npz"
+    check_place(output)
     with (
         SparseEngine.load(engine, threads=threads, device=device, check=check, autotune=autotune) as loaded,
         progress() as display,
     ):
-        size = batch_size or loaded.manifest.batch[1]
+        manifest = loaded.manifest
+        latents = manifest.value_range is None
+        size = batch_size or manifest.batch[1]
         task = display.add_task("sampling", total=math.ceil(max(n, 1) / max(size, 1)) * steps)
         batches = loaded.stream(
             n,
@@ -73,7 +72,7 @@ def command(
             labels=_labels(labels, n),
             guidance=guidance,
             batch_size=batch_size,
-            output="float" if as_array and loaded.manifest.value_range is None else "uint8",
+            output="float" if latents else "uint8",
             t_start=t_start,
             t_end=t_end,
             denoise_to_zero=denoise_to_zero,
@@ -84,6 +83,7 @@ def command(
             clip=clip,
             callback=(lambda *_: display.advance(task)) if errors.is_terminal else None,  # it costs a GPU its pace
         )
+        check_output(output, n, manifest.data_shape, latents=latents)  # nothing has been drawn yet
         written = write_samples(output, batches)
     errors.print(f"{written} samples: {output}", highlight=False, markup=False)
 

@@ -8,7 +8,7 @@ import typer
 
 from sparse_engine import sampling
 
-from .terminal import console, make_table, print_json
+from .terminal import console, make_table, print_json, tell
 
 COMMON_OPTIONS = ("t_start", "t_end", "spacing", "denoise_to_zero")
 
@@ -29,4 +29,4 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
             row["source"],
         )
     console.print(table)
-    console.print(f"All take {', '.join(COMMON_OPTIONS)}. Steps count network evaluations.", highlight=False)
+    tell(f"All take {', '.join(COMMON_OPTIONS)}. Steps count network evaluations.")

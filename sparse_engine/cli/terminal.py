@@ -7,12 +7,9 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
@@ -26,8 +23,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from sparse_engine import process
 from sparse_engine.errors import MissingDependencyError
-from sparse_engine.files import check_writable
 
 PIPE_WIDTH = 120  # columns where there is no terminal to ask
 
@@ -38,7 +35,8 @@ errors = Console(stderr=True, soft_wrap=True)
 def export_module(name: str) -> ModuleType:
     """A module of ``sparse_engine.export``, which needs torch. Raises MissingDependencyError where it is not there."""
     try:
-        return import_module(f"sparse_engine.export.{name}")
+        with process.fragile():  # torch, while it is imported
+            return import_module(f"sparse_engine.export.{name}")
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             f"this command reads checkpoints, which needs {error.name}; it is not installed",
@@ -49,23 +47,23 @@ def export_module(name: str) -> ModuleType:
 def bench_module(name: str) -> ModuleType:
     """A module of ``sparse_engine.bench``. Raises MissingDependencyError where something it needs is not there."""
     try:
-        return import_module(f"sparse_engine.bench.{name}")
+        with process.fragile():
+            return import_module(f"sparse_engine.bench.{name}")
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             f"the bench needs {error.name}; it is not installed", "pip install 'sparse-engine[bench,export,cpu]'"
         ) from error
 
 
-def check_plot(path: Path) -> None:
-    """Say before the work that a picture cannot be drawn. Raises OptionError, OutputError, MissingDependencyError."""
-    check_writable(path, ".png", ".svg", ".pdf")
-    if find_spec("matplotlib") is None:
-        raise MissingDependencyError("--plot needs matplotlib", "pip install 'sparse-engine[bench]'")
+def tell(*lines: str) -> None:
+    """Print each line to standard output as it is: neither wrapped nor coloured."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
     """For a program to read: plain, no colours, infinities as null."""
-    typer.echo(json.dumps(_finite(value), indent=2))
+    console.out(json.dumps(_finite(value), indent=2), highlight=False)
 
 
 def _finite(value: Any) -> Any:

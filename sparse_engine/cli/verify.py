@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .terminal import console, export_module, make_table, print_json, progress
+from .terminal import console, export_module, make_table, print_json, progress, tell
 
 
 def command(
@@ -30,7 +30,7 @@ def command(
         for row in found.times:
             table.add_row(f"{row.t:.3f}", f"{row.max_abs:.2e}", f"{row.relative:.2e}")
         console.print(table)
-        console.print(f"PSNR of a {found.steps}-step trajectory: {found.psnr:.1f} dB", highlight=False)
+        tell(f"PSNR of a {found.steps}-step trajectory: {found.psnr:.1f} dB")
         if not found.same_checkpoint:
-            console.print("note: the engine was built from another checkpoint file")
+            tell("note: the engine was built from another checkpoint file")
     found.check()

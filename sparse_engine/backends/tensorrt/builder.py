@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
-import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +12,8 @@ from typing import Any
 from sparse_engine.backends.base import GRAPH_FILE, StepGraph, weights_payload
 from sparse_engine.backends.options import BuildOptions
 from sparse_engine.errors import BackendError, UnsupportedError
+from sparse_engine.files import scratch_folder
+from sparse_engine.process import noting
 
 from .cache import TimingCache
 from .libraries import Library
@@ -104,8 +103,8 @@ def build_plan(
 @contextlib.contextmanager
 def _on_disk(graph: StepGraph) -> Iterator[Path]:
     """A graph and its weights as files: the parser maps them, and protobuf's 2 GiB do not count."""
-    with tempfile.TemporaryDirectory(prefix="sparse-engine-") as folder:
-        path, weights = Path(folder) / GRAPH_FILE, weights_payload(graph.weights)
+    with scratch_folder() as folder:
+        path, weights = folder / GRAPH_FILE, weights_payload(graph.weights)
         path.write_bytes(graph.proto.SerializeToString())
         with path.with_name(weights.name).open("wb") as stream:
             for chunk in weights.chunks():
@@ -179,7 +178,7 @@ class _Cancel:
 
 @contextlib.contextmanager
 def _cancellable(trt: Any, config: Any, progress: Callable[[str], None]) -> Iterator[_Cancel]:
-    """Tell ``progress`` of the builder's phases, and stop the builder on Ctrl-C.
+    """Tell ``progress`` of the builder's phases, and stop the builder on Ctrl-C or SIGTERM.
 
     An exception must not pass through the library, so that a signal is only noted until the builder has returned.
     """
@@ -205,19 +204,16 @@ def _cancellable(trt: Any, config: Any, progress: Callable[[str], None]) -> Iter
                 cancel.error = error
             return cancel.error is None and not cancel.interrupted
 
-    def note(number: int, frame: Any) -> None:
+    def note() -> None:
         cancel.interrupted = True
 
     monitor = Monitor()
     config.progress_monitor = monitor
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, note) if main else None
     try:
-        yield cancel
+        with noting(note):
+            yield cancel
     finally:
         config.progress_monitor = None
-        if main:
-            signal.signal(signal.SIGINT, before)
 
 
 def _build_error(library: Library, messages: Messages) -> Exception:
