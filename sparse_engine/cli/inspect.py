@@ -25,7 +25,7 @@ def command(
     heads: Annotated[int | None, typer.Option(help="Attention heads, where the weights cannot tell.")] = None,
     null_class: Annotated[int | None, typer.Option(help="Label that stands for 'no label'.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw parameters per layer before and after to a PNG.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Of an engine, hash the weights too.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Of an engine, hash everything by sha256 too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a checkpoint's or an engine's layers: masked, 2:4, parameters and MACs before and after."""
