@@ -83,7 +83,8 @@ def _kernel(layer: dict[str, Any], against: str) -> str:
     sparse = min(value for name, value in milliseconds.items() if name != "dense")
     pair = layer.get("pair", {})
     other = f", with {pair['with'].rpartition('.')[2]}" if pair.get("chosen") == "together" else ""
-    return f"{kernel} {milliseconds['dense'] / sparse:.2f}x{against}{other}"
+    doubt = ", within the noise" if timed[-1].get("within_noise") else ""
+    return f"{kernel} {milliseconds['dense'] / sparse:.2f}x{against}{other}{doubt}"
 
 
 def _print_summary(path: Path, report: dict[str, Any]) -> None:

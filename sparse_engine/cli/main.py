@@ -12,7 +12,7 @@ from sparse_engine import __version__
 from sparse_engine.__main__ import EXIT_INTERRUPTED
 from sparse_engine.errors import SparseEngineError
 
-from . import bench, build, calibrate, doctor, export_triton, inspect, sample, samplers, verify
+from . import bench, build, calibrate, doctor, export_triton, inspect, sample, samplers, tune, verify
 from .terminal import errors
 
 # Typer brings click inside itself, or imports it, by version; the base of a usage error is the same class either way.
@@ -24,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for module in (build, calibrate, inspect, sample, verify, bench, export_triton, samplers, doctor):
+for module in (build, calibrate, inspect, sample, verify, bench, export_triton, samplers, tune, doctor):
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)
 
 
