@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -18,11 +19,12 @@ from typing import IO, Any
 from sparse_engine import arguments
 from sparse_engine.errors import EngineFileError
 from sparse_engine.files import replacing
-from sparse_engine.manifest import FORMAT_VERSION, Manifest
+from sparse_engine.manifest import FAST_HASH, FORMAT_VERSION, Manifest
 
 MANIFEST = "manifest.json"
 SUFFIX = ".sengine"
 PAGE = 4096
+HASH_BYTES = 1 << 24  # hashed at a time: long enough for xxhash to let other threads run
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # no clock in the file: the same input gives the same bytes
 _PADDING_FIELD = 0xD935  # the extra-field id that Android's zipalign pads with
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
@@ -68,21 +70,25 @@ def _write_member(archive: zipfile.ZipFile, stream: IO[bytes], file: PayloadFile
         header = stream.tell() + _LOCAL_HEADER.size + len(file.name) + (20 if zip64 else 0) + 4
         pad = -header % PAGE
         info.extra = struct.pack("<HH", _PADDING_FIELD, pad) + bytes(pad)
-    digest, written = hashlib.sha256(), 0
+    import xxhash
+
+    digest, fast, written = hashlib.sha256(), xxhash.xxh3_128(), 0
     with archive.open(info, "w", force_zip64=zip64) as member:
         for chunk in file.chunks():
             member.write(chunk)
             digest.update(chunk)
+            fast.update(chunk)
             written += len(chunk)
     if written != file.size:
         raise EngineFileError(f"{file.name}: {written} bytes were written, {file.size} announced")
-    return {"size": file.size, "sha256": digest.hexdigest()}
+    return {"size": file.size, "sha256": digest.hexdigest(), FAST_HASH: fast.hexdigest()}
 
 
 class EngineFile:
     """An engine file, opened and found whole.
 
-    Everything but the weights is hashed here; the weights by ``verify``.
+    Every byte that is ever read is hashed here, by the fast hash that the file names (by sha256 where an older version
+    wrote the file without one). That guards against accidents, not against somebody who alters the hash as well.
 
     Attributes:
         path: of the file.
@@ -107,9 +113,8 @@ class EngineFile:
         except (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
             raise self._damaged(error) from error
         self._spans = {name: self._span(name) for name in self.manifest.files}
-        for name in self.manifest.files:
-            if not self._mapped(name):
-                self._check_hash(name)
+        for name, entry in self.manifest.files.items():
+            self._check_hash(name, FAST_HASH if FAST_HASH in entry else "sha256")
 
     def _damaged(self, error: Exception) -> EngineFileError:
         with self.path.open("rb") as stream:
@@ -156,25 +161,36 @@ class EngineFile:
             return stream.read(size)
 
     def verify(self) -> None:
-        """Hash every payload file, the weights too. Raises EngineFileError where one was altered."""
+        """Hash every payload file by sha256. Raises EngineFileError where one was altered."""
         for name in self.manifest.files:
-            self._check_hash(name)
+            self._check_hash(name, "sha256")
 
-    def _check_hash(self, name: str) -> None:
-        offset, remaining = self._spans[name]
-        digest = hashlib.sha256()
-        with self.path.open("rb") as stream:
-            stream.seek(offset)
-            while chunk := stream.read(min(remaining, 1 << 22)):
-                digest.update(chunk)
-                remaining -= len(chunk)
-        expected = self.manifest.files[name]["sha256"]
-        if digest.hexdigest() != expected:
+    def _check_hash(self, name: str, algorithm: str) -> None:
+        found, expected = _hash(self.path, *self._spans[name], algorithm), self.manifest.files[name][algorithm]
+        if found != expected:
             raise EngineFileError(
-                f"{self.path}: {name} was altered: its sha256 is {digest.hexdigest()[:12]}..., "
-                f"expected {expected[:12]}...",
+                f"{self.path}: {name} was altered: its {algorithm} is {found[:12]}..., expected {expected[:12]}...",
                 _COPY_AGAIN,
             )
+
+
+def _hash(path: Path, offset: int, size: int, algorithm: str) -> str:
+    """The digest of a part of a file, mapped: its pages are the ones that the weights are read from later."""
+    import xxhash
+
+    digest = xxhash.xxh3_128() if algorithm == FAST_HASH else hashlib.sha256()
+    if size == 0:
+        return digest.hexdigest()
+    start = offset - offset % mmap.ALLOCATIONGRANULARITY
+    end = offset - start + size
+    with (
+        path.open("rb") as stream,
+        mmap.mmap(stream.fileno(), end, access=mmap.ACCESS_READ, offset=start) as mapped,
+        memoryview(mapped) as view,
+    ):
+        for first in range(offset - start, end, HASH_BYTES):
+            digest.update(view[first : min(first + HASH_BYTES, end)])
+    return digest.hexdigest()
 
 
 _COPY_AGAIN = "copy the file again, or rebuild it with sparse-engine build"

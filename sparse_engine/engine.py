@@ -59,7 +59,7 @@ class SparseEngine:
             threads: for the backend's own pool, on a CPU no more than the cores that the process may use (a warning
                 says so); None is one per core.
             device: where the backend runs, for one that has a choice ("cuda:0").
-            check: hash the weights too, which reads the whole file.
+            check: hash everything by sha256 too; every load checks it by a fast hash, which finds accidents.
             autotune: time the kernels of each 2:4 layer on this machine, once (the choices are remembered in the
                 user's cache folder); False takes the sparse kernel wherever one runs.
 

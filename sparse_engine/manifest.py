@@ -10,6 +10,10 @@ from typing import Any
 from sparse_engine.errors import EngineFileError
 
 FORMAT_VERSION = 1
+FAST_HASH = "xxh3_128"  # of a payload file, checked at every load: at memory speed, and no proof against intent
+LARGEST = 2**53  # of the numbers that JSON carries exactly
+_STRINGS = ("tool_version", "family", "prediction", "sampler", "precision", "checkpoint_sha256", "graph_sha256")
+_LAYER_FORMS = {"name": str, "masked": bool, "shape": list, "parameters": int, "nonzeros": int, "macs": int}
 
 
 @dataclass
@@ -34,7 +38,7 @@ class Manifest:
         checkpoint_sha256, graph_sha256: of the file built from, and of the step graph.
         notes: what the build said aloud.
         quantisation: of an int8 or fp8 engine, how it was calibrated and what that cost; None for others.
-        files: payload name -> {"size", "sha256"}.
+        files: payload name -> {"size", "sha256", "xxh3_128"}; the last is missing from files of tool version 0.1.0.
     """
 
     tool_version: str
@@ -69,10 +73,10 @@ class Manifest:
         """Read ``manifest.json``. Raises EngineFileError on anything that this version cannot be sure of."""
         try:
             values = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise EngineFileError(f"{where}: its manifest is not JSON: {error}", "rebuild the engine") from error
         version = values.get("format_version") if isinstance(values, dict) else None
-        if not isinstance(version, int):
+        if not isinstance(version, int) or isinstance(version, bool):
             raise EngineFileError(f"{where}: its manifest has no format version", "rebuild the engine")
         if version > FORMAT_VERSION:
             raise EngineFileError(
@@ -96,16 +100,45 @@ class Manifest:
 
 
 def _well_formed(values: dict[str, Any]) -> bool:
-    """Whether what every reader takes apart has the form that the specification says."""
-    lists = [
-        (values["data_shape"], 3),
-        (values["batch"], 3),
-        *([(values["value_range"], 2)] if values["value_range"] else []),
-    ]
-    numbers = all(
-        isinstance(each, list) and len(each) == length and all(isinstance(item, (int, float)) for item in each)
-        for each, length in lists
+    """Whether every entry has the form that the specification says: readers take them apart without looking."""
+    return (
+        all(isinstance(values[name], str) for name in _STRINGS)
+        and all(isinstance(values[name], dict) for name in ("config", "schedule", "mask", "backend"))
+        and isinstance(values["backend"].get("name"), str)
+        and isinstance(values["quantisation"], dict | None)
+        and isinstance(values["sparse"], bool)
+        and _are_numbers([values["num_classes"]], 1, int, least=0)
+        and (values["null_class"] is None or _are_numbers([values["null_class"]], 1, int, least=0))
+        and _are_numbers(values["data_shape"], 3, int, least=1)
+        and _are_numbers(values["batch"], 3, int, least=1)
+        and values["batch"] == sorted(values["batch"])
+        and (values["value_range"] is None or _are_numbers(values["value_range"], 2, int | float))
+        and isinstance(values["notes"], list)
+        and all(isinstance(note, str) for note in values["notes"])
+        and isinstance(values["layers"], list)
+        and all(_is_layer(layer) for layer in values["layers"])
+        and all(_is_file(entry) for entry in values["files"].values())
     )
-    files = all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in values["files"].values())
-    layers = isinstance(values["layers"], list) and all(isinstance(layer, dict) for layer in values["layers"])
-    return numbers and files and layers and isinstance(values["backend"], dict)
+
+
+def _are_numbers(value: Any, length: int, kind: Any, least: float = -LARGEST) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == length
+        and all(isinstance(each, kind) and not isinstance(each, bool) and least <= each <= LARGEST for each in value)
+    )
+
+
+def _is_layer(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(
+        isinstance(entry[key], form) for key, form in _LAYER_FORMS.items() if key in entry
+    )
+
+
+def _is_file(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and _are_numbers([entry.get("size")], 1, int, least=0)
+        and isinstance(entry.get("sha256"), str)
+        and isinstance(entry.get(FAST_HASH, ""), str)
+    )

@@ -3,9 +3,10 @@
 import errno
 import json
 import os
+import struct
 import subprocess
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -102,29 +103,68 @@ def test_cut_short_anywhere(path: Path, tmp_path: Path) -> None:
             EngineFile(cut)
 
 
-def test_one_byte_flipped_anywhere_is_found_or_changes_nothing(path: Path, tmp_path: Path) -> None:
-    """Padding aside, no flip goes unseen by ``verify``; outside the weights, none goes unseen by opening."""
-    data = path.read_bytes()
-    start, size = EngineFile(path).span("weights.bin")
-    flipped = tmp_path / "flipped.sengine"
-    seen_on_opening = 0
-    for position in [*range(0, start, 61), *range(start, start + size, 1999), *range(start + size, len(data), 7)]:
+def flips(path: Path, positions: Iterable[int]) -> Iterator[tuple[int, Path]]:
+    """The file with one bit of one byte altered, for each position."""
+    data, flipped = path.read_bytes(), path.with_name("flipped.sengine")
+    for position in positions:
         altered = bytearray(data)
-        altered[position] ^= 0x10
+        altered[position] ^= 1 << position % 8
         flipped.write_bytes(altered)
+        yield position, flipped
+
+
+def test_one_bit_flipped_in_a_payload_is_found_on_opening(path: Path) -> None:
+    file = EngineFile(path)
+    for name, step in (("weights.bin", 1999), ("step.onnx", 1)):
+        start, size = file.span(name)
+        for _, flipped in flips(path, range(start, start + size, step)):
+            with pytest.raises(EngineFileError, match=f"{name} was altered: its xxh3_128 is"):
+                EngineFile(flipped)
+
+
+def test_one_bit_flipped_elsewhere_is_found_or_changes_nothing(path: Path) -> None:
+    """Headers, the directory, the manifest: each byte; the padding, which nobody reads: some."""
+    original = EngineFile(path)
+    start, size = original.span("weights.bin")
+    padding = range(200, start)
+    elsewhere = [*range(padding.start), *padding[::97], *range(start + size, path.stat().st_size)]
+    found = 0
+    for _, flipped in flips(path, elsewhere):
         try:
             file = EngineFile(flipped)
         except EngineFileError:
-            seen_on_opening += 1
+            found += 1
             continue
-        if start <= position < start + size:
-            with pytest.raises(EngineFileError, match="weights.bin was altered: its sha256 is"):
-                file.verify()
-        else:
-            file.verify()
-            assert file.read("step.onnx") == b"graph"
-            assert file.manifest == EngineFile(path).manifest
-    assert seen_on_opening > 100
+        file.verify()
+        assert file.read("step.onnx") == b"graph"
+        assert file.manifest == original.manifest
+        assert file.span("weights.bin") == original.span("weights.bin")
+    assert found > 1000
+
+
+def test_bytes_behind_the_end_change_nothing(path: Path) -> None:
+    original = EngineFile(path).manifest
+    with path.open("ab") as stream:
+        stream.write(b"more")
+    assert EngineFile(path).manifest == original
+
+
+def test_a_file_without_the_fast_hash_is_checked_by_sha256(path: Path) -> None:
+    files = EngineFile(path).manifest.files
+    rewritten(path, files={name: {key: entry[key] for key in ("size", "sha256")} for name, entry in files.items()})
+    span = EngineFile(path).span("weights.bin")
+    data = bytearray(path.read_bytes())
+    data[span[0] + 5000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(EngineFileError, match="weights.bin was altered: its sha256 is"):
+        EngineFile(path)
+
+
+def test_verify_is_by_sha256_whatever_the_fast_hash_says(path: Path) -> None:
+    files = {name: {**entry, "sha256": "0" * 64} for name, entry in EngineFile(path).manifest.files.items()}
+    file = EngineFile(rewritten(path, files=files))
+    with pytest.raises(EngineFileError, match="its sha256 is"):
+        file.verify()
 
 
 def rewritten(path: Path, **changes: object) -> Path:
@@ -134,7 +174,10 @@ def rewritten(path: Path, **changes: object) -> Path:
     values = {**json.loads(files["manifest.json"]), **changes}
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in files.items():
-            archive.writestr(name, json.dumps(values) if name == "manifest.json" else data)
+            info = zipfile.ZipInfo(name)
+            pad = -(archive.fp.tell() + 30 + len(name) + 4) % PAGE if name.endswith(".bin") else 0
+            info.extra = struct.pack("<HH", 0xD935, pad) + bytes(pad)
+            archive.writestr(info, json.dumps(values) if name == "manifest.json" else data)
     return path
 
 
@@ -160,6 +203,22 @@ def test_manifest_without_an_entry(path: Path) -> None:
         {"value_range": [0, 1, 2]},
         {"files": {"step.onnx": 7}},
         {"files": {"step.onnx": {"size": 7}}},
+        {"files": {"step.onnx": {"size": 5.0, "sha256": ""}}},
+        {"files": {"step.onnx": {"size": -5, "sha256": ""}}},
+        {"files": {"step.onnx": {"size": 5, "sha256": "", "xxh3_128": 7}}},
+        {"data_shape": [3, 8, True]},
+        {"data_shape": [3, 8, 0]},
+        {"data_shape": [3, 8, 10**30]},
+        {"batch": [4, 2, 1]},
+        {"value_range": [0, float("nan")]},
+        {"family": None},
+        {"schedule": []},
+        {"null_class": "4"},
+        {"sparse": 1},
+        {"notes": [1]},
+        {"quantisation": "int8"},
+        {"backend": {}},
+        {"layers": [{"name": "fc1", "macs": None}]},
         {"backend": "onnxruntime"},
         {"layers": {"fc1": 1}},
     ],

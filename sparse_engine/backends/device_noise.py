@@ -69,7 +69,7 @@ class DeviceNoise(Generic[B]):
     def is_drawn(self, noise: SeededNoise, z: B, origin: B, draw: B) -> bool:
         """Choose for a batch, once ready; the buffers are those of ``NoiseDevice.draw``, and z is overwritten."""
         key = f"noise {len(noise.images)}x{math.prod(noise.shape)}"
-        self._chosen = self._tactics.choose(key, lambda: self._candidates(noise, z, origin, draw))
+        self._chosen = self._tactics.choose(key, lambda: self._candidates(noise, z, origin, draw), (DRAWN, UPLOADED))
         return self._chosen.kernel == DRAWN
 
     def _candidates(self, noise: SeededNoise, z: B, origin: B, draw: B) -> dict[str, Callable[[], object]]:

@@ -27,7 +27,7 @@ def command(
     heads: Annotated[int | None, typer.Option(help="Attention heads, where the weights cannot tell.")] = None,
     null_class: Annotated[int | None, typer.Option(help="Label that stands for 'no label'.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw parameters per layer: PNG, SVG or PDF.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Of an engine, hash the weights too.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Of an engine, hash everything by sha256 too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a checkpoint's or an engine's layers: masked, 2:4, parameters and MACs before and after."""
@@ -86,7 +86,8 @@ def _kernel(layer: dict[str, Any], against: str) -> str:
     sparse = min(value for name, value in milliseconds.items() if name != "dense")
     pair = layer.get("pair", {})
     other = f", with {pair['with'].rpartition('.')[2]}" if pair.get("chosen") == "together" else ""
-    return f"{kernel} {milliseconds['dense'] / sparse:.2f}x{against}{other}"
+    doubt = ", within the noise" if timed[-1].get("within_noise") else ""
+    return f"{kernel} {milliseconds['dense'] / sparse:.2f}x{against}{other}{doubt}"
 
 
 def _print_summary(path: Path, report: dict[str, Any]) -> None:

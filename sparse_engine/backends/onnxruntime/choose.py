@@ -51,10 +51,7 @@ class LayerChoice:
 
     def to_dict(self) -> dict[str, Any]:
         """For ``engine.info`` and ``inspect``."""
-        timed = {
-            str(tokens): {"milliseconds": choice.milliseconds, "fastest": choice.kernel, "margin": choice.margin}
-            for tokens, choice in self.measured.items()
-        }
+        timed = {str(tokens): choice.to_dict() for tokens, choice in self.measured.items()}
         return {"chosen": self.kernel not in DENSE, "kernel": self.kernel, "why": self.why, "timed_by_tokens": timed}
 
 
@@ -95,7 +92,12 @@ class Chooser:
         if not self._autotune:
             lanes = "n-lanes" if tokens <= UNTIMED_N_LANES_UP_TO[self._compute] else "t-lanes"
             return LayerChoice(lanes if layer.is_sparse else "dense-bf16", "not timed: ours by default", {})
-        choice = self._cache.choose(self._key(layer, tokens), self._candidates(layer, tokens))
+        names = _candidates(layer, tokens)
+        choice = self._cache.choose(
+            self._key(layer, tokens),
+            lambda: {name: _product(layer, tokens, name, self._compute, self._threads) for name in names},
+            names,
+        )
         return LayerChoice(choice.kernel, "faster at the usual batch", {tokens: choice})
 
     def together(self, first: FusedLayer, second: FusedLayer, kernel: str) -> Choice | None:
@@ -111,6 +113,7 @@ class Chooser:
             lambda: {
                 name: self._pair(first, second, tokens, kernel, name == "together") for name in ("apart", "together")
             },
+            ("apart", "together"),
         )
 
     def _pair(self, first: FusedLayer, second: FusedLayer, tokens: int, kernel: str, one: bool) -> Callable[[], object]:
@@ -138,6 +141,7 @@ class Chooser:
         return self._cache.choose(
             f"{self._attention_compute} attention batch {batch} {shape}",
             lambda: self._attention_candidates(attention, batch),
+            ("own", "onnxruntime"),
         )
 
     def _attention_candidates(self, attention: Attention, batch: int) -> Mapping[str, Callable[[], object]]:
@@ -159,9 +163,11 @@ class Chooser:
         weights = "2:4" if layer.is_sparse else "dense"
         return f"{self._compute} {weights} {layer.rows}x{layer.depth} {layer.activation} {residual} tokens {tokens}"
 
-    def _candidates(self, layer: FusedLayer, tokens: int) -> Callable[[], Mapping[str, Callable[[], object]]]:
-        names = ["dense", "t-lanes", *(["n-lanes"] if tokens <= N_LANES_UP_TO else [])] if layer.is_sparse else DENSE
-        return lambda: {name: _product(layer, tokens, name, self._compute, self._threads) for name in names}
+
+def _candidates(layer: FusedLayer, tokens: int) -> tuple[str, ...]:
+    if not layer.is_sparse:
+        return DENSE
+    return ("dense", "t-lanes", "n-lanes") if tokens <= N_LANES_UP_TO else ("dense", "t-lanes")
 
 
 def _product(layer: FusedLayer, tokens: int, kernel: str, compute: str, threads: int | None) -> Callable[[], object]:

@@ -99,11 +99,13 @@ class PlanCache:
         if self._plan is None:
             return None
         try:
-            plan, notes = self._plan.read_bytes(), json.loads(self._plan.with_suffix(".json").read_text())
+            plan, record = self._plan.read_bytes(), json.loads(self._plan.with_suffix(".json").read_text())
             os.utime(self._plan)
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
-        return (plan, notes["notes"]) if notes.get("sha256") == hashlib.sha256(plan).hexdigest() else None
+        if not isinstance(record, dict) or not isinstance(record.get("notes"), dict):
+            return None
+        return (plan, record["notes"]) if record.get("sha256") == hashlib.sha256(plan).hexdigest() else None
 
     def store(self, plan: bytes | memoryview, notes: Mapping[str, Any]) -> None:
         """Keep a plan; the oldest go where there are too many."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,10 +49,7 @@ class LayerChoice:
 
     def to_dict(self) -> dict[str, Any]:
         """For ``engine.info`` and ``inspect``."""
-        timed = {
-            str(tokens): {"milliseconds": choice.milliseconds, "fastest": choice.kernel, "margin": choice.margin}
-            for tokens, choice in self.measured.items()
-        }
+        timed = {str(tokens): choice.to_dict() for tokens, choice in self.measured.items()}
         report = {"chosen": self.kernel in SPARSE, "kernel": self.kernel, "why": self.why, "timed_by_tokens": timed}
         return report | ({"left_out": self.left_out} if self.left_out else {})
 
@@ -182,7 +179,7 @@ def nearest(tokens: Iterable[int], wanted: int) -> int:
 
 
 def _per_product(choice: Choice, count: int) -> Choice:
-    return Choice(choice.kernel, {name: value / count for name, value in choice.milliseconds.items()})
+    return replace(choice, milliseconds={name: value / count for name, value in choice.milliseconds.items()})
 
 
 def _product_named(name: str, made: dict[str, nn.Module]) -> nn.Module:
