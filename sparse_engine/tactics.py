@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from sparse_engine.errors import OutputError
 from sparse_engine.files import replacing
@@ -241,7 +241,7 @@ def _believed(stored: Any, facts: dict[str, Any]) -> tuple[dict[str, Choice], fl
     entries = choices.items() if isinstance(choices, dict) else ()
     read = {key: choice for key, value in entries if (choice := _read_choice(value)) is not None}
     at = stored.get("timed_at")
-    return read, at if _is_number(at) else 0.0
+    return read, (at if _is_number(at) else 0.0)
 
 
 def _read_choice(value: Any) -> Choice | None:
@@ -251,14 +251,14 @@ def _read_choice(value: Any) -> Choice | None:
     milliseconds, noise, times = value.get("milliseconds"), value.get("noise"), value.get("times")
     if not isinstance(milliseconds, dict) or not all(_is_number(each) and each > 0 for each in milliseconds.values()):
         return None
-    if not (_is_number(noise) and noise >= 0 and _is_number(times) and isinstance(times, int) and times >= 1):
+    if not (_is_number(noise) and noise >= 0) or not (_is_number(times) and isinstance(times, int) and times >= 1):
         return None
     if not milliseconds or value.get("kernel") != _least(milliseconds):
         return None
     return Choice(value["kernel"], milliseconds, noise, times)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
 
 
