@@ -29,7 +29,7 @@ Finding = tuple[str, str]  # (case, what happened)
 
 
 def names(cases: int) -> list[str]:
-    """Case i of n: the targets in turn, each with seeds of its own. Tactics load an engine with tuning: fewer of them."""
+    """Case i of n: the targets in turn, each with seeds of its own. Fewer of tactics, which load with tuning."""
     kinds = ["pth", "engine", "manifest", "safetensors", "calibration", "results"]
     made = [f"{kinds[i % len(kinds)]}:{i // len(kinds)}" for i in range(cases)]
     return [f"tactics:{i}" if i % 100 == 99 else name for i, name in enumerate(made)]
