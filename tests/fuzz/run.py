@@ -2,7 +2,7 @@
 
     python tests/fuzz/run.py --cases 100000 --workers 2
 
-Prints each case that ends otherwise than well or in an error of ours; exit 1 if there is one. ``--only pth:17`` runs one.
+Prints each case that ends otherwise than well or in an error of ours; exit 1 if there is one. ``--only pth:17`` is one.
 """
 
 from __future__ import annotations
