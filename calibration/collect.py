@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tokenize
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -283,7 +284,16 @@ def _read(path: Path) -> CalibrationData:
             arrays = {name: archive.get(name) for name in ARRAYS}
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist", _AGAIN) from error
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        AttributeError,
+        TypeError,
+        zipfile.BadZipFile,
+        tokenize.TokenError,
+    ) as error:
         raise InputError(f"{path} is no calibration file: {error}", _AGAIN) from error
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise InputError(f"{path} is no calibration file of the format {FORMAT}", _AGAIN)

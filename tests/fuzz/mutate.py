@@ -86,7 +86,7 @@ def zip_of(data: bytes, rng: random.Random) -> bytes:
         case 1:
             members.append((name, content))
         case 2:
-            members[at] = (rng.choice(("", "../" + name, name + "x")), content)
+            members[at] = (rng.choice(("x", "../" + name, name + "x")), content)
         case 3 if name.endswith(".pkl"):
             members[at] = (name, pickle_of(content, rng))
         case _:

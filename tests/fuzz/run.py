@@ -52,7 +52,8 @@ def _work(seeds: Path, cases: list[str], pipe: Connection) -> None:
     os.environ[CACHE_VARIABLE] = str(seeds / "cache")
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     signal.signal(signal.SIGALRM, _alarm)
-    targets.TARGETS["engine"].use(seeds / "model.sengine", seeds)  # what is imported once is no case's
+    for kind in ("engine", "pth"):  # what is imported once is no case's
+        targets.TARGETS[kind].use(seeds / targets.TARGETS[kind].file, seeds)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + BYTES, resource.RLIM_INFINITY))
     for case in cases:
