@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tokenize
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -278,6 +279,17 @@ def _within(labels: np.ndarray, classes: int) -> bool:
     return bool(((labels >= 0) & (labels < classes)).all())
 
 
+# What NumPy raises on a file that is none of its own, or damaged.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    AttributeError,
+    TypeError,
+    zipfile.BadZipFile,
+    tokenize.TokenError,
+)
 _AGAIN = "make it for this model: sparse-engine calibrate CHECKPOINT -o calib.npz"
 
 
@@ -287,7 +299,7 @@ def _read(path: Path) -> CalibrationData:
         with np.load(path, allow_pickle=False) as archive:
             facts = json.loads(str(archive["facts"]))
             arrays = {name: archive.get(name) for name in ARRAYS}
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{path} is no calibration file: {error}", _AGAIN) from error
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise InputError(f"{path} is no calibration file of the format {FORMAT}", _AGAIN)

@@ -133,6 +133,8 @@ class EngineFile:
         if info is None or info.compress_type != zipfile.ZIP_STORED or info.file_size != expected:
             found = "nothing" if info is None else f"{info.file_size} bytes"
             raise EngineFileError(f"{self.path}: {name} should have {expected} bytes, found {found}", _COPY_AGAIN)
+        if info.header_offset < 0:  # bytes are missing before it
+            raise EngineFileError(f"{self.path} is cut short or altered: {name} begins before it", _COPY_AGAIN)
         with self.path.open("rb") as stream:
             stream.seek(info.header_offset)
             header = stream.read(_LOCAL_HEADER.size)

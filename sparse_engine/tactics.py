@@ -241,7 +241,7 @@ def _believed(stored: Any, facts: dict[str, Any]) -> tuple[dict[str, Choice], fl
     entries = choices.items() if isinstance(choices, dict) else ()
     read = {key: choice for key, value in entries if (choice := _read_choice(value)) is not None}
     at = stored.get("timed_at")
-    return read, at if _is_number(at) else 0.0
+    return read, (at if _is_number(at) else 0.0)
 
 
 def _read_choice(value: Any) -> Choice | None:
@@ -251,7 +251,7 @@ def _read_choice(value: Any) -> Choice | None:
     milliseconds, noise, times = value.get("milliseconds"), value.get("noise"), value.get("times")
     if not isinstance(milliseconds, dict) or not all(_is_number(each) and each > 0 for each in milliseconds.values()):
         return None
-    if not (_is_number(noise) and noise >= 0 and _is_number(times) and isinstance(times, int) and times >= 1):
+    if not (_is_number(noise) and noise >= 0) or not (_is_number(times) and isinstance(times, int) and times >= 1):
         return None
     if not milliseconds or value.get("kernel") != _least(milliseconds):
         return None

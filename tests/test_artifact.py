@@ -142,6 +142,15 @@ def test_one_bit_flipped_elsewhere_is_found_or_changes_nothing(path: Path) -> No
     assert found > 1000
 
 
+def test_bytes_missing_in_the_padding(path: Path) -> None:
+    """The directory then points before the file's beginning for its first member."""
+    data = path.read_bytes()
+    start, _ = EngineFile(path).span("weights.bin")
+    path.write_bytes(data[: start - 3000] + data[start - 1000 :])
+    with pytest.raises(EngineFileError):
+        EngineFile(path)
+
+
 def test_bytes_behind_the_end_change_nothing(path: Path) -> None:
     original = EngineFile(path).manifest
     with path.open("ab") as stream:

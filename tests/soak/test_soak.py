@@ -1,0 +1,14 @@
+"""Half a minute of loads and samples at most, in a process of its own: what it holds stays flat."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_what_a_process_holds_stays_flat(conditional_engine: Path) -> None:
+    script = Path(__file__).with_name("soak.py")
+    command = [sys.executable, script, conditional_engine, "--seconds", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for ending in ("drawn", "cancelled", "closed"):
+        assert ending in done.stdout
