@@ -1,7 +1,7 @@
 """Signals at any moment: nothing half-written, nothing left behind, the right exit code, and the next run works.
 
-A few moments in CI. ``SPARSE_ENGINE_INTERRUPTS=50 pytest -s tests/cli/test_interrupts.py`` tries 50 of each signal, spread
-over the commands, at random moments of a fixed seed.
+A few moments in CI. ``SPARSE_ENGINE_INTERRUPTS=50 pytest -s tests/cli/test_interrupts.py`` tries 50 of each signal,
+spread over the commands, at random moments of a fixed seed.
 """
 
 import json
