@@ -31,6 +31,8 @@ def check_folder(folder: Path) -> None:
     """Say before the work that a report cannot be written there. Raises OutputError."""
     if os.path.isfile(folder):
         raise OutputError(f"--report {folder} is a file; expected a folder", "name a folder")
+    if not os.path.exists(folder.parent):
+        raise OutputError(f"--report {folder}: the folder {folder.parent} does not exist", "create it, or name another")
     check_writable(folder / "index.html" if os.path.isdir(folder) else folder)
 
 

@@ -1,7 +1,7 @@
 """Signals at any moment: nothing half-written, nothing left behind, the right exit code, and the next run works.
 
-A few moments in CI. ``SPARSE_ENGINE_INTERRUPTS=50 pytest tests/cli/test_interrupts.py`` tries 50 of each signal, spread
-over the commands, at random moments of a fixed seed.
+A few moments in CI. ``SPARSE_ENGINE_INTERRUPTS=50 pytest -s tests/cli/test_interrupts.py`` tries 50 of each signal,
+spread over the commands, at random moments of a fixed seed.
 """
 
 import json
@@ -152,6 +152,7 @@ def moments(number: int, durations: dict[str, float]) -> Iterator[tuple[str, flo
         yield name, chance.uniform(0, durations[name])
 
 
+@pytest.mark.timeout(0)  # 50 moments of each signal take the better part of an hour
 @pytest.mark.skipif(COUNT == 0, reason="SPARSE_ENGINE_INTERRUPTS is not set")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_many_moments(place: Place, number: int) -> None:
@@ -160,5 +161,6 @@ def test_many_moments(place: Place, number: int) -> None:
         stop(place, name, number, after)
         if number == signal.SIGKILL:
             run_through(place, name)
+        print(f"{signal.Signals(number).name}, {name} after {after:.2f} of {durations[name]:.2f} s: as promised")
     for name in durations:
         run_through(place, name)
