@@ -21,7 +21,7 @@ import numpy as np
 from sparse_engine import arguments, sampling
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import InputError, OptionError
-from sparse_engine.files import check_readable, replacing
+from sparse_engine.files import check_readable, parsed_json, replacing
 from sparse_engine.manifest import Manifest
 
 EVERY = 4  # of this many steps of an image one is kept: neighbouring states of one trajectory say much the same
@@ -287,6 +287,7 @@ _UNREADABLE = (
     EOFError,
     AttributeError,
     TypeError,
+    NotImplementedError,
     zipfile.BadZipFile,
     tokenize.TokenError,
 )
@@ -297,19 +298,19 @@ def _read(path: Path) -> CalibrationData:
     check_readable(path, InputError, missing=_AGAIN)
     try:
         with np.load(path, allow_pickle=False) as archive:
-            facts = json.loads(str(archive["facts"]))
+            facts = parsed_json(str(archive["facts"]))
             arrays = {name: archive.get(name) for name in ARRAYS}
     except _UNREADABLE as error:
         raise InputError(f"{path} is no calibration file: {error}", _AGAIN) from error
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise InputError(f"{path} is no calibration file of the format {FORMAT}", _AGAIN)
     x = arrays["x"]
-    if x is None or x.ndim != 4:
+    if not isinstance(x, np.ndarray) or x.ndim != 4:
         raise InputError(f"{path} is incomplete: it holds no x [N, C, H, W]", _AGAIN)
     for name, array in arrays.items():
         if array is None and name == "labels":
             continue
-        if array is None or len(array) != len(x):
+        if not isinstance(array, np.ndarray) or array.shape[:1] != x.shape[:1]:
             raise InputError(f"{path} is incomplete: {name} is missing or cut short", _AGAIN)
         if array.dtype != ARRAYS[name]:
             raise InputError(f"{path}: {name} is {array.dtype}; expected {np.dtype(ARRAYS[name])}", _AGAIN)
