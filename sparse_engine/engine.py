@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -320,6 +320,12 @@ class SparseEngine:
         if runner is not None and os.getpid() == self._process:
             with library_call():
                 runner.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedError(
+            "an engine cannot be copied or sent to another process: its threads and its memory are this one's",
+            "pass the path of its file, and load it there with SparseEngine.load",
+        )
 
     def __enter__(self) -> SparseEngine:
         return self

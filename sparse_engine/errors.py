@@ -7,6 +7,8 @@ line prints both, in one or two lines, and exits with ``exit_code``: 2 where the
 
 from __future__ import annotations
 
+from typing import Any
+
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 EXIT_SIGNAL = 128  # and the signal's number, as shells count
 EXIT_INTERRUPTED = EXIT_SIGNAL + 2  # SIGINT: Ctrl-C
@@ -26,6 +28,17 @@ class SparseEngineError(Exception):
         super().__init__(what if fix is None else f"{what}\n  fix: {fix}")
         self.what = what
         self.fix = fix
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Whole in another process too, where a worker's errors go."""
+        return _remade, (type(self), self.args, self.__dict__)
+
+
+def _remade(kind: type[SparseEngineError], args: tuple[Any, ...], attributes: dict[str, Any]) -> SparseEngineError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
 
 
 class InputError(SparseEngineError):

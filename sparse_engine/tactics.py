@@ -263,10 +263,15 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def cache_folder() -> Path:
-    """``$SPARSE_ENGINE_CACHE``, else ``sparse-engine`` in the user's cache folder."""
+    """``$SPARSE_ENGINE_CACHE``, else ``sparse-engine`` in the user's cache folder. Raises RuntimeError without a home.
+
+    A service's file sets variables without a shell that expands ``~``; a relative ``XDG_CACHE_HOME`` does not count, by
+    the XDG Base Directory Specification.
+    """
     if os.environ.get(CACHE_VARIABLE):
-        return Path(os.environ[CACHE_VARIABLE])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-engine"
+        return Path(os.environ[CACHE_VARIABLE]).expanduser()
+    users = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(users) if os.path.isabs(users) else Path.home() / ".cache") / "sparse-engine"
 
 
 def processor_name() -> str:
