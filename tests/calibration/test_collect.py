@@ -172,6 +172,8 @@ def test_cut_short(data: CalibrationData, tmp_path: Path) -> None:
             "no calibration file of the format",
         ),
         (lambda path: np.savez(path, facts=np.array([{"a": 1}], object)), "is no calibration file"),  # a pickle
+        (lambda path: np.savez(path, facts=np.array("[" * 100_000)), "is no calibration file"),
+        (lambda path: np.savez_compressed(path, x=np.zeros(1 << 22)), "it unpacks to 33554"),
     ],
 )
 def test_not_a_calibration_file(data: CalibrationData, tmp_path: Path, write: Any, message: str) -> None:
@@ -179,6 +181,24 @@ def test_not_a_calibration_file(data: CalibrationData, tmp_path: Path, write: An
     write(path)
     with pytest.raises(InputError, match=message):
         load(path, data)
+
+
+@pytest.mark.parametrize("flags", [b"\x01\x00", b"\x20\x00"], ids=["encrypted", "patched"])
+def test_a_zip_that_cannot_be_unpacked(
+    calibration_file: Path, data: CalibrationData, tmp_path: Path, flags: bytes
+) -> None:
+    path = tmp_path / "flagged.npz"
+    content = calibration_file.read_bytes()
+    path.write_bytes(re.sub(rb"(?s)(PK\x01\x02....)..", lambda found: found[1] + flags, content))
+    with pytest.raises(InputError, match="is no calibration file"):
+        load(path, data)
+
+
+def test_a_compressed_file_is_read(data: CalibrationData, calibration_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "compressed.npz"
+    with np.load(calibration_file) as archive:
+        np.savez_compressed(path, **archive)
+    assert np.array_equal(load(path, data).x, data.x)
 
 
 def test_missing_file_and_folder(data: CalibrationData, tmp_path: Path) -> None:
