@@ -85,6 +85,8 @@ def _damage(results: dict[str, Any]) -> str | None:
     if not isinstance(results["machine"], dict) or "processor" not in results["machine"]:
         return "its machine has no processor"
     entry = "cells" if results["kind"] == "grid" else "rows"
+    if not isinstance(results["precision"], str):
+        return "its precision is no name"
     rows = results.get(entry)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         return f"it has no list of {entry}"

@@ -309,7 +309,7 @@ def _read(path: Path) -> CalibrationData:
     for name, array in arrays.items():
         if array is None and name == "labels":
             continue
-        if array is None or len(array) != len(x):
+        if array is None or array.shape[:1] != x.shape[:1] or (name != "x" and array.ndim != 1):
             raise InputError(f"{path} is incomplete: {name} is missing or cut short", _AGAIN)
         if array.dtype != ARRAYS[name]:
             raise InputError(f"{path}: {name} is {array.dtype}; expected {np.dtype(ARRAYS[name])}", _AGAIN)

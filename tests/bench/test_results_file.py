@@ -47,6 +47,7 @@ def test_the_committed_results_can_be_compared_with(name: str) -> None:
     [
         ({"threads": ...}, "it has no threads"),
         ({"precision": ..., "machine": ...}, "it has no machine, precision"),
+        ({"precision": ["fp32"]}, "its precision is no name"),
         ({"machine": {}}, "its machine has no processor"),
         ({"rows": ...}, "it has no list of rows"),
         ({"rows": {"batch": 1}}, "it has no list of rows"),

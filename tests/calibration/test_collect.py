@@ -183,6 +183,13 @@ def test_not_a_calibration_file(data: CalibrationData, tmp_path: Path, write: An
         load(path, data)
 
 
+@pytest.mark.parametrize("shape", [(), (-1, 1)])
+def test_times_that_are_no_list(data: CalibrationData, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = damaged(tmp_path / "shaped.npz", data, times=data.times[: None if shape else 1].reshape(shape))
+    with pytest.raises(InputError, match="times is missing or cut short"):
+        load(path, data)
+
+
 @pytest.mark.parametrize("flags", [b"\x01\x00", b"\x20\x00"], ids=["encrypted", "patched"])
 def test_a_zip_that_cannot_be_unpacked(
     calibration_file: Path, data: CalibrationData, tmp_path: Path, flags: bytes

@@ -87,7 +87,7 @@ def _nested(held: dict[Any, Any], rng: random.Random) -> dict[Any, Any]:
         held = dict(held)
         held[rng.choice(PARTS)] = [held, held] if rng.random() < 0.5 else held  # holds itself
         return held
-    for _ in range(rng.choice((1, 1, 2, 5, 12, 60))):
+    for _ in range(rng.choice((1, 1, 2, 5, 12, 20))):
         held = {rng.choice(PARTS): rng.choice((held, held, [held], tuple(held.values())))}
     return held
 
