@@ -304,12 +304,12 @@ def _read(path: Path) -> CalibrationData:
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise InputError(f"{path} is no calibration file of the format {FORMAT}", _AGAIN)
     x = arrays["x"]
-    if x is None or x.ndim != 4:
+    if not isinstance(x, np.ndarray) or x.ndim != 4:
         raise InputError(f"{path} is incomplete: it holds no x [N, C, H, W]", _AGAIN)
     for name, array in arrays.items():
         if array is None and name == "labels":
             continue
-        if array is None or array.shape[:1] != x.shape[:1] or (name != "x" and array.ndim != 1):
+        if not isinstance(array, np.ndarray) or array.shape[:1] != x.shape[:1] or (name != "x" and array.ndim != 1):
             raise InputError(f"{path} is incomplete: {name} is missing or cut short", _AGAIN)
         if array.dtype != ARRAYS[name]:
             raise InputError(f"{path}: {name} is {array.dtype}; expected {np.dtype(ARRAYS[name])}", _AGAIN)

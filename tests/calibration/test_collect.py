@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,16 @@ def test_not_a_calibration_file(data: CalibrationData, tmp_path: Path, write: An
     path = tmp_path / "other.npz"
     write(path)
     with pytest.raises(InputError, match=message):
+        load(path, data)
+
+
+@pytest.mark.parametrize("name", ["x", "times"])
+def test_a_member_that_is_no_array(calibration_file: Path, data: CalibrationData, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "bytes.npz"
+    with zipfile.ZipFile(calibration_file) as whole, zipfile.ZipFile(path, "w") as altered:
+        for member in whole.namelist():
+            altered.writestr(member, b"no array" if member == f"{name}.npy" else whole.read(member))
+    with pytest.raises(InputError, match="is incomplete"):
         load(path, data)
 
 

@@ -30,12 +30,19 @@ BOMB = 3 << 29  # bytes that a deflated member of zeros unpacks to: more than a 
 
 def checkpoint_of(data: bytes, rng: random.Random) -> bytes:
     """A state dict with one to three edits of its tensors, its names or its nesting, saved by torch."""
+    made = io.BytesIO()
+    try:
+        torch.save(_edited(data, rng), made, _use_new_zipfile_serialization=rng.random() < 0.8)
+    except RecursionError:  # nested beyond what torch can save: other edits
+        return checkpoint_of(data, rng)
+    return made.getvalue()
+
+
+def _edited(data: bytes, rng: random.Random) -> Any:
     held: Any = torch.load(io.BytesIO(data), weights_only=True)
     for _ in range(rng.choice((1, 1, 3))):
         held = rng.choice((_tensor_changed, _tensor_changed, _renamed, _nested, _added))(held, rng)
-    made = io.BytesIO()
-    torch.save(held, made, _use_new_zipfile_serialization=rng.random() < 0.8)
-    return made.getvalue()
+    return held
 
 
 def _any_key(held: dict[Any, Any], rng: random.Random) -> Any:
