@@ -14,7 +14,7 @@ from typing import Any
 from sparse_engine import __version__
 from sparse_engine.cores import pool_size
 from sparse_engine.errors import InputError
-from sparse_engine.files import check_readable, replacing
+from sparse_engine.files import check_readable, parsed_json, replacing
 from sparse_engine.tactics import processor_name
 
 SCHEMA = "sparse-engine-bench/2"  # docs/bench-results.md describes it
@@ -51,8 +51,8 @@ def read_results(path: Path) -> dict[str, Any]:
     """Read a results file, one of the first schema too. Raises InputError where it is none, or of another schema."""
     check_readable(path, InputError)
     try:
-        results = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        results = parsed_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is no results file: {error}") from error
     found = results.get("schema") if isinstance(results, dict) else None
     if found not in (SCHEMA, FIRST_SCHEMA):

@@ -20,7 +20,7 @@ import numpy as np
 from sparse_engine import arguments, sampling
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import InputError, OptionError
-from sparse_engine.files import check_readable, replacing
+from sparse_engine.files import check_readable, parsed_json, replacing
 from sparse_engine.manifest import Manifest
 
 EVERY = 4  # of this many steps of an image one is kept: neighbouring states of one trajectory say much the same
@@ -295,7 +295,7 @@ def _read(path: Path) -> CalibrationData:
     try:
         _check_size(path)
         with np.load(path, allow_pickle=False) as archive:
-            facts = json.loads(str(archive["facts"]))
+            facts = parsed_json(str(archive["facts"]))
             arrays = {name: archive.get(name) for name in ARRAYS}
     except InputError:
         raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 
 from sparse_engine.artifact import SUFFIX
 from sparse_engine.errors import CheckpointError
-from sparse_engine.files import check_readable
+from sparse_engine.files import check_readable, parsed_json
 
 # A folder `N.ckpt/` of SparseDM and U-ViT holds these beside the optimizer's state.
 FOLDER_FILES = ("nnet_ema.pth", "nnet.pth")
@@ -144,8 +143,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError on anything else."""
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:  # bad JSON, bytes that are no text, or nested beyond all reason
+        values = parsed_json(text)
+    except ValueError as error:
         raise CheckpointError(f"{where} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{where} holds a {type(values).__name__}; expected an object of settings")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from sparse_engine import temporaries
 from sparse_engine.errors import InputError, OptionError, OutputError
@@ -17,6 +18,7 @@ UMASK = os.umask(0o022)  # it can only be read by setting it: once, before there
 os.umask(UMASK)
 SET_TMPDIR = "set TMPDIR to a folder that can be written and has space"
 MOUNTS = Path("/proc/self/mountinfo")
+MOST_DIGITS = 20  # of a whole number in JSON: a seed has 20, and what is much larger is no float
 CONTENT = "content"  # what is being made in a folder goes by this name
 NOT_CONTENT = ("lost+found",)  # what a file system that was just made has in it
 
@@ -246,3 +248,17 @@ def check_readable(
         raise kind(f"{path} is a device or a pipe; expected a file", "write it to a file first")
     if not os.access(path, os.R_OK | (os.X_OK if stat.S_ISDIR(mode) else 0)):
         raise kind(f"{path} may not be read", "check its rights")
+
+
+def parsed_json(text: str | bytes) -> Any:
+    """What a JSON file of anybody's says. Raises ValueError: no JSON, nested too deep, or with an endless number."""
+    try:
+        return json.loads(text, parse_int=_whole)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from sparse_engine.errors import EngineFileError
+from sparse_engine.files import parsed_json
 
 FORMAT_VERSION = 1
 FAST_HASH = "xxh3_128"  # of a payload file, checked at every load: at memory speed, and no proof against intent
@@ -72,8 +72,8 @@ class Manifest:
     def parse(cls, data: bytes, where: str) -> Manifest:
         """Read ``manifest.json``. Raises EngineFileError on anything that this version cannot be sure of."""
         try:
-            values = json.loads(data)
-        except (ValueError, RecursionError) as error:
+            values = parsed_json(data)
+        except ValueError as error:
             raise EngineFileError(f"{where}: its manifest is not JSON: {error}", "rebuild the engine") from error
         version = values.get("format_version") if isinstance(values, dict) else None
         if not isinstance(version, int) or isinstance(version, bool):
@@ -105,6 +105,7 @@ def _well_formed(values: dict[str, Any]) -> bool:
         all(isinstance(values[name], str) for name in _STRINGS)
         and all(isinstance(values[name], dict) for name in ("config", "schedule", "mask", "backend"))
         and isinstance(values["backend"].get("name"), str)
+        and isinstance(values["backend"].get("device"), str | None)
         and isinstance(values["quantisation"], dict | None)
         and isinstance(values["sparse"], bool)
         and _are_numbers([values["num_classes"]], 1, int, least=0)
@@ -112,7 +113,7 @@ def _well_formed(values: dict[str, Any]) -> bool:
         and _are_numbers(values["data_shape"], 3, int, least=1)
         and _are_numbers(values["batch"], 3, int, least=1)
         and values["batch"] == sorted(values["batch"])
-        and (values["value_range"] is None or _are_numbers(values["value_range"], 2, int | float))
+        and (values["value_range"] is None or _is_range(values["value_range"]))
         and isinstance(values["notes"], list)
         and all(isinstance(note, str) for note in values["notes"])
         and isinstance(values["layers"], list)
@@ -127,6 +128,10 @@ def _are_numbers(value: Any, length: int, kind: Any, least: float = -LARGEST) ->
         and len(value) == length
         and all(isinstance(each, kind) and not isinstance(each, bool) and least <= each <= LARGEST for each in value)
     )
+
+
+def _is_range(value: Any) -> bool:
+    return _are_numbers(value, 2, int | float) and value[0] < value[1]
 
 
 def _is_layer(entry: Any) -> bool:

@@ -273,11 +273,14 @@ def _refuse_relatives(shapes: Shapes) -> None:
             )
 
 
+MOST_RATIO = 1e6  # far beyond any network
+
+
 def _check_ratio(ratio: Any, embed_dim: int, hidden: int) -> None:
     """A configuration's mlp_ratio has to be what the weights' widths are, or that rounded or cut as written."""
     if ratio is None:
         return
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not math.isfinite(ratio):
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= MOST_RATIO:
         raise CheckpointError(f"mlp_ratio is {ratio!r} in the given configuration; expected a number")
     product, decimals = ratio * embed_dim, len(repr(ratio).partition(".")[2])
     rounded = isinstance(ratio, float) and not ratio.is_integer() and round(hidden / embed_dim, decimals) == ratio

@@ -56,7 +56,7 @@ class Place:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | places | {"OMP_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"},
+            env=os.environ | places | {"OMP_NUM_THREADS": "1"},
         )
 
     def check_whole(self, name: str) -> bool:

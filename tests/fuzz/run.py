@@ -30,7 +30,7 @@ Finding = tuple[str, str]  # (case, what happened)
 
 def names(cases: int, first: int = 0) -> list[str]:
     """Cases from ``first`` on: the targets in turn, with seeds of their own. Few of tactics, which load with tuning."""
-    kinds = ["pth", "engine", "manifest", "safetensors", "calibration", "results"]
+    kinds = ["pth", "engine", "manifest", "safetensors", "calibration", "results", "configuration"]
     kinds += ["state", "pickle", "described", "index", "pthzip", "npz", "grid"]
     made = [f"{kinds[i % len(kinds)]}:{i // len(kinds)}" for i in range(first, first + cases)]
     return [f"tactics:{i}" if i % 100 == 99 else name for i, name in enumerate(made)]
@@ -87,7 +87,7 @@ def _outcome(targets: object, seeds: Path, case: str) -> str:
             outcome = f"{type(error).__name__}: {str(error)[:120]} in {Path(ours[-1].filename).name}:{ours[-1].lineno}"
         finally:
             signal.alarm(0)
-        left = targets.written_beside(Path(folder), {target.file, "cache"})  # type: ignore[attr-defined]
+        left = targets.written_beside(Path(folder), {target.file, *target.beside})  # type: ignore[attr-defined]
         os.chdir("/")
     return f"{outcome}; wrote {left}" if left else outcome
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +42,13 @@ class Target:
         file: the undamaged one; a case has the same name in a folder of its own.
         damages: of which a case takes one.
         use: reads a damaged file; gets its path and the folder of the undamaged ones.
+        beside: what ``use`` puts beside it.
     """
 
     file: str
     damages: tuple[Damage, ...]
     use: Callable[[Path, Path], None]
+    beside: tuple[str, ...] = ()
 
 
 def make_seeds(folder: Path) -> None:
@@ -54,6 +58,9 @@ def make_seeds(folder: Path) -> None:
     state = {key: 0.15 * torch.randn_like(value) for key, value in UViT(CONFIG).state_dict().items()}
     torch.save(state, folder / "model.pth")
     save_file(state, folder / "model.safetensors")
+    settings = {"family": "uvit", "heads": 4, "null_class": 4, "schedule": "vp-linear", "nnet": {"mlp_ratio": 4}}
+    settings |= {"prediction": "eps", "sampler": "ddim", "value_range": [-1, 1], "num_classes": 5}
+    (folder / "config.json").write_text(json.dumps(settings))
     build_engine(folder / "model.pth", folder / "model.sengine", sparse=True, heads=4, null_class=4)
     with SparseEngine.load(folder / "model.sengine", threads=1, autotune=False) as engine:
         collect(engine, images=16, steps=8).save(folder / "data.npz")
@@ -85,6 +92,12 @@ def _sample(engine: SparseEngine) -> np.ndarray:
 
 def _use_checkpoint(path: Path, seeds: Path) -> None:
     load_model(path, heads=4, null_class=4)
+
+
+def _use_configuration(path: Path, seeds: Path) -> None:
+    checkpoint = path.with_name("model.pth")
+    checkpoint.symlink_to(seeds / "model.pth")
+    load_model(checkpoint)
 
 
 def _use_engine(path: Path, seeds: Path) -> None:
@@ -133,9 +146,6 @@ def _use_tactics(path: Path, seeds: Path) -> None:
 
 def engine_with_manifest(data: bytes, rng: random.Random) -> bytes:
     """An engine whose manifest was edited, all else in its place: the manifest is the last member."""
-    import io
-    import zipfile
-
     stream = io.BytesIO(data)
     with zipfile.ZipFile(stream, "a") as archive:
         info = archive.getinfo("manifest.json")
@@ -162,12 +172,13 @@ TARGETS: dict[str, Target] = {
     "state": Target("model.pth", (structure.checkpoint_of,), _use_checkpoint),
     "pickle": Target("model.pth", (structure.pickle_in_zip,), _use_checkpoint),
     "described": Target("model.safetensors", (structure.described_safetensors,), _use_checkpoint),
-    "index": Target("shards.safetensors.index.json", (mutate.text_of,), _use_index),
+    "index": Target("shards.safetensors.index.json", (mutate.text_of,), _use_index, ("cache",)),
     "zip": Target("model.sengine", (structure.zip_fields_of,), _use_engine),
     "pthzip": Target("model.pth", (structure.zip_fields_of, structure.bomb_of), _use_checkpoint),
     "npz": Target("data.npz", (structure.npz_of, structure.zip_fields_of, structure.bomb_of), _use_calibration),
     "grid": Target("grid.json", (mutate.text_of,), _use_results),
-    "tactics": Target("tactics.json", (mutate.text_of,), _use_tactics),
+    "tactics": Target("tactics.json", (mutate.text_of,), _use_tactics, ("cache",)),
+    "configuration": Target("config.json", (mutate.text_of,), _use_configuration, ("model.pth",)),
 }
 
 

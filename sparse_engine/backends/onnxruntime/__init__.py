@@ -94,9 +94,10 @@ class OnnxRuntimeBackend:
         """Create a session over weights that stay mapped in the engine file."""
         from .runner import OnnxRuntimeRunner
 
-        built_for = engine.manifest.backend["device"]
-        if on_gpu(device or built_for):
-            return load_cuda(engine, device or built_for, threads)
+        built_for = engine.manifest.backend.get("device")
+        runs_on = device or built_for
+        if runs_on is not None and on_gpu(runs_on):
+            return load_cuda(engine, runs_on, threads)
         if device not in (None, "cpu") or built_for != "cpu":
             raise UnsupportedError(
                 f"device {device!r}: {engine.path} was built for onnxruntime on {built_for}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.base import IDENTITY_ROW, NO_CLIP, NoiseSource, StepCallback
 from sparse_engine.ending import stop_if_ending
-from sparse_engine.errors import BackendError, EngineClosedError, SparseEngineError
+from sparse_engine.errors import BackendError, EngineClosedError, EngineFileError, SparseEngineError
 from sparse_engine.sampling import StepFunction, Trajectory, walk
 
 from .library import load_onnxruntime
@@ -52,7 +53,9 @@ class OnnxRuntimeRunner:
             engine.verify()  # bytes that were altered are the likelier cause, and the clearer message
             raise BackendError(f"{engine.path}: ONNX Runtime {onnxruntime.__version__} refuses it: {error}") from error
         _open_sessions.add(self._session)
-        self._conditional = any(entry.name == "y" for entry in self._session.get_inputs())
+        inputs = {entry.name: entry.shape for entry in self._session.get_inputs()}
+        self._conditional = "y" in inputs
+        _check_fit(engine, inputs)
         self._description = {
             "library": f"onnxruntime {onnxruntime.__version__}",
             "device": "cpu",
@@ -109,7 +112,23 @@ class OnnxRuntimeRunner:
         ) -> tuple[np.ndarray, np.ndarray]:
             stop_if_ending()
             moving = {"x": x, "t": t, "coef": coef, "clip": clip, "base": base, "h1": h1, "h2": h2, "z": z}
-            x_next, m = session.run(("x_next", "m"), {**moving, **fixed})
+            try:
+                x_next, m = session.run(("x_next", "m"), {**moving, **fixed})
+            except Exception as error:  # ONNX Runtime's own exceptions have no common public base
+                raise BackendError(f"ONNX Runtime could not run a step: {error}") from error
             return x_next, m
 
         return step
+
+
+def _check_fit(engine: EngineFile, inputs: Mapping[str, Sequence[Any]]) -> None:
+    """Raise EngineFileError where the manifest says something else than the graph."""
+    shape, classes = list(engine.manifest.data_shape), engine.manifest.num_classes
+    found = list(inputs["x"][1:])
+    if shape != found or bool(classes) != ("y" in inputs):
+        labels = "labels" if "y" in inputs else "no labels"
+        raise EngineFileError(
+            f"{engine.path}: its graph takes samples of {found} and {labels}, its manifest says {shape} and {classes} "
+            "classes",
+            "rebuild the engine",
+        )

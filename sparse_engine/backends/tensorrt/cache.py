@@ -13,7 +13,7 @@ from typing import Any
 
 from sparse_engine.artifact import PayloadFile
 from sparse_engine.errors import OutputError
-from sparse_engine.files import replacing
+from sparse_engine.files import parsed_json, replacing
 from sparse_engine.tactics import cache_folder
 
 log = logging.getLogger(__name__)
@@ -99,9 +99,9 @@ class PlanCache:
         if self._plan is None:
             return None
         try:
-            plan, record = self._plan.read_bytes(), json.loads(self._plan.with_suffix(".json").read_text())
+            plan, record = self._plan.read_bytes(), parsed_json(self._plan.with_suffix(".json").read_bytes())
             os.utime(self._plan)
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError):
             return None
         if not isinstance(record, dict) or not isinstance(record.get("notes"), dict):
             return None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparse_engine.artifact import EngineFile, PayloadFile
 from sparse_engine.errors import EngineFileError
+from sparse_engine.files import parsed_json
 
 from .codes import LIMITS, QuantisedWeight
 from .packing import pack, unpack
@@ -128,7 +129,7 @@ def _read_tensors(engine: EngineFile) -> dict[str, Tensor]:
         (length,) = struct.unpack("<Q", mapped[:8].numpy().tobytes())
         if 8 + length > min(size, _LARGEST_HEADER):
             raise ValueError(f"a header of {length} bytes does not fit into {size}")
-        header = json.loads(mapped[8 : 8 + length].numpy().tobytes())
+        header = parsed_json(mapped[8 : 8 + length].numpy().tobytes())
         data = mapped[8 + length :]
         return {name: _tensor(data, **entry) for name, entry in header.items() if name != "__metadata__"}
     except (struct.error, ValueError, TypeError, KeyError, AttributeError) as error:
