@@ -218,8 +218,7 @@ def npz_of(data: bytes, rng: random.Random) -> bytes:
     """Arrays of other shapes, dtypes or values, or with an edited header; the facts edited as JSON."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist()}
-    for _ in range(rng.choice((1, 1, 3))):
-        name = rng.choice(list(members))
+    for name in rng.sample(list(members), rng.choice((1, 1, 3))):
         if name == "facts.npy" and rng.random() < 0.7:
             facts = json.loads(str(np.load(io.BytesIO(members[name]))))
             text = json.dumps(mutate.json_of(facts, rng)) if rng.random() < 0.9 else "[" * 100000
