@@ -246,7 +246,7 @@ def _other_array(array: np.ndarray, rng: random.Random) -> np.ndarray:
             return np.broadcast_to(array.reshape(-1)[0], array.shape)
         case 3:
             return array[: rng.randrange(2)] if array.ndim else array
-        case 4:
+        case 4 if array.dtype.kind in "fi":
             return array.astype(rng.choice(("O", "U9", "S3", "?", ">f4", "f2", "c8", "i1")))
         case 5 if array.dtype.kind in "fi":
             filled = array.copy()
