@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,11 @@ def read_results(path: Path) -> dict[str, Any]:
     if found not in (SCHEMA, FIRST_SCHEMA):
         raise InputError(f"{path} has schema {found!r}; expected {SCHEMA!r}", "run the bench again")
     if found == FIRST_SCHEMA:
-        for row in rows_of(results):
-            _upgrade(row, str(results.get("precision")))
+        try:
+            for row in rows_of(results):
+                _upgrade(row, str(results.get("precision")))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged: it lacks what its schema has", "run the bench again") from error
     return dict(results)
 
 
@@ -67,7 +71,51 @@ def read_comparison(path: Path) -> dict[str, Any]:
     results = read_results(path)
     if results.get("kind") not in ("grid", "model"):
         raise InputError(f"{path} is of a run of the kind {results.get('kind')!r}; expected 'grid' or 'model'")
+    problem = _damage(results)
+    if problem is not None:
+        raise InputError(f"{path} is damaged: {problem}", "run the bench again")
     return results
+
+
+def _damage(results: dict[str, Any]) -> str | None:
+    """What a run of a grid or a model lacks of what is compared; None where it is whole."""
+    lacking = [name for name in ("machine", "threads", "precision") if name not in results]
+    if lacking:
+        return f"it has no {', '.join(lacking)}"
+    if not isinstance(results["machine"], dict) or "processor" not in results["machine"]:
+        return "its machine has no processor"
+    entry = "cells" if results["kind"] == "grid" else "rows"
+    if not isinstance(results["precision"], str):
+        return "its precision is no name"
+    rows = results.get(entry)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        return f"it has no list of {entry}"
+    broken = [index for index, row in enumerate(rows) if not _is_measured(results, row)]
+    return f"{entry}[{broken[0]}] is not what a run writes" if broken else None
+
+
+def _is_measured(results: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Whether a row says what it is of; and, where it was measured, its times and its speed-up in numbers."""
+    model = row.get("model") or results.get("model") or {}
+    named = ("patch", "mlp_ratio", "batch") if results["kind"] == "grid" else ("batch",)
+    if not isinstance(model, dict) or not isinstance(model.get("config", {}), dict):
+        return False
+    if "milliseconds" not in row:  # a cell that could not be built
+        return all(_is_number(row.get(name)) for name in named[:-1])
+    times, ratio = row["milliseconds"], row.get("speedup")
+    numbers = [row.get(name) for name in named]
+    if not isinstance(times, dict) or not isinstance(ratio, dict):
+        return False
+    if not all(isinstance(found, dict) for found in times.values()):
+        return False
+    numbers += [ratio.get(name) for name in ("median", "low", "high")]
+    numbers += [found.get("median") for found in times.values()]
+    return all(_is_number(number) for number in numbers) and all(found["median"] > 0 for found in times.values())
+
+
+def _is_number(value: Any) -> bool:
+    """A number that arithmetic can do without surprises: no truth value, finite, and a float may hold it."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < sys.float_info.max
 
 
 def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tokenize
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ EVERY = 4  # of this many steps of an image one is kept: neighbouring states of 
 MIN_SAMPLES = 32
 MOST_IMAGES, MOST_STEPS = 100_000, 10_000
 HELD_OUT = 5  # one sample of this many measures quality, and is not calibrated on
+MOST_PACKED = 20  # times its size that a file may unpack to
 FORMAT = "sparse-engine-calibration/1"
 
 
@@ -279,28 +279,27 @@ def _within(labels: np.ndarray, classes: int) -> bool:
     return bool(((labels >= 0) & (labels < classes)).all())
 
 
-# What NumPy raises on a file that is none of its own, or damaged.
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    EOFError,
-    AttributeError,
-    TypeError,
-    NotImplementedError,
-    zipfile.BadZipFile,
-    tokenize.TokenError,
-)
 _AGAIN = "make it for this model: sparse-engine calibrate CHECKPOINT -o calib.npz"
+
+
+def _check_size(path: Path) -> None:
+    """Refuse a few bytes that stand for more than there is memory: states of a trajectory are noisy and hardly pack."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(info.file_size for info in archive.infolist())
+    if unpacked > MOST_PACKED * path.stat().st_size:
+        raise InputError(f"{path} is no calibration file: it unpacks to {unpacked} bytes", _AGAIN)
 
 
 def _read(path: Path) -> CalibrationData:
     check_readable(path, InputError, missing=_AGAIN)
     try:
+        _check_size(path)
         with np.load(path, allow_pickle=False) as archive:
             facts = parsed_json(str(archive["facts"]))
             arrays = {name: archive.get(name) for name in ARRAYS}
-    except _UNREADABLE as error:
+    except InputError:
+        raise
+    except Exception as error:  # of any kind, where a file is damaged
         raise InputError(f"{path} is no calibration file: {error}", _AGAIN) from error
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise InputError(f"{path} is no calibration file of the format {FORMAT}", _AGAIN)
@@ -310,7 +309,7 @@ def _read(path: Path) -> CalibrationData:
     for name, array in arrays.items():
         if array is None and name == "labels":
             continue
-        if not isinstance(array, np.ndarray) or array.shape[:1] != x.shape[:1]:
+        if not isinstance(array, np.ndarray) or array.shape[:1] != x.shape[:1] or (name != "x" and array.ndim != 1):
             raise InputError(f"{path} is incomplete: {name} is missing or cut short", _AGAIN)
         if array.dtype != ARRAYS[name]:
             raise InputError(f"{path}: {name} is {array.dtype}; expected {np.dtype(ARRAYS[name])}", _AGAIN)

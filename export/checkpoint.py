@@ -90,6 +90,12 @@ def _check_plain(name: str, tensor: Tensor, where: str) -> None:
             f"{where}: {name} holds no data ({found})",
             "save it where the weights are; gather a sharded model first (FULL_STATE_DICT, zero_to_fp32.py)",
         )
+    stored = tensor.untyped_storage().nbytes()
+    if tensor.numel() * tensor.element_size() > stored:  # a few bytes may stand for more than there is memory
+        raise CheckpointError(
+            f"{where}: {name} has shape {list(tensor.shape)}, expanded from the {stored} bytes that are stored",
+            "save it whole: tensor.contiguous()",
+        )
 
 
 def _to_numpy(name: str, tensor: Tensor, where: str) -> np.ndarray:

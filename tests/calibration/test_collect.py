@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,8 @@ def test_cut_short(data: CalibrationData, tmp_path: Path) -> None:
             "no calibration file of the format",
         ),
         (lambda path: np.savez(path, facts=np.array([{"a": 1}], object)), "is no calibration file"),  # a pickle
+        (lambda path: np.savez(path, facts=np.array("[" * 100_000)), "is no calibration file"),
+        (lambda path: np.savez_compressed(path, x=np.zeros(1 << 22)), "it unpacks to 33554"),
     ],
 )
 def test_not_a_calibration_file(data: CalibrationData, tmp_path: Path, write: Any, message: str) -> None:
@@ -179,6 +182,41 @@ def test_not_a_calibration_file(data: CalibrationData, tmp_path: Path, write: An
     write(path)
     with pytest.raises(InputError, match=message):
         load(path, data)
+
+
+@pytest.mark.parametrize("name", ["x", "times"])
+def test_a_member_that_is_no_array(calibration_file: Path, data: CalibrationData, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "bytes.npz"
+    with zipfile.ZipFile(calibration_file) as whole, zipfile.ZipFile(path, "w") as altered:
+        for member in whole.namelist():
+            altered.writestr(member, b"no array" if member == f"{name}.npy" else whole.read(member))
+    with pytest.raises(InputError, match="is incomplete"):
+        load(path, data)
+
+
+@pytest.mark.parametrize("shape", [(), (-1, 1)])
+def test_times_that_are_no_list(data: CalibrationData, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = damaged(tmp_path / "shaped.npz", data, times=data.times[: None if shape else 1].reshape(shape))
+    with pytest.raises(InputError, match="times is missing or cut short"):
+        load(path, data)
+
+
+@pytest.mark.parametrize("flags", [b"\x01\x00", b"\x20\x00"], ids=["encrypted", "patched"])
+def test_a_zip_that_cannot_be_unpacked(
+    calibration_file: Path, data: CalibrationData, tmp_path: Path, flags: bytes
+) -> None:
+    path = tmp_path / "flagged.npz"
+    content = calibration_file.read_bytes()
+    path.write_bytes(re.sub(rb"(?s)(PK\x01\x02....)..", lambda found: found[1] + flags, content))
+    with pytest.raises(InputError, match="is no calibration file"):
+        load(path, data)
+
+
+def test_a_compressed_file_is_read(data: CalibrationData, calibration_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "compressed.npz"
+    with np.load(calibration_file) as archive:
+        np.savez_compressed(path, **archive)
+    assert np.array_equal(load(path, data).x, data.x)
 
 
 def test_missing_file_and_folder(data: CalibrationData, tmp_path: Path) -> None:

@@ -195,3 +195,10 @@ def test_configuration_that_is_no_text(tmp_path: Path, state: dict[str, torch.Te
     (tmp_path / "x.json").write_bytes(b"\xff\xfe{")
     with pytest.raises(CheckpointError, match="is not JSON"):
         load_checkpoint(tmp_path / "x.pth")
+
+
+def test_a_few_bytes_that_stand_for_many_are_refused(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    file = tmp_path / "expanded.pth"
+    torch.save({**state, "pos_embed": torch.zeros(1).expand(1 << 40)}, file)
+    with pytest.raises(CheckpointError, match=r"pos_embed has shape .*, expanded from the 4 bytes that are stored"):
+        load_checkpoint(file)

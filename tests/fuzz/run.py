@@ -28,10 +28,11 @@ GRACE = 15  # seconds beyond its own alarm after which a worker is killed
 Finding = tuple[str, str]  # (case, what happened)
 
 
-def names(cases: int) -> list[str]:
-    """Case i of n: the targets in turn, each with seeds of its own. Fewer of tactics, which load with tuning."""
+def names(cases: int, first: int = 0) -> list[str]:
+    """Cases from ``first`` on: the targets in turn, with seeds of their own. Few of tactics, which load with tuning."""
     kinds = ["pth", "engine", "manifest", "safetensors", "calibration", "results", "configuration"]
-    made = [f"{kinds[i % len(kinds)]}:{i // len(kinds)}" for i in range(cases)]
+    kinds += ["state", "pickle", "described", "index", "pthzip", "npz", "grid"]
+    made = [f"{kinds[i % len(kinds)]}:{i // len(kinds)}" for i in range(first, first + cases)]
     return [f"tactics:{i}" if i % 100 == 99 else name for i, name in enumerate(made)]
 
 
@@ -111,16 +112,26 @@ def _supervise(seeds: Path, cases: list[str]) -> tuple[collections.Counter[str],
                     continue
                 counted[what.split(":")[0] if what not in ("ok", "error") else what] += 1
                 findings += [(running, what)] if what not in ("ok", "error") else []
+                _tell(done + 1, len(cases), running, what)
                 done, running = done + 1, None
         worker.kill()
         worker.join()
         if running is not None:
             findings.append((running, f"the worker ended ({worker.exitcode})"))
+            _tell(done + 1, len(cases), *findings[-1])
             counted["crash"] += 1
             done += 1
         elif done < len(cases):
             raise RuntimeError(f"a worker did not start ({worker.exitcode})")
     return counted, findings
+
+
+def _tell(done: int, count: int, case: str, outcome: str) -> None:
+    """A finding at once, and how far it is; on stderr."""
+    if outcome not in ("ok", "error"):
+        print(f"{case}: {outcome}", file=sys.stderr, flush=True)
+    if done % 500 == 0:
+        print(f"{done} of {count} cases", file=sys.stderr, flush=True)
 
 
 def fuzz(cases: list[str], workers: int) -> tuple[collections.Counter[str], list[Finding]]:
@@ -144,11 +155,12 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--first", type=int, default=0, help="the case to begin with")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", nargs="*")
     given = parser.parse_args()
     started = time.perf_counter()
-    counted, findings = fuzz(given.only or names(given.cases), given.workers)
+    counted, findings = fuzz(given.only or names(given.cases, given.first), given.workers)
     seconds = time.perf_counter() - started
     for case, what in findings:
         print(f"{case}: {what}")

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from typing import Any
 
 import mutate
 import numpy as np
+import structure
 import torch
 from safetensors.torch import save_file
 
 from sparse_engine import SparseEngine
 from sparse_engine.artifact import EngineFile
-from sparse_engine.bench.results_file import SCHEMA, read_comparison, write_results
+from sparse_engine.bench.changes import compare_results
+from sparse_engine.bench.results_file import read_comparison
 from sparse_engine.calibration.collect import collect, load_calibration
 from sparse_engine.export.build import build_engine
 from sparse_engine.export.families.uvit import UViT, UViTConfig
@@ -28,7 +31,6 @@ from sparse_engine.tactics import CACHE_VARIABLE
 
 CONFIG = UViTConfig(8, 2, 3, 32, 2, 4, num_classes=5)
 SEEDS = "seeds"  # the folder of the undamaged files
-CANARY = "canary"
 Damage = Callable[[bytes, random.Random], bytes]
 
 
@@ -68,8 +70,20 @@ def make_seeds(folder: Path) -> None:
     stored = next((folder / "cache").glob("tactics-*.json"))
     (folder / "tactics.name").write_text(stored.name)
     stored.rename(folder / "tactics.json")
-    row = {"name": "a", "batch": 1, "ratio": 1.5, "interval": [1.4, 1.6]}
-    write_results(folder / "results.json", {"schema": SCHEMA, "kind": "compare", "cells": [row], "rows": [row]})
+    measured = Path(__file__).parents[2] / "bench" / "results"
+    shutil.copy(measured / "cpu-uvit-s-fp32.json", folder / "results.json")
+    shutil.copy(measured / "cpu-grid-quick-fp32.json", folder / "grid.json")
+    _make_shards(folder, state)
+
+
+def _make_shards(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    names = list(state)
+    where = {}
+    for number, own in enumerate((names[::2], names[1::2]), 1):
+        file = f"shards-{number:05d}-of-00002.safetensors"
+        save_file({name: state[name] for name in own}, folder / file)
+        where |= dict.fromkeys(own, file)
+    (folder / "shards.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
 def _sample(engine: SparseEngine) -> np.ndarray:
@@ -105,8 +119,19 @@ def _use_calibration(path: Path, seeds: Path) -> None:
     load_calibration(path, checkpoint_sha256=checkpoint, data_shape=(3, 8, 8), classes=5)
 
 
+def _use_index(path: Path, seeds: Path) -> None:
+    """The shards lie beside the index, which moves to a folder of their own."""
+    folder = path.parent / "cache"
+    folder.mkdir()
+    for shard in seeds.glob("shards-*.safetensors"):
+        (folder / shard.name).symlink_to(shard)
+    load_model(path.rename(folder / path.name), heads=4, null_class=4)
+
+
 def _use_results(path: Path, seeds: Path) -> None:
-    read_comparison(path)
+    """As ``bench --compare-to`` does: an earlier run that was edited, against a whole one."""
+    earlier = read_comparison(path)
+    compare_results(earlier, read_comparison(seeds / path.name), 0.05)
 
 
 def _use_tactics(path: Path, seeds: Path) -> None:
@@ -134,7 +159,7 @@ def engine_with_manifest(data: bytes, rng: random.Random) -> bytes:
 
 
 def _pickled(data: bytes, rng: random.Random) -> bytes:
-    return mutate.pickle_of(data, rng, Path(CANARY))
+    return mutate.pickle_of(data, rng, Path(structure.CANARY))
 
 
 TARGETS: dict[str, Target] = {
@@ -144,6 +169,14 @@ TARGETS: dict[str, Target] = {
     "manifest": Target("model.sengine", (engine_with_manifest,), _use_manifest),
     "calibration": Target("data.npz", (mutate.bytes_of, mutate.zip_of), _use_calibration),
     "results": Target("results.json", (mutate.text_of,), _use_results),
+    "state": Target("model.pth", (structure.checkpoint_of,), _use_checkpoint),
+    "pickle": Target("model.pth", (structure.pickle_in_zip,), _use_checkpoint),
+    "described": Target("model.safetensors", (structure.described_safetensors,), _use_checkpoint),
+    "index": Target("shards.safetensors.index.json", (mutate.text_of,), _use_index, ("cache",)),
+    "zip": Target("model.sengine", (structure.zip_fields_of,), _use_engine),
+    "pthzip": Target("model.pth", (structure.zip_fields_of, structure.bomb_of), _use_checkpoint),
+    "npz": Target("data.npz", (structure.npz_of, structure.zip_fields_of, structure.bomb_of), _use_calibration),
+    "grid": Target("grid.json", (mutate.text_of,), _use_results),
     "tactics": Target("tactics.json", (mutate.text_of,), _use_tactics, ("cache",)),
     "configuration": Target("config.json", (mutate.text_of,), _use_configuration, ("model.pth",)),
 }
