@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -320,6 +320,13 @@ class SparseEngine:
         if runner is not None and os.getpid() == self._process:
             with library_call():
                 runner.close()
+
+    def __reduce__(self) -> NoReturn:
+        """Neither pickled nor copied: it holds a runtime's threads and memory. Raises UnsupportedError."""
+        raise UnsupportedError(
+            "a loaded engine cannot be pickled or copied: it belongs to the process that loaded it",
+            "send its path to the other process, and SparseEngine.load it there",
+        )
 
     def __enter__(self) -> SparseEngine:
         return self

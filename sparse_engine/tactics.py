@@ -106,10 +106,15 @@ class TacticCache:
 
 
 def cache_folder() -> Path:
-    """``$SPARSE_ENGINE_CACHE``, else ``sparse-engine`` in the user's cache folder."""
+    """``$SPARSE_ENGINE_CACHE``, else ``sparse-engine`` in the user's cache folder.
+
+    Raises RuntimeError where that is in a home folder and there is none.
+    """
     if os.environ.get(CACHE_VARIABLE):
-        return Path(os.environ[CACHE_VARIABLE])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-engine"
+        return Path(os.environ[CACHE_VARIABLE]).expanduser()  # a service's file has no shell to do it
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # XDG Base Directory Specification 0.8: a relative path is invalid and to be ignored.
+    return (shared if shared.is_absolute() else Path.home() / ".cache") / "sparse-engine"
 
 
 def processor_name() -> str:

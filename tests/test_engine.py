@@ -1,9 +1,12 @@
 """``SparseEngine`` as a service uses it."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -279,6 +282,13 @@ def test_closing_while_another_thread_samples_is_an_error_not_a_crash(conditiona
     thread.join(60)
     assert not thread.is_alive()
     assert len(outcome) == 1
+
+
+@pytest.mark.parametrize("carry", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_an_engine_is_not_carried_into_another_process(engine: SparseEngine, carry: Callable[[Any], Any]) -> None:
+    with pytest.raises(UnsupportedError, match=r"cannot be pickled or copied.*\n  fix: send its path.*load it there"):
+        carry(engine)
+    assert engine.sample(1, steps=1).shape == (1, 8, 8, 3)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
