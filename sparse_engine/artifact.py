@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from sparse_engine import arguments
 from sparse_engine.errors import EngineFileError
-from sparse_engine.files import replacing
+from sparse_engine.files import check_readable, replacing
 from sparse_engine.manifest import FAST_HASH, FORMAT_VERSION, Manifest
 
 MANIFEST = "manifest.json"
@@ -100,17 +100,24 @@ class EngineFile:
 
     def __init__(self, path: str | Path) -> None:
         path = self.path = arguments.path("path", path)
-        if self.path.is_dir():
-            raise EngineFileError(f"{path} is a folder; expected an engine file", f"name a file, such as NAME{SUFFIX}")
-        if not self.path.is_file():
-            raise EngineFileError(f"{path} does not exist", "build it: sparse-engine build CHECKPOINT -o " + str(path))
+        check_readable(path, EngineFileError, missing=f"build it: sparse-engine build CHECKPOINT -o {path}")
         try:
             with zipfile.ZipFile(self.path) as archive:
                 self._members = {info.filename: info for info in archive.infolist()}
                 if MANIFEST not in self._members:
                     raise EngineFileError(f"{path} is a zip without {MANIFEST}: no engine file", _NOT_AN_ENGINE)
+                if self._members[MANIFEST].compress_type != zipfile.ZIP_STORED:  # a few bytes could stand for many
+                    raise EngineFileError(f"{path}: {MANIFEST} is compressed; expected it as it is", _COPY_AGAIN)
                 self.manifest = Manifest.parse(archive.read(MANIFEST), str(path))
-        except (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+        except (
+            zipfile.BadZipFile,
+            struct.error,
+            EOFError,
+            NotImplementedError,
+            RuntimeError,
+            OSError,
+            MemoryError,
+        ) as error:
             raise self._damaged(error) from error
         self._spans = {name: self._span(name) for name in self.manifest.files}
         for name, entry in self.manifest.files.items():

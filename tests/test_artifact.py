@@ -257,6 +257,29 @@ def test_another_zip(tmp_path: Path) -> None:
         EngineFile(tmp_path / "x.sengine")
 
 
+def test_a_manifest_that_is_packed(path: Path) -> None:
+    """A few bytes could stand for more than there is memory."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("manifest.json", b"[" + b" " * 10**7)
+    with pytest.raises(EngineFileError, match="manifest.json is compressed; expected it as it is"):
+        EngineFile(path)
+
+
+@pytest.mark.parametrize("kind", ["long", "dangling", "fifo", "under a file"])
+def test_a_path_that_cannot_be_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / ("x" * 300 if kind == "long" else "m.sengine")
+    if kind == "dangling":
+        path.symlink_to(tmp_path / "nothing")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "under a file":
+        path.touch()
+        path = path / "m.sengine"
+    with pytest.raises(EngineFileError, match="cannot be looked at|a link to|a pipe") as found:
+        EngineFile(path)
+    assert found.value.exit_code == 2
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(EngineFileError, match="does not exist"):
         EngineFile(tmp_path / "x.sengine")

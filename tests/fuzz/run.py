@@ -31,7 +31,7 @@ Finding = tuple[str, str]  # (case, what happened)
 def names(cases: int, first: int = 0) -> list[str]:
     """Cases from ``first`` on: the targets in turn, with seeds of their own. Few of tactics, which load with tuning."""
     kinds = ["pth", "engine", "manifest", "safetensors", "calibration", "results", "configuration"]
-    kinds += ["state", "pickle", "described", "index", "pthzip", "npz", "grid"]
+    kinds += ["state", "pickle", "described", "index", "pthzip", "npz", "grid", "zip"]
     made = [f"{kinds[i % len(kinds)]}:{i // len(kinds)}" for i in range(first, first + cases)]
     return [f"tactics:{i}" if i % 100 == 99 else name for i, name in enumerate(made)]
 

@@ -173,7 +173,7 @@ TARGETS: dict[str, Target] = {
     "pickle": Target("model.pth", (structure.pickle_in_zip,), _use_checkpoint),
     "described": Target("model.safetensors", (structure.described_safetensors,), _use_checkpoint),
     "index": Target("shards.safetensors.index.json", (mutate.text_of,), _use_index, ("cache",)),
-    "zip": Target("model.sengine", (structure.zip_fields_of,), _use_engine),
+    "zip": Target("model.sengine", (structure.zip_fields_of, structure.bomb_of), _use_engine),
     "pthzip": Target("model.pth", (structure.zip_fields_of, structure.bomb_of), _use_checkpoint),
     "npz": Target("data.npz", (structure.npz_of, structure.zip_fields_of, structure.bomb_of), _use_calibration),
     "grid": Target("grid.json", (mutate.text_of,), _use_results),
