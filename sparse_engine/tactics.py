@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from sparse_engine.errors import OutputError
-from sparse_engine.files import parsed_json, replacing
+from sparse_engine.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -213,10 +213,10 @@ class TacticCache:
 
     def _stored(self) -> tuple[dict[str, Choice], float]:
         """What the file holds that can be believed, and when a choice was last timed."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             # A pipe or a device in its place would never end.
             if self._path is not None and self._path.is_file() and self._path.stat().st_size <= LARGEST_FILE:
-                return _believed(parsed_json(self._path.read_bytes()), self._facts)
+                return _believed(json.loads(self._path.read_bytes()), self._facts)
         return {}, 0.0
 
     def _store(self, new: Mapping[str, Choice]) -> None:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparse_engine.engine import to_uint8
 from sparse_engine.errors import OutputError
 from sparse_engine.images import encode_png, grid, write_samples
+from sparse_engine.results import to_uint8
 
 
 def test_range_to_bytes() -> None:

@@ -317,7 +317,7 @@ BAD = {
     "capability of no RTX GPU": ({"compute_capabilities": ("9.0",)}, "--compute-capabilities 9.0:", UnsupportedError),
     "no capability": ({"compute_capabilities": ("fast",)}, "compute capability 'fast' is none", OptionError),
     "linear": ({"linear": "einsum"}, "--linear 'einsum' is not known; expected one of auto, matmul", OptionError),
-    "level": ({"optimization_level": 9}, "--optimization-level 9: expected 0 to 5", OptionError),
+    "level": ({"optimization_level": 9}, "optimization_level = 9; expected 0 to 5", OptionError),
     "workspace": ({"workspace": 10}, "--workspace of 10 bytes", OptionError),
     "version": ({"version_compatible": True}, "--version-compatible is not for tensorrt-rtx", UnsupportedError),
     "hardware": ({"hardware_compatible": True}, "--hardware-compatible is not for tensorrt-rtx", UnsupportedError),

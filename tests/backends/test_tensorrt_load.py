@@ -210,7 +210,7 @@ def test_one_byte_altered(machine: Machine, engine_file: Path) -> None:
     data = bytearray(engine_file.read_bytes())
     data[EngineFile(engine_file).span("step.plan")[0] + 1000] ^= 1
     engine_file.write_bytes(data)
-    assert "step.plan was altered: its sha256 is" in refused(engine_file, machine).what
+    assert "step.plan was altered: its xxh3_128 is" in refused(engine_file, machine).what
 
 
 def test_what_tensorrt_refuses_is_said_in_its_words_on_one_line(machine: Machine, engine_file: Path) -> None:

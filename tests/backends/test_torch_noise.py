@@ -62,7 +62,7 @@ class Halving(torch.nn.Module):
 @pytest.mark.parametrize("kernel", [DRAWN, UPLOADED])
 def test_a_loop_draws_the_same_pictures_either_way(kernel: str) -> None:
     class Tactics:
-        def choose(self, key: str, candidates: Callable[[], dict[str, Callable[[], object]]]) -> Any:
+        def choose(self, key: str, candidates: Callable[[], dict[str, Callable[[], object]]], names: Any) -> Any:
             for run in candidates().values():
                 run()
             return Choice(kernel, {DRAWN: 1.0, UPLOADED: 2.0})

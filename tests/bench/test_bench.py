@@ -175,12 +175,12 @@ def shown(capsys: pytest.CaptureFixture) -> Callable[[], str]:
         (["--kernels", "--precision", "fp16"], "the CPU kernels compute in fp32 or bf16"),
         (["--checkpoint", str(DIGITS / "sparsedm.pth"), "--batch", "many"], "--batch 'many': expected whole numbers"),
         (["--checkpoint", "no.pth"], "no.pth"),
-        (["--checkpoint", str(DIGITS / "sparsedm.pth"), "--quality", "no"], "--quality no: expected a folder with two"),
+        (["--checkpoint", str(DIGITS / "sparsedm.pth"), "--quality", "no"], "no does not exist"),
         (["--checkpoint", str(DIGITS / "sparsedm.pth"), "--backend", "magic"], "backend 'magic' is not known"),
         (["--compare-dense", "-o", "no/where.json"], "the folder no does not exist"),
         (["--compare-dense", "--report", __file__], "is a file; expected a folder"),
         (["--results", str(DIGITS.parents[1] / "bench/results/cpu-uvit-s-int8.json")], "of the kind 'engines'"),
-        (["--compare-dense", "--compare-to", "no.json"], "no.json is no results file"),
+        (["--compare-dense", "--compare-to", "no.json"], "no.json does not exist"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:

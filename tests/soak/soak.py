@@ -26,7 +26,7 @@ from sparse_engine.errors import EngineClosedError, SamplingCancelled
 
 THREADS = 8
 WARM = 0.25  # of the rounds, before what is held is first counted: allocators fill their pools
-MOST_GROWTH = 24 << 20  # bytes of memory, however many rounds
+MOST_GROWTH = 12 << 20  # bytes, however many rounds: a list of closed engines held 18 MB after 640
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def one_round(path: Path, seed: int, expected: np.ndarray) -> str:
                 output="float",
                 callback=(lambda *_: False) if stop else None,
             )
-            np.testing.assert_allclose(drawn, expected[:size], atol=1e-5)
+            exact = engine.manifest.backend["name"] == "onnxruntime"  # PyTorch chooses products by the batch
+            np.testing.assert_allclose(drawn, expected[:size], rtol=0, atol=0 if exact else 2e-5 * abs(expected).max())
         return "drawn"
     except SamplingCancelled:
         return "cancelled"
