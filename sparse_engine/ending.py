@@ -11,15 +11,19 @@ import atexit
 import contextlib
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
 
+CALLERS_WAIT = 1.0  # seconds, for a callback to return
 LONGEST_WAIT = 30.0  # seconds, of a step: a thread may also wait for another's engine, whose callback never returns
 
 _changed = threading.Condition()
 _inside: dict[int, int] = {}  # thread -> its calls into libraries, one within the other
+_in_callers: set[int] = set()  # threads that are in code of the caller's within such calls
 _last: int | None = None  # the thread that ends the process, once it does
+_waited = threading.Event()  # for all others: from here on Python is taken apart
 _owned: weakref.WeakSet[Any] = weakref.WeakSet()
 _kept: list[Any] = []  # of those, what there is once the process ends
 
@@ -47,14 +51,18 @@ def callers_code() -> Iterator[None]:
     me = threading.get_ident()
     with _changed:
         calls = _inside.pop(me, 0)
+        _in_callers.add(me)
         _changed.notify_all()
     try:
         yield
     finally:
+        while _waited.is_set() and me != _last:  # too late: what is on this thread's stack calls libraries as it goes
+            time.sleep(LONGEST_WAIT)
         with _changed:
-            stop_if_ending()
+            _in_callers.discard(me)
             if calls:
-                _inside[me] = calls
+                _inside[me] = calls  # so that the process waits until all of it has gone
+            stop_if_ending()
 
 
 def stop_if_ending() -> None:
@@ -82,7 +90,9 @@ def _wait() -> None:
     with _changed:
         _last = threading.get_ident()
         _kept.extend(_owned)
+        _changed.wait_for(lambda: not (_inside.keys() | _in_callers) - {_last}, CALLERS_WAIT)
         _changed.wait_for(lambda: not _inside.keys() - {_last}, LONGEST_WAIT)
+        _waited.set()
 
 
 def _forget() -> None:
@@ -91,6 +101,7 @@ def _forget() -> None:
     _changed = threading.Condition()
     for thread in _inside.keys() - {threading.get_ident()}:
         del _inside[thread]
+    _in_callers.intersection_update({threading.get_ident()})
 
 
 if hasattr(os, "register_at_fork"):

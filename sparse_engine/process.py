@@ -61,7 +61,19 @@ def run(work: Callable[[], int | None]) -> NoReturn:
         sys.stderr.write(f"error: {error}\n")
         code = error.exit_code
     _handle(_stop, signal.SIG_DFL)  # an exception has nobody to go to any more
+    if _received is not None:
+        _leave(code or 0)
     sys.exit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process with this code. Python itself would end it by SIGINT where a KeyboardInterrupt has ever passed
+    through an ``exec`` of a string, such as a dataclass's while its module is imported.
+    """
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def clear_away() -> int:

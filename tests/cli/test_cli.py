@@ -196,7 +196,7 @@ BAD_INPUT = {
     "calibration over a checkpoint": (["calibrate", "{tiny}", "-o", "{junk}"], "what is written here ends in .npz"),
     "plot over a checkpoint": (["inspect", "{tiny}", "--plot", "{junk}"], "ends in .png or .svg or .pdf"),
     "results over a checkpoint": (["bench", "--compare-dense", "-o", "{junk}"], "what is written here ends in .json"),
-    "a folder for an engine": (["inspect", "{folder}"], "is a folder; expected an engine file"),
+    "a folder for an engine": (["inspect", "{folder}"], "is a folder; expected a file"),
     "TensorRT's options for another": (
         ["build", "{tiny}", "--backend", "onnxruntime", "--linear", "gemm"],
         "options of the TensorRT backends are given, and the onnxruntime backend builds",
