@@ -37,7 +37,7 @@ def command(
     batch_size: Annotated[int | None, typer.Option(help="Samples per network call.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one per core")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.", show_default="the backend's own")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Hash the engine's weights first.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Hash the engine by sha256 first.")] = False,
     autotune: Annotated[
         bool, typer.Option("--autotune/--no-autotune", help="Time the kernels on this machine.")
     ] = True,
