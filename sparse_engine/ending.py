@@ -96,9 +96,9 @@ def _wait() -> None:
 
 
 def _forget() -> None:
-    """A forked child has none of the other threads."""
-    global _changed
-    _changed = threading.Condition()
+    """A forked child has none of the other threads, and does not end because its parent did."""
+    global _changed, _last, _waited
+    _changed, _last, _waited = threading.Condition(), None, threading.Event()
     for thread in _inside.keys() - {threading.get_ident()}:
         del _inside[thread]
     _in_callers.intersection_update({threading.get_ident()})

@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def test_what_a_thread_owns_of_a_library_is_given_up_last(monkeypatch: pytest.Mo
     class Owner:
         pass
 
-    for name, value in (("_last", None), ("_kept", []), ("_inside", {})):
+    for name, value in (("_last", None), ("_waited", threading.Event()), ("_kept", []), ("_inside", {})):
         monkeypatch.setattr(ending, name, value)
     owner, late = Owner(), Owner()
     seen = [weakref.ref(owner), weakref.ref(late)]
