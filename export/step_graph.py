@@ -1,10 +1,10 @@
 """A network to its step graph: one call is one solver step.
 
-    eps    = sum_g guidance[g] * float32(net(x, t, y[g]))      # one batch of G*B
+    eps    = sum_g guidance[g] * float32(net(x, t, told[g]))   # one batch of G*B
     m      = clip(coef[0]*x + coef[1]*eps, clip[0], clip[1])
     x_next = coef[2]*x + coef[3]*base + coef[4]*m + coef[5]*h1 + coef[6]*h2 + coef[7]*z
 
-``eps`` stands for whatever the network predicts. The solver's lines are float32 whatever the network is.
+``told`` are the named conditions, [G, B, ...] each; ``eps`` stands for whatever the network predicts. The solver's lines are float32 whatever the network is.
 """
 
 from __future__ import annotations
@@ -35,17 +35,23 @@ INLINE_BELOW = 1024  # bytes: shape constants and biases stay in the graph
 
 
 class Step(nn.Module):
-    """One solver step of a network that takes labels: see the module's text."""
+    """One solver step of a network that is told something beside x and t: see the module's text.
 
-    def __init__(self, network: nn.Module) -> None:
+    Args:
+        network: forward(x, t, **conditions) -> [B, C or more, H, W].
+        guided_channels: see ``FamilyConfig``.
+    """
+
+    def __init__(self, network: nn.Module, guided_channels: int | None = None) -> None:
         super().__init__()
         self.network = network
+        self.guided = guided_channels
 
     def forward(
         self,
         x: Tensor,
         t: Tensor,
-        y: Tensor,
+        conditioning: dict[str, Tensor],
         guidance: Tensor,
         coef: Tensor,
         clip: Tensor,
@@ -54,17 +60,20 @@ class Step(nn.Module):
         h2: Tensor,
         z: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Shapes: x, base, h1, h2, z [B, C, H, W]; t [B]; y [G, B]; guidance [G]; coef [8]; clip [2]."""
-        passes, batch = y.shape
+        """Shapes: x, base, h1, h2, z [B, C, H, W]; t [B]; each condition [G, B, ...]; guidance [G]; coef [8]; clip [2]."""
+        passes, batch = next(iter(conditioning.values())).shape[:2]
         x_all = x[None].expand(passes, -1, -1, -1, -1).flatten(0, 1)
         t_all = t[None].expand(passes, -1).flatten()
-        predictions = self.network(x_all, t_all, y.flatten()).float().unflatten(0, (passes, batch))
+        told = {name: rows.flatten(0, 1) for name, rows in conditioning.items()}
+        predictions = _cut(self.network(x_all, t_all, **told), x).float().unflatten(0, (passes, batch))
         eps = (guidance[:, None, None, None, None] * predictions).sum(0)
+        if self.guided is not None and self.guided < x.shape[1]:
+            eps = torch.cat([eps[:, : self.guided], predictions[0, :, self.guided :]], dim=1)
         return solver_lines(x, eps, coef, clip, base, h1, h2, z)
 
 
 class UnconditionalStep(nn.Module):
-    """One solver step of a network without labels: no ``y``, no ``guidance``."""
+    """One solver step of a network that is told x and t alone: no ``guidance``."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -74,7 +83,18 @@ class UnconditionalStep(nn.Module):
         self, x: Tensor, t: Tensor, coef: Tensor, clip: Tensor, base: Tensor, h1: Tensor, h2: Tensor, z: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Shapes as in ``Step``."""
-        return solver_lines(x, self.network(x, t).float(), coef, clip, base, h1, h2, z)
+        eps = _cut(self.network(x, t), x).float()
+        return solver_lines(x, eps, coef, clip, base, h1, h2, z)
+
+
+def _cut(prediction: Tensor, x: Tensor) -> Tensor:
+    """Without the channels that say something of the variance."""
+    return prediction if prediction.shape[1] == x.shape[1] else prediction[:, : x.shape[1]]
+
+
+def step_of(network: nn.Module, config: FamilyConfig) -> nn.Module:
+    """A network's solver step: ``Step``, or ``UnconditionalStep`` where it is told nothing beside x and t."""
+    return Step(network, config.guided_channels) if config.conditions else UnconditionalStep(network)
 
 
 def solver_lines(
@@ -90,14 +110,15 @@ def export_step_graph(network: nn.Module, config: FamilyConfig) -> StepGraph:
     """Trace a network's step into ONNX, with dynamic batch and number of guidance passes.
 
     Args:
-        network: in evaluation mode, its weights baked; forward(x, t, y) or forward(x, t).
-        config: gives the data's shape and whether there are labels.
+        network: in evaluation mode, its weights baked; forward(x, t, **conditions).
+        config: gives the shapes of the data and of the conditions.
 
     Raises:
         BackendError: torch cannot export the network, or the exported graph is not a valid model.
     """
-    step: nn.Module = Step(network) if config.num_classes else UnconditionalStep(network)
+    step = step_of(network, config)
     inputs, dynamic = _example_inputs(config)
+    names = [inner for name, value in inputs.items() for inner in (value if isinstance(value, dict) else [name])]
     try:
         with _quiet(), torch.no_grad(), process.fragile():  # an exception through torch's dispatch modes aborts
             program = torch.onnx.export(
@@ -105,7 +126,7 @@ def export_step_graph(network: nn.Module, config: FamilyConfig) -> StepGraph:
                 tuple(inputs.values()),
                 dynamo=True,
                 dynamic_shapes=dynamic,
-                input_names=list(inputs),
+                input_names=names,
                 output_names=["x_next", "m"],
                 opset_version=OPSET,
                 verbose=False,
@@ -118,15 +139,20 @@ def export_step_graph(network: nn.Module, config: FamilyConfig) -> StepGraph:
     return _to_step_graph(program.model)
 
 
-def _example_inputs(config: FamilyConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _example_inputs(config: FamilyConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(argument -> tensor, or name -> tensor of the conditions; which of their axes are dynamic)."""
     batch, passes = 3, 2  # any sizes but 0 and 1, which the exporter takes for constants
     b = torch.export.Dim("batch", min=1)
     g = torch.export.Dim("guidance", min=1)
-    inputs: dict[str, Tensor] = {"x": torch.zeros(batch, *config.data_shape), "t": torch.zeros(batch)}
+    inputs: dict[str, Any] = {"x": torch.zeros(batch, *config.data_shape), "t": torch.zeros(batch)}
     dynamic: dict[str, Any] = {"x": {0: b}, "t": {0: b}}
-    if config.num_classes:
-        inputs |= {"y": torch.zeros(passes, batch, dtype=torch.int64), "guidance": torch.ones(passes)}
-        dynamic |= {"y": {0: g, 1: b}, "guidance": {0: g}}
+    if config.conditions:
+        told = {
+            each.name: torch.zeros(passes, batch, *each.shape, dtype=getattr(torch, each.dtype))
+            for each in config.conditions
+        }
+        inputs |= {"conditioning": told, "guidance": torch.ones(passes)}
+        dynamic |= {"conditioning": {name: {0: g, 1: b} for name in told}, "guidance": {0: g}}
     inputs |= {"coef": torch.ones(8), "clip": torch.tensor([-1.0, 1.0])}
     dynamic |= {"coef": None, "clip": None}
     for name in ("base", "h1", "h2", "z"):

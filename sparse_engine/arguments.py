@@ -208,21 +208,36 @@ def schedule_times(value: Any, count: int, latest: float) -> npt.NDArray[np.floa
     return times
 
 
-def class_labels(value: Any, count: int, classes: int) -> npt.NDArray[np.int64]:
+def class_labels(value: Any, count: int, classes: int, name: str = "labels") -> npt.NDArray[np.int64]:
     """One label or ``count`` of them, of any integer type -> int64 [count].
 
     Raises:
         OptionError: they are none, more or fewer, or no classes of the model.
     """
-    y = array("labels", value, f"array: {{}}; expected one label or {count} of them")
+    y = array(name, value, f"array: {{}}; expected one label or {count} of them")
+    verb, has = ("are", "have") if name == "labels" else ("is", "has")
     if y.dtype.kind not in "iu":
-        raise OptionError(f"labels are {y.dtype}; expected integers")
+        raise OptionError(f"{name} {verb} {y.dtype}; expected integers")
     if y.ndim > 1 or (y.ndim == 1 and len(y) != count):
-        raise OptionError(f"labels have shape {list(y.shape)}; expected one label or {count} of them")
+        raise OptionError(f"{name} {has} shape {list(y.shape)}; expected one label or {count} of them")
     if y.size and (y.min() < 0 or y.max() >= classes):
         bad = y.min() if y.min() < 0 else y.max()
         raise OptionError(f"label {bad} is out of range; the model has classes 0 to {classes - 1}")
     return np.broadcast_to(y.astype(np.int64), (count,)).copy()
+
+
+def condition(name: str, value: Any, dtype: str) -> npt.NDArray[Any]:
+    """What a network is told, of any width -> the type it is told in; whole numbers and truth values count as floats.
+
+    Raises:
+        OptionError: it is no array of such numbers, or holds masked, NaN or infinite values.
+    """
+    found = array(name, value, f"array of numbers: {{}}; expected {dtype}")
+    if found.dtype.kind in "iub":
+        return found.astype(dtype)
+    if dtype != "float32":
+        raise OptionError(f"{name} is {found.dtype}; expected integers")
+    return floats(name, found, "float32")
 
 
 def array(name: str, value: Any, refusal: str) -> npt.NDArray[Any]:

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from sparse_engine.conditioning import Condition
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -20,8 +22,13 @@ class FamilyConfig(Protocol):
         ...
 
     @property
-    def num_classes(self) -> int:
-        """Rows of the label table, the null class too; 0 is unconditional."""
+    def conditions(self) -> tuple[Condition, ...]:
+        """What the network is told beside x and t, in the order of the step graph's inputs."""
+        ...
+
+    @property
+    def guided_channels(self) -> int | None:
+        """How many of x's channels guidance acts on, the first; None is all. The others take the first pass's."""
         ...
 
 
@@ -30,7 +37,7 @@ class Recipe:
     """How a model was trained, as far as sampling has to know. Nothing of this can be read off the weights.
 
     ``value_range`` is None for latents, which have no pixels. ``schedule`` is a name or a mapping that
-    ``sampling.schedule_from_dict`` takes.
+    ``sampling.schedule_from_dict`` takes. ``null_class`` becomes the null of the condition "y".
     """
 
     schedule: str | Mapping[str, Any] = "vp-linear"
@@ -51,7 +58,8 @@ class Family:
         read_config: (shapes, given) -> (configuration, notes). ``given`` holds what the user or a stored
             configuration says and wins over a default; where it contradicts the shapes, CheckpointError.
         config_from_dict: the configuration out of a manifest.
-        network: configuration -> module with the checkpoint's own key names and forward(x, t, y).
+        network: configuration -> module with the checkpoint's own key names and forward(x, t, **conditions), x [B, C,
+            H, W], t float32 [B], each condition [B, *shape] -> [B, C or more, H, W]; channels beyond C are cut.
         recipe: configuration -> how the family's published models were trained.
         float32_layers: globs over module names: the layers that stay float32 in a lower precision. What runs between
             layers runs in the network's attribute ``dtype``, which ``precision.lower`` sets.

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_engine.conditioning import Condition, class_condition
 from sparse_engine.errors import CheckpointError, OptionError
 
 from .base import Family, Recipe, Shapes
@@ -83,6 +84,16 @@ class UViTConfig:
     def data_shape(self) -> tuple[int, int, int]:
         """Shape of one sample, [C, H, W]."""
         return (self.channels, self.image_size, self.image_size)
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """See ``FamilyConfig``."""
+        return class_condition(self.num_classes)
+
+    @property
+    def guided_channels(self) -> None:
+        """See ``FamilyConfig``."""
+        return None
 
 
 # Sines at the end of an array that is no multiple of a vector are computed by another function, which rounds otherwise:
