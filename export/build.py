@@ -22,6 +22,7 @@ from sparse_engine.files import check_writable
 from sparse_engine.manifest import Manifest
 from sparse_engine.sampling import schedule_from_dict
 
+from .assets import AssetFiles, AssetOptions, asset_files
 from .bake import Baked, bake
 from .masks import TWO_FOUR, Pattern, is_n_of_m
 from .model import Model, load_model
@@ -68,6 +69,7 @@ def build_engine(
     require_sparse: bool = False,
     tensorrt: TensorRTOptions = TensorRTOptions(),  # noqa: B008 - frozen
     quantisation: Quantisation | None = None,
+    assets: AssetOptions = AssetOptions(),  # noqa: B008 - frozen
     family: str | None = None,
     progress: Callable[[str], None] = lambda stage: None,
     **given: Any,
@@ -88,6 +90,7 @@ def build_engine(
         require_sparse: raise where a masked layer is known to stay dense.
         tensorrt: what only the TensorRT backends take.
         quantisation: calibration data and how to use it, for int8, fp8 and "auto".
+        assets: what to store beside the network.
         family, **given: as ``load_model`` takes them.
         progress: told each stage as it begins, the backend's own too.
 
@@ -118,6 +121,7 @@ def build_engine(
         raise OptionError("--require-sparse is given without --sparse: no layer would be sparse", "give both")
     progress("reading the checkpoint")
     model = load_model(checkpoint, family, **given)
+    beside = asset_files(model, assets)
     data = calibration_of(model, quantisation) if quantisation else None
     progress("baking masks")
     baked = bake(model, mask or ("auto" if sparse else "none"), pattern, mask_layers)
@@ -133,7 +137,7 @@ def build_engine(
         graph, quantised = graph_for(model, baked, chosen, options, data, quantisation)
     progress(f"building for {chosen.name}")
     progress("writing the engine file")
-    return path, write_built(path, model, baked, graph, chosen, options, quantised, notes)
+    return path, write_built(path, model, baked, graph, chosen, options, quantised, notes, beside)
 
 
 def calibrated_otherwise(data: CalibrationData | None, baked: Baked) -> list[str]:
@@ -193,17 +197,19 @@ def write_built(
     options: BuildOptions,
     quantised: Quantised | None = None,
     notes: Sequence[str] = (),
+    beside: AssetFiles | None = None,
 ) -> Manifest:
     """Build a step graph with a backend and write the engine file; errors as ``build_engine``."""
     payload = backend.build(graph, options, _proven_sparse(baked, graph) if options.sparse else [])
-    manifest = _manifest(model, baked, graph, payload, options)
+    beside = beside or asset_files(model, AssetOptions())
+    manifest = _manifest(model, baked, graph, payload, options, beside)
     if quantised is not None:
         describe_quantised(manifest, quantised)
     manifest.notes += notes
     if options.require_sparse:
         check_all_sparse([layer for layer in manifest.layers if layer["chosen"] is not None])
     manifest.backend["version"] = backend.availability().version
-    write_engine(path, manifest, payload.files)
+    write_engine(path, manifest, [*payload.files, *beside.files])
     return manifest
 
 
@@ -248,7 +254,9 @@ def _checked_batch(batch: tuple[int, int, int]) -> tuple[int, int, int]:
     return smallest, usual, largest
 
 
-def _manifest(model: Model, baked: Baked, graph: StepGraph, payload: Payload, options: BuildOptions) -> Manifest:
+def _manifest(
+    model: Model, baked: Baked, graph: StepGraph, payload: Payload, options: BuildOptions, beside: AssetFiles
+) -> Manifest:
     recipe = model.recipe
     schedule = recipe.schedule if isinstance(recipe.schedule, Mapping) else {"name": recipe.schedule}
     nothing = {"chosen": False, "kernel": None}
@@ -260,8 +268,7 @@ def _manifest(model: Model, baked: Baked, graph: StepGraph, payload: Payload, op
         value_range=recipe.value_range,
         schedule=schedule_from_dict(schedule).to_dict(),
         prediction=recipe.prediction,
-        num_classes=model.config.num_classes,
-        null_class=recipe.null_class,
+        conditioning=[each.to_dict() for each in beside.conditions],
         sampler=recipe.sampler,
         precision=options.precision,
         sparse=options.sparse,
@@ -278,7 +285,8 @@ def _manifest(model: Model, baked: Baked, graph: StepGraph, payload: Payload, op
         batch=options.batch,
         checkpoint_sha256=model.checkpoint.sha256,
         graph_sha256=hashlib.sha256(graph.proto.SerializeToString(deterministic=True)).hexdigest(),  # as exported
-        notes=[*model.notes, *warnings_of(baked)],
+        notes=[*model.notes, *beside.notes, *warnings_of(baked)],
+        assets=beside.entries,
     )
 
 

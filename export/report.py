@@ -29,8 +29,7 @@ def inspect_checkpoint(
         "family": model.family.name,
         "config": dataclasses.asdict(model.config),  # type: ignore[call-overload]
         "data_shape": list(model.config.data_shape),
-        "num_classes": model.config.num_classes,
-        "null_class": model.recipe.null_class,
+        "conditioning": [each.to_dict() for each in model.conditions],
         "schedule": dict(schedule) if isinstance(schedule, Mapping) else {"name": schedule},
         "prediction": model.recipe.prediction,
         "checkpoint_sha256": model.checkpoint.sha256,

@@ -94,9 +94,9 @@ def _print_summary(path: Path, report: dict[str, Any]) -> None:
     for note in report["notes"]:
         tell(f"note: {note}")
     shape = "x".join(map(str, report["data_shape"]))
-    classes = f"{report['num_classes']} classes" if report["num_classes"] else "unconditional"
+    told = ", ".join(_told(entry) for entry in report["conditioning"]) or "unconditional"
     trained = f"schedule {report['schedule']['name']}, predicts {report['prediction']}"
-    line = f"{path}: {report['family']}, {shape}, {classes}, {trained}"
+    line = f"{path}: {report['family']}, {shape}, {told}, {trained}"
     if "backend" in report:
         backend = report["backend"]
         line += f"; engine for {backend['name']} {backend.get('version')}, {report['precision']}"
@@ -107,6 +107,13 @@ def _print_summary(path: Path, report: dict[str, Any]) -> None:
     for why, count in Counter(layer["why"] for layer in dense if layer.get("why")).most_common():
         line = f"no sparse kernel in {count} masked layers: {why}"
         tell(line)
+
+
+def _told(condition: dict[str, Any]) -> str:
+    """One thing that the network is told: "11 classes", "context 77x768"."""
+    if condition["classes"] is not None:
+        return f"{condition['classes']} classes"
+    return " ".join([condition["name"], *(["x".join(map(str, condition["shape"]))] if condition["shape"] else [])])
 
 
 def _plan_line(backend: dict[str, Any]) -> str:
