@@ -7,18 +7,23 @@ told what the caller wants, the second what "none" is.
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sparse_engine import arguments, sampling
-from sparse_engine.errors import OptionError
+from sparse_engine.errors import InputError, OptionError
+from sparse_engine.files import check_readable
 
 LABELS = "y"  # the condition that ``labels=`` of the public functions stands for
 DTYPES = ("int64", "float32")
 NULLS = ("stored", "zeros", "ones", "same")  # beside a class's number, and None
+NEGATIVE = "negative/"  # before the names of the second pass's rows in a file
+LARGEST_FILE = 8 << 30  # bytes that a file of rows may unpack to: 2,000 contexts of SD3
 _FILLED = {"zeros": 0.0, "ones": 1.0}
 
 
@@ -240,6 +245,32 @@ class Conditioning:
         if null == "stored":
             return np.broadcast_to(self._nulls[condition.name], first.shape).astype(first.dtype)
         return np.full_like(first, null if isinstance(null, int) else _FILLED[null])
+
+
+def read_conditioning(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What a ``.npz`` file says: (conditioning, negative), as ``rows`` takes them; ``negative/NAME`` is of the second.
+
+    Raises:
+        InputError: it is missing, no such file, or holds objects.
+    """
+    fix = "save it with numpy.savez(path, context=array), and 'negative/context' for the second pass of guidance"
+    check_readable(path, InputError, missing=fix)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(info.file_size for info in archive.infolist())
+        if unpacked > LARGEST_FILE:
+            raise InputError(f"{path} unpacks to {unpacked} bytes; expected rows of conditions", fix)
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+    except InputError:
+        raise
+    except Exception as error:  # of any kind, where a file is damaged
+        raise InputError(f"{path} is no .npz file of arrays: {error}", fix) from error
+    second = {name: array for name, array in found.items() if name.startswith(NEGATIVE)}
+    return (
+        {name: array for name, array in found.items() if name not in second},
+        {name.removeprefix(NEGATIVE): array for name, array in second.items()},
+    )
 
 
 def _fitted(where: str, array: np.ndarray, condition: Condition, n: int) -> np.ndarray:

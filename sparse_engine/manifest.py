@@ -119,7 +119,7 @@ class Manifest:
 
 
 def _of_version_1(values: dict[str, Any]) -> bool:
-    """Give a manifest of version 1, which knows labels alone, the entries of version 2; whether they are well formed."""
+    """Give a manifest of version 1, which knows labels alone, version 2's entries; whether they are well formed."""
     classes, null = values.pop("num_classes", None), values.pop("null_class", None)
     if not _are_numbers([classes], 1, int, least=0) or not (null is None or _are_numbers([null], 1, int, least=0)):
         return False

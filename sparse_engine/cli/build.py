@@ -14,6 +14,17 @@ from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import EngineFileError, OptionError, UnsupportedError
 from sparse_engine.files import check_writable, kept_if_done
 
+from .options import (
+    ContextLength,
+    FamilyName,
+    GuidanceChannels,
+    Heads,
+    ImageSize,
+    NullClass,
+    Prediction,
+    ScheduleName,
+    model_settings,
+)
 from .terminal import export_module, parse_globs, print_json, progress, tell
 
 if TYPE_CHECKING:
@@ -25,6 +36,11 @@ WORKSPACES = (0.001, 1e6)  # GiB
 def _tensorrt(text: str, *names: str) -> Any:
     """An option of the TensorRT backends, in a panel of their own."""
     return typer.Option(*names, help=text, rich_help_panel="TensorRT")
+
+
+def _assets(text: str, *names: str) -> Any:
+    """An option that puts something into the engine beside the network, in a panel of their own."""
+    return typer.Option(*names, help=text, rich_help_panel="Beside the network")
 
 
 def _quantisation(text: str, *names: str) -> Any:
@@ -50,11 +66,18 @@ def command(
         str, typer.Option(help="Of the network's products: fp32, tf32, bf16, fp16, int8, fp8 or auto.")
     ] = "fp32",
     batch: Annotated[str, typer.Option(help="MIN,USUAL,MAX batch.")] = "1,16,64",
-    family: Annotated[str | None, typer.Option(help="Model family.", show_default="read off the keys")] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads, where the weights cannot tell.")] = None,
-    null_class: Annotated[int | None, typer.Option(help="Label that stands for 'no label'.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="Noise schedule the model was trained on.")] = None,
-    prediction: Annotated[str | None, typer.Option(help="What the network predicts: eps, x0 or v.")] = None,
+    family: FamilyName = None,
+    heads: Heads = None,
+    null_class: NullClass = None,
+    schedule: ScheduleName = None,
+    prediction: Prediction = None,
+    image_size: ImageSize = None,
+    context_length: ContextLength = None,
+    guidance_channels: GuidanceChannels = None,
+    null_context: Annotated[Path | None, _assets("A .npy that guidance takes for 'no context'.")] = None,
+    text_encoder: Annotated[Path | None, _assets("A CLIP folder (transformers): prompts become contexts.")] = None,
+    vae: Annotated[Path | None, _assets("An AutoencoderKL folder (diffusers): latents become pictures.")] = None,
+    vae_scale: Annotated[float | None, _assets("What latents were multiplied by (default: the folder's).")] = None,
     autotune: Annotated[
         bool, typer.Option("--autotune/--no-autotune", help="Time the kernels on this machine.")
     ] = True,
@@ -114,11 +137,17 @@ def command(
             ),
             quantisation=_wanted(calib, ranges, smooth, keep_float, max_quality_loss),
             family=family,
-            heads=heads,
-            null_class=null_class,
-            schedule=schedule,
-            prediction=prediction,
+            assets=export_module("assets").AssetOptions(null_context, text_encoder, vae, vae_scale),
             progress=lambda stage: display.update(task, description=stage),
+            **model_settings(
+                heads=heads,
+                null_class=null_class,
+                schedule=schedule,
+                prediction=prediction,
+                image_size=image_size,
+                context_length=context_length,
+                guidance_channels=guidance_channels,
+            ),
         )
         display.update(task, description="choosing kernels")
         info = _report(built, manifest, device, autotune)
