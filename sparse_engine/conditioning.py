@@ -199,16 +199,12 @@ class Conditioning:
                 arrays[name] = arguments.class_labels(value, n, condition.classes, label)
                 continue
             array = arguments.condition(where, value, condition.dtype)
-            length = array.shape[-len(condition.shape)] if array.ndim >= len(condition.shape) > 0 else 0
-            fills = condition.mask is not None and condition.mask not in given and 0 < length < condition.shape[0]
-            if fills:
-                mask = np.zeros(condition.shape[0], np.float32)
-                mask[:length] = 1.0
-                arrays[str(condition.mask)] = np.broadcast_to(mask, (n, len(mask))).copy()
-                axis = array.ndim - len(condition.shape)
-                array = np.pad(
-                    array, [(0, condition.shape[0] - length if each == axis else 0) for each in range(array.ndim)]
-                )
+            axis, (most, *rest) = array.ndim - len(condition.shape), condition.shape or (0,)
+            length = array.shape[axis] if axis >= 0 and array.shape[axis + 1 :] == tuple(rest) else 0
+            if condition.mask is not None and condition.mask not in given and 0 < length < most:
+                mask = (np.arange(most) < length).astype(np.float32)
+                arrays[condition.mask] = np.broadcast_to(mask, (n, most)).copy()
+                array = np.pad(array, [(0, most - length if each == axis else 0) for each in range(array.ndim)])
             arrays[name] = _fitted(where, array, condition, n)
         return arrays
 
