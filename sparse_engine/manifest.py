@@ -120,7 +120,9 @@ class Manifest:
 
 def _of_version_1(values: dict[str, Any]) -> bool:
     """Give a manifest of version 1, which knows labels alone, version 2's entries; whether they are well formed."""
-    classes, null = values.pop("num_classes", None), values.pop("null_class", None)
+    if not {"num_classes", "null_class"} <= values.keys():
+        return True  # what it lacks is said with all else that it lacks
+    classes, null = values.pop("num_classes"), values.pop("null_class")
     if not _are_numbers([classes], 1, int, least=0) or not (null is None or _are_numbers([null], 1, int, least=0)):
         return False
     values["conditioning"] = [each.to_dict() for each in class_condition(classes, null)]

@@ -14,8 +14,8 @@ import pytest
 
 from sparse_engine.artifact import PAGE, EngineFile, PayloadFile, write_engine
 from sparse_engine.backends.base import bytes_payload, weights_payload
-from sparse_engine.errors import EngineFileError, OutputError
 from sparse_engine.conditioning import Condition, class_condition
+from sparse_engine.errors import EngineFileError, OutputError
 from sparse_engine.manifest import FORMAT_VERSION, Manifest
 
 WEIGHTS = {
