@@ -59,6 +59,11 @@ class Condition:
         """The engine's file that holds the null row, where ``null`` is "stored"."""
         return f"null/{self.name}.npy"
 
+    @property
+    def needed(self) -> bool:
+        """Whether callers have to say it: it is no label, and has no default."""
+        return self.classes is None and self.default is None
+
     def to_dict(self) -> dict[str, Any]:
         """As the manifest holds it."""
         return dataclasses.asdict(self)
@@ -215,7 +220,7 @@ class Conditioning:
                 return np.full(n, null or 0, np.int64)
             drawn = sampling.labels(*draw, condition.classes - (null is not None))
             return drawn if null is None else drawn + (drawn >= null)
-        if condition.default is None:
+        if condition.needed:
             expected = f"{condition.dtype} {list(condition.shape)} for all images, or {[n, *condition.shape]}"
             raise OptionError(
                 f"conditioning[{condition.name!r}] is missing, and the model has to be told it; expected {expected}",

@@ -345,7 +345,9 @@ class SparseEngine:
     def warmup(self, batch_size: int | None = None) -> None:
         """Run one step at a batch size, so that the first sample is not slower than the next."""
         size = self.manifest.batch[1] if batch_size is None else batch_size
-        self.sample(size, steps=1, batch_size=size, output="float", sampler="ddim", allow_nonfinite=True)
+        told = {each.name: np.zeros(each.shape, each.dtype) for each in self.manifest.conditions if each.needed}
+        options: dict[str, Any] = {"output": "float", "allow_nonfinite": True, "conditioning": told}
+        self.sample(size, steps=1, batch_size=size, sampler="ddim", **options)
 
     def trajectory(
         self, steps: int, sampler: str | None = None, *, clip: bool | None = None, **options: Any
