@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparse_engine.artifact import SUFFIX, EngineFile
-from sparse_engine.backends import TensorRTOptions, backend_named
+from sparse_engine.backends import BuildOptions, TensorRTOptions, backend_named
 from sparse_engine.backends.options import LINEAR_FORMS
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import EngineFileError, OptionError, UnsupportedError
@@ -23,7 +23,7 @@ from .options import (
     NullClass,
     Prediction,
     ScheduleName,
-    model_settings,
+    model_options,
 )
 from .terminal import export_module, parse_globs, print_json, progress, tell
 
@@ -107,7 +107,7 @@ def command(
 ) -> None:
     """Build an engine from a checkpoint."""
     builder = export_module("build")
-    masks = export_module("masks")
+    told = export_module("options")
     path = builder.output_for(checkpoint, output)
     check_writable(path, SUFFIX)
     with progress() as display, kept_if_done(path) as built:
@@ -115,31 +115,8 @@ def command(
         _, manifest = builder.build_engine(
             checkpoint,
             built,
-            sparse=sparse,
-            mask=mask,
-            pattern=masks.Pattern.parse(pattern),
-            mask_layers=parse_globs(mask_layers),
-            backend=backend,
-            precision=precision,
-            batch=_batch(batch),
-            device=device,
-            require_sparse=require_sparse,
-            tensorrt=TensorRTOptions(
-                linear=_linear(linear),
-                static_batch=static_batch,
-                workspace=_bytes(workspace),
-                optimization_level=_level(optimization_level),
-                cache=cache,
-                hardware_compatible=hardware_compatible,
-                version_compatible=version_compatible,
-                strip_weights=strip_weights,
-                compute_capabilities=tuple(parse_globs(compute_capabilities) or ()),
-            ),
-            quantisation=_wanted(calib, ranges, smooth, keep_float, max_quality_loss),
-            family=family,
-            assets=export_module("assets").AssetOptions(null_context, text_encoder, vae, vae_scale),
-            progress=lambda stage: display.update(task, description=stage),
-            **model_settings(
+            model=model_options(
+                family=family,
                 heads=heads,
                 null_class=null_class,
                 schedule=schedule,
@@ -148,6 +125,29 @@ def command(
                 context_length=context_length,
                 guidance_channels=guidance_channels,
             ),
+            masks=told.MaskOptions(mask, export_module("masks").Pattern.parse(pattern), parse_globs(mask_layers)),
+            backend=backend,
+            options=BuildOptions(
+                sparse=sparse,
+                precision=precision,
+                batch=_batch(batch),
+                device=device,
+                require_sparse=require_sparse,
+                tensorrt=TensorRTOptions(
+                    linear=_linear(linear),
+                    static_batch=static_batch,
+                    workspace=_bytes(workspace),
+                    optimization_level=_level(optimization_level),
+                    cache=cache,
+                    hardware_compatible=hardware_compatible,
+                    version_compatible=version_compatible,
+                    strip_weights=strip_weights,
+                    compute_capabilities=tuple(parse_globs(compute_capabilities) or ()),
+                ),
+                progress=lambda stage: display.update(task, description=stage),
+            ),
+            quantisation=_wanted(calib, ranges, smooth, keep_float, max_quality_loss),
+            assets=export_module("assets").AssetOptions(null_context, text_encoder, vae, vae_scale),
         )
         display.update(task, description="choosing kernels")
         info = _report(built, manifest, device, autotune)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from sparse_engine.artifact import SUFFIX, EngineFile
+from sparse_engine.backends import BuildOptions
 from sparse_engine.calibration.collect import CalibrationData, check_amounts, collect
 from sparse_engine.conditioning import read_conditioning
 from sparse_engine.engine import SparseEngine
@@ -25,7 +26,7 @@ from .options import (
     NullClass,
     Prediction,
     ScheduleName,
-    model_settings,
+    model_options,
 )
 from .terminal import errors, export_module, progress
 
@@ -66,7 +67,8 @@ def command(
         plot = in_folder(plot, f"{model.stem}.png")
         check_plot(plot)
     check_amounts(images, steps, seed)
-    given = model_settings(
+    given = model_options(
+        family=family,
         heads=heads,
         null_class=null_class,
         schedule=schedule,
@@ -75,7 +77,7 @@ def command(
         context_length=context_length,
         guidance_channels=guidance_channels,
     )
-    of_a_checkpoint = [*given, *(["family"] if family else []), *(["sparse"] if sparse else [])]
+    of_a_checkpoint = [*given.given(), *(["family"] if family else []), *(["sparse"] if sparse else [])]
     if model.suffix.lower() == SUFFIX and of_a_checkpoint:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in of_a_checkpoint)
         raise OptionError(f"{model} is an engine: {names} is for a checkpoint", "leave it out")
@@ -90,7 +92,7 @@ def command(
         if model.suffix.lower() != SUFFIX:
             build = export_module("build").build_engine
             temporary = folder / f"float{SUFFIX}"
-            engine_file, _ = build(model, temporary, sparse=sparse, backend="onnxruntime", family=family, **given)
+            engine_file, _ = build(model, temporary, model=given, backend="onnxruntime", options=BuildOptions(sparse))
         display.update(task, description="sampling")
         with SparseEngine.load(engine_file) as engine:
             data = collect(

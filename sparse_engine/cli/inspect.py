@@ -15,7 +15,7 @@ from sparse_engine.errors import EngineFileError, OptionError, UnsupportedError
 from sparse_engine.files import in_folder
 from sparse_engine.plots import check_plot
 
-from .options import ContextLength, FamilyName, GuidanceChannels, Heads, ImageSize, NullClass, model_settings
+from .options import ContextLength, FamilyName, GuidanceChannels, Heads, ImageSize, NullClass, model_options
 from .terminal import console, export_module, human, make_table, parse_globs, print_json, tell
 
 
@@ -38,7 +38,8 @@ def command(
     if plot is not None:
         plot = in_folder(plot, f"{path.stem}.png")
         check_plot(plot)
-    given = model_settings(
+    given = model_options(
+        family=family,
         heads=heads,
         null_class=null_class,
         image_size=image_size,
@@ -47,7 +48,7 @@ def command(
     )
     if path.suffix.lower() == SUFFIX:
         if (mask, pattern) != ("auto", "2:4") or any(
-            each is not None for each in (mask_layers, family, *given.values())
+            each is not None for each in (mask_layers, family, *given.given().values())
         ):
             raise OptionError(
                 f"{path} is an engine: its masks and its network are settled",
@@ -62,8 +63,7 @@ def command(
             rule=mask,
             pattern=pattern,
             layers=parse_globs(mask_layers),
-            family=family,
-            **given,
+            model=given,
         )
     if plot is not None:
         export_module("report").plot_layers(report["layers"], plot)

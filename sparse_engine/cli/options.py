@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sparse_engine.errors import OptionError
+
+from .terminal import export_module
+
+if TYPE_CHECKING:
+    from sparse_engine.export.options import ModelOptions
 
 FamilyName = Annotated[str | None, typer.Option(help="Model family.", show_default="read off the keys")]
 Heads = Annotated[int | None, typer.Option(help="Attention heads, where the weights cannot tell.")]
@@ -23,11 +28,12 @@ GuidanceChannels = Annotated[
 ]
 
 
-def model_settings(**given: Any) -> dict[str, Any]:
-    """What was given of these, by the names that ``load_model`` knows. Raises OptionError."""
-    channels = given.pop("guidance_channels", None)
-    if channels is not None:
-        if channels != "all" and not channels.isdecimal():
-            raise OptionError(f"--guidance-channels {channels!r}: expected all, or how many")
-        given["guidance_channels"] = channels if channels == "all" else int(channels)
-    return {name: value for name, value in given.items() if value is not None}
+def model_options(guidance_channels: str | None = None, **given: Any) -> ModelOptions:
+    """What was given of these. Raises OptionError."""
+    channels: int | str | None = guidance_channels
+    if guidance_channels is not None and guidance_channels != "all":
+        if not guidance_channels.isdecimal():
+            raise OptionError(f"--guidance-channels {guidance_channels!r}: expected all, or how many")
+        channels = int(guidance_channels)
+    made: ModelOptions = export_module("options").ModelOptions(guidance_channels=channels, **given)
+    return made
