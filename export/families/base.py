@@ -37,7 +37,8 @@ class Recipe:
     """How a model was trained, as far as sampling has to know. Nothing of this can be read off the weights.
 
     ``value_range`` is None for latents, which have no pixels. ``schedule`` is a name or a mapping that
-    ``sampling.schedule_from_dict`` takes. ``excluded`` says of a sampler why it is not offered. ``null_class`` becomes the null of the condition "y".
+    ``sampling.schedule_from_dict`` takes. ``excluded`` says of a sampler why it is not offered. ``null_class`` becomes
+    the null of the condition "y".
     """
 
     schedule: str | Mapping[str, Any] = "vp-linear"
