@@ -77,7 +77,7 @@ class StepRunner(Protocol):
         trajectory: Trajectory,
         x: np.ndarray,
         *,
-        labels: np.ndarray | None,
+        conditioning: Mapping[str, np.ndarray],
         guidance: np.ndarray,
         noise: NoiseSource,
         callback: StepCallback | None = None,
@@ -88,7 +88,7 @@ class StepRunner(Protocol):
         Args:
             trajectory: the sampler's table.
             x: float32 [B, C, H, W], the state at the first time.
-            labels: int64 [G, B]; None for an unconditional model.
+            conditioning: name -> [G, B, *shape], what the network is told beside x and t.
             guidance: float32 [G], the weight of each of the G network passes.
             noise: draw index -> float32 of x's shape; asked only where a row adds noise.
             callback: called with (step, time, x) after each step; returning False stops.
@@ -100,7 +100,9 @@ class StepRunner(Protocol):
         """
         ...
 
-    def network(self, x: np.ndarray, t: np.ndarray, *, labels: np.ndarray | None, guidance: np.ndarray) -> np.ndarray:
+    def network(
+        self, x: np.ndarray, t: np.ndarray, *, conditioning: Mapping[str, np.ndarray], guidance: np.ndarray
+    ) -> np.ndarray:
         """The network's own output: x float32 [B, C, H, W], t float32 [B] in its own units -> float32 [B, C, H, W]."""
         ...
 

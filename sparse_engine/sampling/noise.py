@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,7 @@ _ROUNDS = 10
 # Counters worked on at once: bounds the memory, and is the fastest size for 16 to 64 images of 3x32x32.
 _CHUNK = 32768
 
+Seeds = int | npt.NDArray[np.uint64]
 Words = npt.NDArray[np.uint64]  # 32-bit words in 64-bit lanes: the products need the room
 Float32 = npt.NDArray[np.float32]
 
@@ -53,11 +55,11 @@ def philox4x32(counter: npt.ArrayLike, key: tuple[int, int]) -> Words:
     return words
 
 
-def normal(seed: int, images: npt.ArrayLike, draw: int, shape: tuple[int, ...]) -> Float32:
-    """Standard normal noise for some images of a seed.
+def normal(seed: Seeds, images: npt.ArrayLike, draw: int, shape: tuple[int, ...]) -> Float32:
+    """Standard normal noise for some images of a seed, or of a seed each.
 
     Args:
-        seed: 0 <= seed < 2^64.
+        seed: 0 <= seed < 2^64, one or [B] of them.
         images: [B], which images of the seed: indices over the whole run, not within a batch.
         draw: 0 is the start x_T; step i of a trajectory uses draw i + 1.
         shape: of one image.
@@ -68,7 +70,8 @@ def normal(seed: int, images: npt.ArrayLike, draw: int, shape: tuple[int, ...]) 
     Raises:
         OptionError: a seed, image or draw that its words cannot hold.
     """
-    key, index = _key(seed), _images(images)
+    index = _images(images)
+    key = _keys(seed, len(index))
     draw = arguments.whole_number("draw", draw, 0, _WORD - 1, "a whole number from 0 to 2**32 - 1")
     shape = arguments.whole_numbers("shape", shape, 0)
     count = math.prod(shape)
@@ -80,7 +83,7 @@ def normal(seed: int, images: npt.ArrayLike, draw: int, shape: tuple[int, ...]) 
         part = out[i : i + rows]
         words = work[:, : len(part)]
         words[0], words[1], words[2], words[3] = np.arange(blocks), draw, index[i : i + rows, None], 0
-        _encrypt(words[:4], words[4:], key)
+        _encrypt(words[:4], words[4:], key if isinstance(key, tuple) else key[:, i : i + rows, None])
         _box_muller(words[0], words[1], part[..., 0], part[..., 1])
         _box_muller(words[2], words[3], part[..., 2], part[..., 3])
     return out.reshape(len(index), blocks * 4)[:, :count].reshape(len(index), *shape)
@@ -88,13 +91,13 @@ def normal(seed: int, images: npt.ArrayLike, draw: int, shape: tuple[int, ...]) 
 
 @dataclass(frozen=True, eq=False)
 class SeededNoise:
-    """The draws of some images of a seed: a function of the draw's number, which a device may evaluate itself.
+    """The draws of some images: a function of the draw's number, which a device may evaluate itself.
 
     Attributes:
         seed, images, shape: as for ``normal``.
     """
 
-    seed: int
+    seed: Seeds
     images: npt.NDArray[np.integer]
     shape: tuple[int, ...]
 
@@ -104,15 +107,18 @@ class SeededNoise:
 
     def of(self, rows: slice | np.ndarray) -> SeededNoise:
         """The same for some of the images."""
-        return SeededNoise(self.seed, self.images[rows], self.shape)
+        seed = self.seed if isinstance(self.seed, int) else self.seed[rows]
+        return SeededNoise(seed, self.images[rows], self.shape)
 
     @property
     def origin(self) -> npt.NDArray[np.uint32]:
-        """[2 + B]: the words of the key, then of each image; with a draw's number, all that the draw depends on."""
-        return np.array([*_key(self.seed), *_images(self.images).tolist()], np.uint32)
+        """[B, 3]: the two words of the key, and the image; with a draw's number, all that the draw depends on."""
+        images = _images(self.images)
+        keys = _keys(self.seed, len(images))
+        return np.stack([np.broadcast_to(word, images.shape) for word in (*keys, images)], axis=1).astype(np.uint32)
 
 
-def labels(seed: int, images: npt.ArrayLike, num_classes: int) -> npt.NDArray[np.int64]:
+def labels(seed: Seeds, images: npt.ArrayLike, num_classes: int) -> npt.NDArray[np.int64]:
     """Class labels for images of which none was given, uniform over ``num_classes``.
 
     Args:
@@ -125,15 +131,18 @@ def labels(seed: int, images: npt.ArrayLike, num_classes: int) -> npt.NDArray[np
     Raises:
         OptionError: a seed, image or number of classes out of range.
     """
-    key, index = _key(seed), _images(images)
+    index = _images(images)
+    key = _keys(seed, len(index))
     num_classes = arguments.whole_number("num_classes", num_classes, 1, _WORD - 1)
-    zeros = np.zeros_like(index)
-    word = philox4x32((zeros, zeros, index, zeros + np.uint64(1)), key)[0]
+    words = np.zeros((4, len(index)), np.uint64)
+    words[2], words[3] = index, 1
+    _encrypt(words, np.empty_like(words[:2]), key)
+    word = words[0]
     return ((word * np.uint64(num_classes)) >> _SHIFT).astype(np.int64)
 
 
-def _encrypt(words: Words, product: Words, key: tuple[int, int]) -> None:
-    """The ten rounds on words [4, ...] in place, with product [2, ...] to work in."""
+def _encrypt(words: Words, product: Words, key: tuple[int, int] | Words) -> None:
+    """The ten rounds on words [4, ...] in place, with product [2, ...] to work in and a key for all or [2, ...]."""
     c0, c1, c2, c3 = words
     p0, p1 = product
     for i in range(_ROUNDS):
@@ -141,10 +150,10 @@ def _encrypt(words: Words, product: Words, key: tuple[int, int]) -> None:
         np.multiply(c2, _M1, out=p1)
         np.right_shift(p1, _SHIFT, out=c0)
         c0 ^= c1
-        c0 ^= np.uint64((key[0] + i * _W0) % _WORD)
+        c0 ^= _round_key(key[0], i * _W0)
         np.right_shift(p0, _SHIFT, out=c2)
         c2 ^= c3
-        c2 ^= np.uint64((key[1] + i * _W1) % _WORD)
+        c2 ^= _round_key(key[1], i * _W1)
         np.bitwise_and(p1, _LOW, out=c1)
         np.bitwise_and(p0, _LOW, out=c3)
 
@@ -164,9 +173,20 @@ def _box_muller(radius: Words, angle: Words, cosines: Float32, sines: Float32) -
     np.multiply(np.sin(a, out=a), r, out=sines)
 
 
-def _key(seed: int) -> tuple[int, int]:
-    whole = arguments.seed(seed)
-    return whole % _WORD, whole >> 32
+def _round_key(word: Any, added: int) -> Any:
+    """A word of the key, or uint64 [...] of them, in a later round."""
+    if isinstance(word, int):
+        return np.uint64((word + added) % _WORD)
+    return (word + np.uint64(added)) & _LOW
+
+
+def _keys(seed: Seeds, count: int) -> tuple[int, int] | Words:
+    """The two words of a seed; of ``count`` seeds, uint64 [2, count]."""
+    if isinstance(seed, (int, np.integer)) or np.ndim(seed) == 0:
+        whole = arguments.seed(seed)
+        return whole % _WORD, whole >> 32
+    each = np.asarray(arguments.seeds(seed, count), np.uint64)
+    return np.stack([each & _LOW, each >> _SHIFT])
 
 
 def _images(images: npt.ArrayLike) -> Words:

@@ -38,6 +38,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_outlive_fork)
 
 
+TYPES = {"int64": "int64", "float32": "float"}  # NumPy's name -> ONNX Runtime's
+STEP_INPUTS = {"x", "t", "guidance", "coef", "clip", "base", "h1", "h2", "z"}
+
+
 class OnnxRuntimeRunner:
     """A ``StepRunner``. ``InferenceSession.run`` is thread-safe, and so is this."""
 
@@ -53,8 +57,8 @@ class OnnxRuntimeRunner:
             engine.verify()  # bytes that were altered are the likelier cause, and the clearer message
             raise BackendError(f"{engine.path}: ONNX Runtime {onnxruntime.__version__} refuses it: {error}") from error
         _open_sessions.add(self._session)
-        inputs = {entry.name: entry.shape for entry in self._session.get_inputs()}
-        self._conditional = "y" in inputs
+        inputs = {entry.name: (entry.type, entry.shape) for entry in self._session.get_inputs()}
+        self._guided = "guidance" in inputs
         _check_fit(engine, inputs)
         self._description = {
             "library": f"onnxruntime {onnxruntime.__version__}",
@@ -71,19 +75,21 @@ class OnnxRuntimeRunner:
         trajectory: Trajectory,
         x: np.ndarray,
         *,
-        labels: np.ndarray | None,
+        conditioning: Mapping[str, np.ndarray],
         guidance: np.ndarray,
         noise: NoiseSource,
         callback: StepCallback | None = None,
         on_device: bool = False,
     ) -> np.ndarray:
         """See ``StepRunner.run``. The device is the CPU, and NumPy's arrays have ``__dlpack__``."""
-        return walk(trajectory, self._step(labels, guidance), x, noise=noise, callback=callback)
+        return walk(trajectory, self._step(conditioning, guidance), x, noise=noise, callback=callback)
 
-    def network(self, x: np.ndarray, t: np.ndarray, *, labels: np.ndarray | None, guidance: np.ndarray) -> np.ndarray:
+    def network(
+        self, x: np.ndarray, t: np.ndarray, *, conditioning: Mapping[str, np.ndarray], guidance: np.ndarray
+    ) -> np.ndarray:
         """See ``StepRunner.network``."""
         zeros = np.zeros_like(x)
-        return self._step(labels, guidance)(x, t, IDENTITY_ROW, NO_CLIP, zeros, zeros, zeros, zeros)[1]
+        return self._step(conditioning, guidance)(x, t, IDENTITY_ROW, NO_CLIP, zeros, zeros, zeros, zeros)[1]
 
     def describe(self) -> dict[str, Any]:
         """See ``StepRunner.describe``."""
@@ -93,12 +99,12 @@ class OnnxRuntimeRunner:
         """Drop the session; calls under way finish on their own reference."""
         self._session = None
 
-    def _step(self, labels: np.ndarray | None, guidance: np.ndarray) -> StepFunction:
+    def _step(self, conditioning: Mapping[str, np.ndarray], guidance: np.ndarray) -> StepFunction:
         """The step function that the loop calls, with what stays the same over a trajectory bound to it."""
         session = self._session
         if session is None:
             raise EngineClosedError("the engine was closed by another thread", "load it again with SparseEngine.load")
-        fixed: dict[str, Any] = {"y": labels, "guidance": guidance} if self._conditional else {}
+        fixed: dict[str, Any] = {**conditioning, "guidance": guidance} if self._guided else {}
 
         def step(
             x: np.ndarray,
@@ -121,14 +127,18 @@ class OnnxRuntimeRunner:
         return step
 
 
-def _check_fit(engine: EngineFile, inputs: Mapping[str, Sequence[Any]]) -> None:
+def _check_fit(engine: EngineFile, inputs: Mapping[str, tuple[str, Sequence[Any]]]) -> None:
     """Raise EngineFileError where the manifest says something else than the graph."""
-    shape, classes = list(engine.manifest.data_shape), engine.manifest.num_classes
-    found = list(inputs["x"][1:])
-    if shape != found or bool(classes) != ("y" in inputs):
-        labels = "labels" if "y" in inputs else "no labels"
+    told = {each.name: (f"tensor({TYPES[each.dtype]})", list(each.shape)) for each in engine.manifest.conditions}
+    found = {name: (kind, list(shape[2:])) for name, (kind, shape) in inputs.items() if name not in STEP_INPUTS}
+    shape, takes = list(engine.manifest.data_shape), list(inputs["x"][1][1:])
+    if shape != takes or told != found or bool(told) != ("guidance" in inputs):
         raise EngineFileError(
-            f"{engine.path}: its graph takes samples of {found} and {labels}, its manifest says {shape} and {classes} "
-            "classes",
+            f"{engine.path}: its graph takes samples of {takes} and {_words(found)}, its manifest says {shape} and "
+            f"{_words(told)}",
             "rebuild the engine",
         )
+
+
+def _words(told: Mapping[str, tuple[str, list[int]]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, (_, shape) in told.items()) or "nothing else"
