@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from sparse_engine.files import check_writable
 from sparse_engine.manifest import Manifest
 from sparse_engine.sampling import schedule_from_dict
 
+from .assets import AssetFiles, AssetOptions, asset_files
 from .bake import Baked, bake
-from .masks import TWO_FOUR, Pattern, is_n_of_m
+from .masks import TWO_FOUR, is_n_of_m
 from .model import Model, load_model
 from .names import listed
+from .options import MaskOptions, ModelOptions
 from .precision import lower
 from .quantise import calibration_of, check_quantisation, describe_quantised, quantise
 from .step_graph import check_graph, export_step_graph
@@ -34,7 +36,6 @@ from .weight_files import name_without_suffixes
 # Share of a layer's weight energy that a mask may remove before the build warns: between the most that a layer trained
 # under the mask lost and the 13 % of one that was not (1.9 % and 13.9 % in examples/digits/README.md).
 ENERGY_WARNING = 0.05
-LARGEST_BATCH = 65536
 
 
 def default_output(checkpoint: Path) -> Path:
@@ -57,39 +58,25 @@ def build_engine(
     checkpoint: str | Path,
     output: str | Path | None = None,
     *,
-    sparse: bool = False,
-    mask: str | None = None,
-    pattern: Pattern = TWO_FOUR,
-    mask_layers: Sequence[str] | None = None,
+    model: ModelOptions = ModelOptions(),  # noqa: B008 - all of these are frozen
+    masks: MaskOptions = MaskOptions(),  # noqa: B008
     backend: str = "auto",
-    precision: str = "fp32",
-    batch: tuple[int, int, int] = (1, 16, 64),
-    device: str | None = None,
-    require_sparse: bool = False,
-    tensorrt: TensorRTOptions = TensorRTOptions(),  # noqa: B008 - frozen
+    options: BuildOptions = BuildOptions(),  # noqa: B008
     quantisation: Quantisation | None = None,
-    family: str | None = None,
-    progress: Callable[[str], None] = lambda stage: None,
-    **given: Any,
+    assets: AssetOptions = AssetOptions(),  # noqa: B008
 ) -> tuple[Path, Manifest]:
     """Build an engine file.
 
     Args:
         checkpoint: as ``load_checkpoint`` takes it.
         output: the file to write, or a folder for it; ``default_output`` where None.
-        sparse: bake 2:4 masks and let the backend use sparse kernels where they are faster.
-        mask: rule for ``bake``; None is "auto" for a sparse build and "none" for a dense one.
-        pattern: N:M of the magnitude rule; only 2:4 has sparse kernels.
-        mask_layers: globs in place of the family's choice of layers.
+        model: what the checkpoint does not say of its model.
+        masks: how weights are masked.
         backend: "auto" or a backend's name.
-        precision: of the network's products; "auto" is the fastest that stays within ``quantisation``'s limit.
-        batch: (smallest, usual, largest).
-        device: where the engine will run, for a backend that has a choice.
-        require_sparse: raise where a masked layer is known to stay dense.
-        tensorrt: what only the TensorRT backends take.
+        options: sparse or dense, precision, batch, and what else the backend is asked for; the precision "auto" is the
+            fastest that stays within ``quantisation``'s limit. Its ``progress`` is told each stage as it begins.
         quantisation: calibration data and how to use it, for int8, fp8 and "auto".
-        family, **given: as ``load_model`` takes them.
-        progress: told each stage as it begins, the backend's own too.
+        assets: what to store beside the network.
 
     Returns:
         The path written and its manifest.
@@ -100,40 +87,38 @@ def build_engine(
     """
     checkpoint = arguments.path("checkpoint", checkpoint)
     path = output_for(checkpoint, None if output is None else arguments.path("output", output))
-    sparse, require_sparse = arguments.truth("sparse", sparse), arguments.truth("require_sparse", require_sparse)
-    device = arguments.device(device)
-    given = {name: arguments.plain(value) for name, value in given.items()}
+    sparse, precision, progress = options.sparse, options.precision, options.progress
     check_writable(path)
     chosen = usable_backend(backend, to_build=True)
-    options = BuildOptions(sparse, precision, _checked_batch(batch), device, require_sparse, tensorrt, progress)
     if precision != "auto":
         chosen.check(options)
     check_quantisation(precision, quantisation)
-    if tensorrt != TensorRTOptions() and not chosen.name.startswith("tensorrt"):
+    if options.tensorrt != TensorRTOptions() and not chosen.name.startswith("tensorrt"):
         raise OptionError(
             f"options of the TensorRT backends are given, and the {chosen.name} backend builds",
             "leave them out, or build with --backend tensorrt or tensorrt-rtx",
         )
-    if require_sparse and not sparse:
+    if options.require_sparse and not sparse:
         raise OptionError("--require-sparse is given without --sparse: no layer would be sparse", "give both")
     progress("reading the checkpoint")
-    model = load_model(checkpoint, family, **given)
-    data = calibration_of(model, quantisation) if quantisation else None
+    loaded = load_model(checkpoint, model.family, **model.given())
+    beside = asset_files(loaded, assets)
+    data = calibration_of(loaded, quantisation) if quantisation else None
     progress("baking masks")
-    baked = bake(model, mask or ("auto" if sparse else "none"), pattern, mask_layers)
+    baked = bake(loaded, masks.rule or ("auto" if sparse else "none"), masks.pattern, masks.layers)
     if sparse:
         _check_sparse(baked)
     notes = calibrated_otherwise(data, baked)
     if precision == "auto":
         from .fastest import fastest_within  # which builds engines itself
 
-        best = fastest_within(model, baked, chosen, options, data, quantisation)
+        best = fastest_within(loaded, baked, chosen, options, data, quantisation)
         options, graph, quantised, notes = best.options, best.graph, best.quantised, [*notes, best.note]
     else:
-        graph, quantised = graph_for(model, baked, chosen, options, data, quantisation)
+        graph, quantised = graph_for(loaded, baked, chosen, options, data, quantisation)
     progress(f"building for {chosen.name}")
     progress("writing the engine file")
-    return path, write_built(path, model, baked, graph, chosen, options, quantised, notes)
+    return path, write_built(path, loaded, baked, graph, chosen, options, quantised, notes, beside)
 
 
 def calibrated_otherwise(data: CalibrationData | None, baked: Baked) -> list[str]:
@@ -193,17 +178,19 @@ def write_built(
     options: BuildOptions,
     quantised: Quantised | None = None,
     notes: Sequence[str] = (),
+    beside: AssetFiles | None = None,
 ) -> Manifest:
     """Build a step graph with a backend and write the engine file; errors as ``build_engine``."""
     payload = backend.build(graph, options, _proven_sparse(baked, graph) if options.sparse else [])
-    manifest = _manifest(model, baked, graph, payload, options)
+    beside = beside or asset_files(model, AssetOptions())
+    manifest = _manifest(model, baked, graph, payload, options, beside)
     if quantised is not None:
         describe_quantised(manifest, quantised)
     manifest.notes += notes
     if options.require_sparse:
         check_all_sparse([layer for layer in manifest.layers if layer["chosen"] is not None])
     manifest.backend["version"] = backend.availability().version
-    write_engine(path, manifest, payload.files)
+    write_engine(path, manifest, [*payload.files, *beside.files])
     return manifest
 
 
@@ -237,18 +224,9 @@ def _proven_sparse(baked: Baked, graph: StepGraph) -> list[str]:
     return [name for name in names if is_n_of_m(graph.weights[graph.layers[name][0]], axis=graph.layers[name][1])]
 
 
-def _checked_batch(batch: tuple[int, int, int]) -> tuple[int, int, int]:
-    sizes = arguments.whole_numbers("batch", batch)
-    smallest, usual, largest = sizes if len(sizes) == 3 else (0, 0, 0)
-    if not 1 <= smallest <= usual <= largest <= LARGEST_BATCH:
-        raise OptionError(
-            f"batch {batch}: expected 1 <= smallest <= usual <= largest <= {LARGEST_BATCH}",
-            "for example --batch 1,16,64",
-        )
-    return smallest, usual, largest
-
-
-def _manifest(model: Model, baked: Baked, graph: StepGraph, payload: Payload, options: BuildOptions) -> Manifest:
+def _manifest(
+    model: Model, baked: Baked, graph: StepGraph, payload: Payload, options: BuildOptions, beside: AssetFiles
+) -> Manifest:
     recipe = model.recipe
     schedule = recipe.schedule if isinstance(recipe.schedule, Mapping) else {"name": recipe.schedule}
     nothing = {"chosen": False, "kernel": None}
@@ -260,8 +238,7 @@ def _manifest(model: Model, baked: Baked, graph: StepGraph, payload: Payload, op
         value_range=recipe.value_range,
         schedule=schedule_from_dict(schedule).to_dict(),
         prediction=recipe.prediction,
-        num_classes=model.config.num_classes,
-        null_class=recipe.null_class,
+        conditioning=[each.to_dict() for each in beside.conditions],
         sampler=recipe.sampler,
         precision=options.precision,
         sparse=options.sparse,
@@ -278,7 +255,8 @@ def _manifest(model: Model, baked: Baked, graph: StepGraph, payload: Payload, op
         batch=options.batch,
         checkpoint_sha256=model.checkpoint.sha256,
         graph_sha256=hashlib.sha256(graph.proto.SerializeToString(deterministic=True)).hexdigest(),  # as exported
-        notes=[*model.notes, *warnings_of(baked)],
+        notes=[*model.notes, *beside.notes, *warnings_of(baked)],
+        assets=beside.entries,
     )
 
 

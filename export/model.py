@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sparse_engine.conditioning import Condition
 from sparse_engine.errors import CheckpointError, OptionError, SparseEngineError
 from sparse_engine.sampling import SAMPLERS, schedule_from_dict
 
@@ -46,6 +47,20 @@ class Model:
     recipe: Recipe
     notes: list[str]
 
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """What the network is told, with what is known of "none": the null class of labels."""
+        null = self.recipe.null_class
+        return tuple(
+            dataclasses.replace(each, null=null) if each.classes is not None and null is not None else each
+            for each in self.config.conditions
+        )
+
+    @property
+    def num_classes(self) -> int:
+        """Rows of the label table, the null class too; 0 for a network that is told no label."""
+        return _classes(self.config)
+
     def network(self, state: Mapping[str, np.ndarray]) -> nn.Module:
         """The family's network with the given weights, in evaluation mode."""
         with torch.device("meta"):
@@ -53,6 +68,10 @@ class Model:
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in state.items()}
         network.load_state_dict(tensors, assign=True)
         return network.eval().requires_grad_(False)
+
+
+def _classes(config: FamilyConfig) -> int:
+    return next((each.classes for each in config.conditions if each.classes is not None), 0)
 
 
 def load_model(path: str | Path, family: str | None = None, **given: Any) -> Model:
@@ -117,17 +136,17 @@ def _recipe(
     if recipe.prediction not in PREDICTIONS:
         raise OptionError(f"prediction {recipe.prediction!r} is not known; expected one of {', '.join(PREDICTIONS)}")
     schedule_from_dict(recipe.schedule if isinstance(recipe.schedule, Mapping) else {"name": recipe.schedule})
-    null = recipe.null_class
-    if null is not None and not config.num_classes:
+    null, classes = recipe.null_class, _classes(config)
+    if null is not None and not classes:
         raise OptionError(f"null class {null} is given, and the model has no labels", "leave it out")
-    if null is not None and not 0 <= null < config.num_classes:
+    if null is not None and not 0 <= null < classes:
         raise OptionError(
-            f"null class {null} is outside the {config.num_classes} rows of the label table",
+            f"null class {null} is outside the {classes} rows of the label table",
             "give the index of the class that stands for 'no label', or leave it out",
         )
     notes = list(notes)
     if null is not None and "null_class" not in given:
-        notes.append(f"null class = {null}: taken to be the last of {config.num_classes}; say it with --null-class")
+        notes.append(f"null class = {null}: taken to be the last of {classes}; say it with --null-class")
     if "schedule" not in given:
         notes.append(f"schedule = {recipe.schedule}, prediction = {recipe.prediction}: the family's published training")
     return recipe, notes

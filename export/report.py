@@ -16,27 +16,27 @@ from .bake import bake
 from .build import warnings_of
 from .masks import Pattern
 from .model import load_model
+from .options import ModelOptions
 
 
 def inspect_checkpoint(
-    path: Path, *, rule: str, pattern: str, layers: Sequence[str] | None, family: str | None, **given: Any
+    path: Path, *, rule: str, pattern: str, layers: Sequence[str] | None, model: ModelOptions
 ) -> dict[str, Any]:
-    """What a checkpoint is and what masking it would do. Arguments and errors as ``build_engine``."""
-    model = load_model(path, family, **given)
-    baked = bake(model, rule, Pattern.parse(pattern), layers)
-    schedule = model.recipe.schedule
+    """What a checkpoint is and what masking it would do. Arguments and errors as ``bake`` and ``build_engine``."""
+    loaded = load_model(path, model.family, **model.given())
+    baked = bake(loaded, rule, Pattern.parse(pattern), layers)
+    schedule = loaded.recipe.schedule
     return {
-        "family": model.family.name,
-        "config": dataclasses.asdict(model.config),  # type: ignore[call-overload]
-        "data_shape": list(model.config.data_shape),
-        "num_classes": model.config.num_classes,
-        "null_class": model.recipe.null_class,
+        "family": loaded.family.name,
+        "config": dataclasses.asdict(loaded.config),  # type: ignore[call-overload]
+        "data_shape": list(loaded.config.data_shape),
+        "conditioning": [each.to_dict() for each in loaded.conditions],
         "schedule": dict(schedule) if isinstance(schedule, Mapping) else {"name": schedule},
-        "prediction": model.recipe.prediction,
-        "checkpoint_sha256": model.checkpoint.sha256,
+        "prediction": loaded.recipe.prediction,
+        "checkpoint_sha256": loaded.checkpoint.sha256,
         "mask": baked.recipe(),
         "layers": [layer.to_dict() for layer in baked.layers],
-        "notes": [*model.notes, *warnings_of(baked)],
+        "notes": [*loaded.notes, *warnings_of(baked)],
     }
 
 

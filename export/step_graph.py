@@ -4,7 +4,8 @@
     m      = clip(coef[0]*x + coef[1]*eps, clip[0], clip[1])
     x_next = coef[2]*x + coef[3]*base + coef[4]*m + coef[5]*h1 + coef[6]*h2 + coef[7]*z
 
-``told`` are the named conditions, [G, B, ...] each; ``eps`` stands for whatever the network predicts. The solver's lines are float32 whatever the network is.
+``told`` are the named conditions, [G, B, ...] each; ``eps`` stands for whatever the network predicts. The lines of
+the solver are float32 whatever the network is.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Step(nn.Module):
         h2: Tensor,
         z: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Shapes: x, base, h1, h2, z [B, C, H, W]; t [B]; each condition [G, B, ...]; guidance [G]; coef [8]; clip [2]."""
+        """Shapes: x, base, h1, h2, z [B, C, H, W]; t [B]; conditions [G, B, ...]; guidance [G]; coef [8]; clip [2]."""
         passes, batch = next(iter(conditioning.values())).shape[:2]
         x_all = x[None].expand(passes, -1, -1, -1, -1).flatten(0, 1)
         t_all = t[None].expand(passes, -1).flatten()

@@ -12,6 +12,7 @@ import torch
 
 from sparse_engine import arguments, sampling
 from sparse_engine.backends.torch.plain import plain_defaults
+from sparse_engine.conditioning import Condition
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import VerificationError
 from sparse_engine.images import psnr
@@ -114,7 +115,7 @@ def verify_engine(
         tolerance = arguments.real_number("tolerance", tolerance, above=0)
     checkpoint, seed = arguments.path("checkpoint", checkpoint), arguments.seed(seed)
     with SparseEngine.load(path, threads=threads, check=True) as engine:
-        reference = Reference(engine.manifest, checkpoint)
+        reference = Reference(engine.manifest, checkpoint, seed)
         times = [_time_error(engine, reference, t * engine.schedule.t_max, seed) for t in TIMES]
         psnr = _trajectory_psnr(engine, reference, seed)
         same = reference.sha256 == engine.manifest.checkpoint_sha256
@@ -122,26 +123,34 @@ def verify_engine(
     return Verification(times, psnr, allowed, same)
 
 
+def _told(condition: Condition, index: int, seed: int) -> np.ndarray:
+    """[BATCH, *shape] of one condition: labels in turn, what has a default that, all else from the seed's noise."""
+    if condition.classes is not None:
+        return np.arange(BATCH) % condition.classes
+    if condition.default is not None:
+        return np.full((BATCH, *condition.shape), condition.default, condition.dtype)
+    return sampling.normal(seed, np.arange(BATCH), 1 + index, condition.shape)
+
+
 class Reference:
     """The torch network that an engine has to agree with."""
 
-    def __init__(self, manifest: Manifest, checkpoint: str | Path) -> None:
+    def __init__(self, manifest: Manifest, checkpoint: str | Path, seed: int = 0) -> None:
         settings = {**manifest.config, "null_class": manifest.null_class, "prediction": manifest.prediction}
         model = load_model(checkpoint, manifest.family, schedule=manifest.schedule, **settings)
         mask = manifest.mask
         baked = bake(model, mask["rule"], Pattern.parse(mask["pattern"]), mask["layers"])
         self._network = model.network(baked.state)
         self.sha256 = model.checkpoint.sha256
-        self.labels = np.arange(BATCH) % model.config.num_classes if model.config.num_classes else None
+        self.conditioning = {each.name: _told(each, index, seed) for index, each in enumerate(model.conditions)}
 
     def __call__(self, x: np.ndarray, network_time: np.ndarray) -> np.ndarray:
         """The network's prediction, float32 of x's shape."""
-        arguments = [torch.from_numpy(x), torch.from_numpy(network_time)]
-        if self.labels is not None:
-            arguments.append(torch.from_numpy(self.labels))
+        told = {name: torch.from_numpy(rows) for name, rows in self.conditioning.items()}
         with torch.no_grad():
-            predicted: np.ndarray = self._network(*arguments).float().numpy()
-        return predicted
+            predicted = self._network(torch.from_numpy(x), torch.from_numpy(network_time), **told)
+        found: np.ndarray = predicted[:, : x.shape[1]].float().numpy()
+        return found
 
     def step(self, *inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """One solver step in torch: (x, t, coef, clip, base, h1, h2, z) -> (x_next, m)."""
@@ -155,7 +164,7 @@ def _time_error(engine: SparseEngine, reference: Reference, t: float, seed: int)
     x = sampling.normal(seed, np.arange(BATCH), 0, engine.manifest.data_shape)
     network_time = np.full(BATCH, engine.schedule.network_time(t), np.float32)
     expected = reference(x, network_time)
-    found = engine.predict(x, t, labels=reference.labels, allow_nonfinite=True)
+    found = engine.predict(x, t, conditioning=reference.conditioning, allow_nonfinite=True)
     error = float(np.abs(found - expected).max())
     return TimeError(t, error, error / max(float(np.abs(expected).max()), 1e-30))
 
@@ -169,7 +178,7 @@ def _trajectory_psnr(engine: SparseEngine, reference: Reference, seed: int) -> f
         steps=TRAJECTORY_STEPS,
         sampler="dpm-solver++",
         noise=x,
-        labels=reference.labels,
+        conditioning=reference.conditioning,
         batch_size=BATCH,
         output="float",
         allow_nonfinite=True,

@@ -155,6 +155,46 @@ def seed(value: Any) -> int:
     return whole_number("seed", value, 0, MOST_SEED, "a whole number from 0 to 2**64 - 1")
 
 
+def seeds(value: Any, count: int) -> int | npt.NDArray[np.uint64]:
+    """One seed, or ``count`` of them -> int, or uint64 [count]. Raises OptionError."""
+    if isinstance(value, (str, bytes)) or not (isinstance(value, Iterable) and _rank(value, 1)):
+        return seed(value)
+    found = [whole_number(f"seed[{index}]", each, 0, MOST_SEED) for index, each in enumerate(value)]
+    if len(found) != count:
+        raise OptionError(f"seed holds {len(found)} seeds for {count} images; expected one, or one for each")
+    return np.array(found, np.uint64)
+
+
+def image_numbers(value: Any, first: Any, count: int, one_seed: bool) -> npt.NDArray[np.int64]:
+    """Which image of its seed each row is: as given, or from ``first`` on; of a seed each, ``first`` of all.
+
+    Args:
+        value: ``count`` numbers, or None.
+        first: the first of them where they are not given.
+        count: rows.
+        one_seed: whether all rows are of one seed.
+
+    Returns:
+        int64 [count], below 2**32.
+
+    Raises:
+        OptionError: they are none, more or fewer, out of range, or said twice.
+    """
+    begin = whole_number("first", first, 0, MOST_IMAGES - 1)
+    if value is None:
+        if one_seed and begin + count > MOST_IMAGES:
+            raise refused("first", begin, f"{count} images from it on within the {MOST_IMAGES} that a seed has")
+        return begin + np.arange(count) if one_seed else np.full(count, begin)
+    if begin:
+        raise OptionError("first and images both say which images to draw", "give one of them")
+    found = array("images", value, "array of integers: {}")
+    if found.dtype.kind not in "iu" or found.shape != (count,):
+        raise OptionError(f"images has shape {list(found.shape)} of {found.dtype}; expected {count} whole numbers")
+    if found.size and (found.min() < 0 or found.max() >= MOST_IMAGES):
+        raise OptionError(f"images runs from {found.min()} to {found.max()}; expected 0 <= image < 2**32")
+    return found.astype(np.int64)
+
+
 def threads(value: Any) -> int | None:
     """A number of threads that a machine can have; None stays None, for the backend's own choice."""
     if value is None:
@@ -205,6 +245,14 @@ def schedule_times(value: Any, count: int, latest: float) -> npt.NDArray[np.floa
         raise OptionError(f"t has shape {list(times.shape)}; expected one time, or one for each of {count}")
     if not np.all((times >= 0) & (times <= latest)):  # nor NaN
         raise refused("t", value, f"schedule times from 0 to {latest:g}")
+    return times
+
+
+def network_times(value: Any, count: int) -> npt.NDArray[np.float32]:
+    """Times in a network's own units, one or ``count`` of them -> float32. Raises OptionError."""
+    times = condition("t", value, "float32")
+    if times.shape not in ((), (count,)):
+        raise OptionError(f"t has shape {list(times.shape)}; expected one time, or one for each of {count}")
     return times
 
 

@@ -7,18 +7,23 @@ told what the caller wants, the second what "none" is.
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sparse_engine import arguments, sampling
-from sparse_engine.errors import OptionError
+from sparse_engine.errors import InputError, OptionError
+from sparse_engine.files import check_readable
 
 LABELS = "y"  # the condition that ``labels=`` of the public functions stands for
 DTYPES = ("int64", "float32")
 NULLS = ("stored", "zeros", "ones", "same")  # beside a class's number, and None
+NEGATIVE = "negative/"  # before the names of the second pass's rows in a file
+LARGEST_FILE = 8 << 30  # bytes that a file of rows may unpack to: 2,000 contexts of SD3
 _FILLED = {"zeros": 0.0, "ones": 1.0}
 
 
@@ -53,6 +58,11 @@ class Condition:
     def stored(self) -> str:
         """The engine's file that holds the null row, where ``null`` is "stored"."""
         return f"null/{self.name}.npy"
+
+    @property
+    def needed(self) -> bool:
+        """Whether callers have to say it: it is no label, and has no default."""
+        return self.classes is None and self.default is None
 
     def to_dict(self) -> dict[str, Any]:
         """As the manifest holds it."""
@@ -194,16 +204,12 @@ class Conditioning:
                 arrays[name] = arguments.class_labels(value, n, condition.classes, label)
                 continue
             array = arguments.condition(where, value, condition.dtype)
-            length = array.shape[-len(condition.shape)] if array.ndim >= len(condition.shape) > 0 else 0
-            fills = condition.mask is not None and condition.mask not in given and 0 < length < condition.shape[0]
-            if fills:
-                mask = np.zeros(condition.shape[0], np.float32)
-                mask[:length] = 1.0
-                arrays[str(condition.mask)] = np.broadcast_to(mask, (n, len(mask))).copy()
-                axis = array.ndim - len(condition.shape)
-                array = np.pad(
-                    array, [(0, condition.shape[0] - length if each == axis else 0) for each in range(array.ndim)]
-                )
+            axis, (most, *rest) = array.ndim - len(condition.shape), condition.shape or (0,)
+            length = array.shape[axis] if axis >= 0 and array.shape[axis + 1 :] == tuple(rest) else 0
+            if condition.mask is not None and condition.mask not in given and 0 < length < most:
+                mask = (np.arange(most) < length).astype(np.float32)
+                arrays[condition.mask] = np.broadcast_to(mask, (n, most)).copy()
+                array = np.pad(array, [(0, most - length if each == axis else 0) for each in range(array.ndim)])
             arrays[name] = _fitted(where, array, condition, n)
         return arrays
 
@@ -214,7 +220,7 @@ class Conditioning:
                 return np.full(n, null or 0, np.int64)
             drawn = sampling.labels(*draw, condition.classes - (null is not None))
             return drawn if null is None else drawn + (drawn >= null)
-        if condition.default is None:
+        if condition.needed:
             expected = f"{condition.dtype} {list(condition.shape)} for all images, or {[n, *condition.shape]}"
             raise OptionError(
                 f"conditioning[{condition.name!r}] is missing, and the model has to be told it; expected {expected}",
@@ -240,6 +246,32 @@ class Conditioning:
         if null == "stored":
             return np.broadcast_to(self._nulls[condition.name], first.shape).astype(first.dtype)
         return np.full_like(first, null if isinstance(null, int) else _FILLED[null])
+
+
+def read_conditioning(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What a ``.npz`` file says: (conditioning, negative), as ``rows`` takes them; ``negative/NAME`` is of the second.
+
+    Raises:
+        InputError: it is missing, no such file, or holds objects.
+    """
+    fix = "save it with numpy.savez(path, context=array), and 'negative/context' for the second pass of guidance"
+    check_readable(path, InputError, missing=fix)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(info.file_size for info in archive.infolist())
+        if unpacked > LARGEST_FILE:
+            raise InputError(f"{path} unpacks to {unpacked} bytes; expected rows of conditions", fix)
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+    except InputError:
+        raise
+    except Exception as error:  # of any kind, where a file is damaged
+        raise InputError(f"{path} is no .npz file of arrays: {error}", fix) from error
+    second = {name: array for name, array in found.items() if name.startswith(NEGATIVE)}
+    return (
+        {name: array for name, array in found.items() if name not in second},
+        {name.removeprefix(NEGATIVE): array for name, array in second.items()},
+    )
 
 
 def _fitted(where: str, array: np.ndarray, condition: Condition, n: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -12,9 +12,11 @@ import numpy as np
 
 from sparse_engine import arguments, sampling
 from sparse_engine.artifact import EngineFile
+from sparse_engine.assets import Assets
 from sparse_engine.backends import StepRunner, backend_named
 from sparse_engine.backends.base import StepCallback, with_kernel
 from sparse_engine.backends.cuda.dlpack_in import DeviceArray, receive
+from sparse_engine.conditioning import Conditioning, Rows
 from sparse_engine.ending import callers_code, keep_until_the_end, library_call
 from sparse_engine.errors import EngineClosedError, OptionError, UnsupportedError
 from sparse_engine.manifest import Manifest
@@ -23,6 +25,8 @@ from sparse_engine.sampling.noise import SeededNoise
 
 Callback = StepCallback
 Labels = int | Sequence[int] | np.ndarray
+Seeds = int | Sequence[int] | np.ndarray
+Prompts = str | Sequence[str]
 FAR_OUT = 16  # times the model's range: what an image to start from holds beyond is in other units
 TRAJECTORY_OPTIONS = ("t_start", "t_end", "spacing", "eta", "variance", "order", "denoise_to_zero")
 
@@ -36,8 +40,10 @@ class SparseEngine:
     A process forked from the one that loaded it has none of its threads: load the engine anew there.
     """
 
-    def __init__(self, manifest: Manifest, runner: StepRunner) -> None:
+    def __init__(self, manifest: Manifest, runner: StepRunner, assets: Assets | None = None) -> None:
         self.manifest = manifest
+        self._assets = assets or Assets(manifest)
+        self._conditioning = Conditioning(manifest.conditions, self._assets.nulls)
         self._runner: StepRunner | None = runner
         self._process = os.getpid()
         self._schedule = sampling.schedule_from_dict(manifest.schedule)
@@ -80,7 +86,7 @@ class SparseEngine:
         with library_call():
             runner = backend.load(file, threads=threads, device=device, autotune=autotune)
             keep_until_the_end(runner)
-        return cls(file.manifest, runner)
+        return cls(file.manifest, runner, Assets(file.manifest, file, threads))
 
     def sample(
         self,
@@ -88,8 +94,14 @@ class SparseEngine:
         *,
         steps: int = 50,
         sampler: str | None = None,
-        seed: int = 0,
+        seed: Seeds = 0,
+        first: int = 0,
+        images: Any = None,
         labels: Labels | None = None,
+        conditioning: Mapping[str, Any] | None = None,
+        negative: Mapping[str, Any] | None = None,
+        prompt: Prompts | None = None,
+        negative_prompt: Prompts | None = None,
         guidance: float | None = None,
         batch_size: int | None = None,
         output: str = "uint8",
@@ -107,10 +119,17 @@ class SparseEngine:
             n: how many.
             steps: network evaluations per sample.
             sampler: a name out of ``sampling.SAMPLERS``; None is the one the model's authors use.
-            seed: image i of a seed is the same whatever the batch size and the number of threads.
-            labels: one class, or n of them; None draws them from the seed.
-            guidance: classifier-free guidance weight w, eps = w eps(y) + (1 - w) eps(null). None or 1 is without.
-                SparseDM's and U-ViT's scale s is w = 1 + s.
+            seed: image i of a seed is the same whatever the batch size and the number of threads. Of n seeds each
+                image has its own: row i is what ``sample(1, seed=seed[i])`` draws.
+            first: the number, within its seed, of the first image.
+            images: n such numbers, in place of ``first`` and those that follow it.
+            labels: one class, or n of them; None draws them from the seed. Short for ``conditioning={"y": labels}``.
+            conditioning: what the network is told, by the names in ``manifest.conditions``: a row for all images,
+                or one for each. Rows of a context that has a mask may be shorter than the engine's.
+            negative: the same for the second pass of guidance, in place of what the engine has stored for "none".
+            prompt, negative_prompt: texts in place of the context, for an engine that holds a text encoder.
+            guidance: classifier-free guidance weight w, eps = w eps(told) + (1 - w) eps(negative). None or 1 is
+                without. SparseDM's and U-ViT's scale s is w = 1 + s.
             batch_size: samples per network call; None is the build's usual batch.
             output: "uint8" for [n, H, W, C], "float" for float32 [n, C, H, W] in the model's own range, "dlpack" for
                 the same, one batch, left on the device that made it: an object with ``__dlpack__`` (a tensor for the
@@ -122,7 +141,8 @@ class SparseEngine:
             t_start: the schedule time to start from; None is the schedule's end.
             callback: called with (step, t, x) after each step of each batch; returning False stops, NumPy's too, and
                 nothing else does.
-            decoder: float32 latents [B, C, H, W] -> pixels [B, C', H', W'] in [-1, 1], for latent models.
+            decoder: float32 latents [B, C, H, W] -> pixels [B, C', H', W'] in [-1, 1], for latent models; None is the
+                engine's own, where it holds one and the output is "uint8".
             allow_nonfinite: return NaN and infinite values, where the model diverges, in place of the error; for
                 "float" and "dlpack", whose result is otherwise looked through on the host.
             **options: the sampler's own: ``t_end``, ``spacing``, ``eta``, ``variance``, ``order``,
@@ -140,7 +160,13 @@ class SparseEngine:
             steps=steps,
             sampler=sampler,
             seed=seed,
+            first=first,
+            images=images,
             labels=labels,
+            conditioning=conditioning,
+            negative=negative,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
             guidance=guidance,
             batch_size=batch_size,
             output=output,
@@ -168,8 +194,14 @@ class SparseEngine:
         *,
         steps: int = 50,
         sampler: str | None = None,
-        seed: int = 0,
+        seed: Seeds = 0,
+        first: int = 0,
+        images: Any = None,
         labels: Labels | None = None,
+        conditioning: Mapping[str, Any] | None = None,
+        negative: Mapping[str, Any] | None = None,
+        prompt: Prompts | None = None,
+        negative_prompt: Prompts | None = None,
         guidance: float | None = None,
         batch_size: int | None = None,
         output: str = "uint8",
@@ -184,8 +216,11 @@ class SparseEngine:
         """As ``sample``, yielding each batch as it finishes. Arguments are checked at once, not at the first batch."""
         self._live()
         n, size = self._amounts(n, batch_size)
-        seed = arguments.seed(seed)
+        seeds = arguments.seeds(seed, n)
+        numbers = arguments.image_numbers(images, first, n, isinstance(seeds, int))
         allow_nonfinite = arguments.truth("allow_nonfinite", allow_nonfinite)
+        if decoder is None and output == "uint8":
+            decoder = self._assets.decoder
         finish = finisher(output, decoder, self.manifest.value_range, allow_nonfinite)
         if callback is not None and not callable(callback):
             raise arguments.refused("callback", callback, "a function of (step, t, x)")
@@ -194,21 +229,31 @@ class SparseEngine:
             raise OptionError("init is given without t_start", "say how far to noise it, for example t_start=0.5")
         noise = self._checked_images("noise", noise, n, stays=init is None)
         init = self._checked_images("init", init, n)
-        y, weights = self._conditioning(n, seed, labels, guidance)
+        told = self._conditioning.rows(
+            n,
+            labels=labels,
+            conditioning=self._assets.with_prompt("conditioning", conditioning, "prompt", prompt, n),
+            negative=self._assets.with_prompt("negative", negative, "negative_prompt", negative_prompt, n),
+            guidance=guidance,
+            draw=(seeds, numbers),
+        )
 
         def batches() -> Iterator[np.ndarray]:
-            for first in range(0, n, size):
-                images = np.arange(first, min(first + size, n))
-                x = self._start(trajectory, seed, images, noise, init)
-                labels_of = y[:, images] if y is not None else None
+            for begin in range(0, n, size):
+                rows = np.arange(begin, min(begin + size, n))
+                drawn_from = SeededNoise(
+                    seeds if isinstance(seeds, int) else seeds[rows], numbers[rows], self.manifest.data_shape
+                )
+                x = self._start(trajectory, drawn_from, rows, noise, init)
+                part = Rows(told.of(rows), told.weights)
 
-                def walk(told: Callback | None, images: Any = images, x: Any = x, labels: Any = labels_of) -> Any:
-                    return self._walk(trajectory, seed, images, x, labels, weights, told, output == "dlpack")
+                def walk(told: Callback | None, source: Any = drawn_from, x: Any = x, part: Rows = part) -> Any:
+                    return self._walk(trajectory, source, x, part, told, output == "dlpack")
 
                 drawn = walk(callback)
                 if not allow_nonfinite and len(broken := nonfinite_rows(drawn)):
-                    raise diverged(walk, trajectory, x, images, broken, self.manifest.precision)
-                yield finish(drawn, images)
+                    raise diverged(walk, trajectory, x, numbers[rows], broken, self.manifest.precision)
+                yield finish(drawn, numbers[rows])
 
         return batches()
 
@@ -218,6 +263,8 @@ class SparseEngine:
         t: Any,
         *,
         labels: Labels | None = None,
+        conditioning: Mapping[str, Any] | None = None,
+        negative: Mapping[str, Any] | None = None,
         guidance: float | None = None,
         allow_nonfinite: bool = False,
     ) -> np.ndarray:
@@ -227,7 +274,7 @@ class SparseEngine:
             x: float32 [B, C, H, W]: an array, or any object with ``__dlpack__``, as ``noise`` of ``sample``.
             t: schedule time, one for all or [B]; above 0 for a model that predicts x0.
             labels: one class or B of them; None is the null class, or class 0 for a model without one.
-            guidance, allow_nonfinite: as in ``sample``.
+            conditioning, negative, guidance, allow_nonfinite: as in ``sample``.
 
         Returns:
             float32 eps [B, C, H, W].
@@ -235,7 +282,8 @@ class SparseEngine:
         Raises:
             OptionError, NonFiniteError, EngineClosedError: as ``sample``.
         """
-        given: dict[str, Any] = {"labels": labels, "guidance": guidance, "allow_nonfinite": allow_nonfinite}
+        given: dict[str, Any] = {"labels": labels, "conditioning": conditioning, "negative": negative}
+        given |= {"guidance": guidance, "allow_nonfinite": allow_nonfinite}
         if self.manifest.prediction == "eps":
             return self.predict(x, t, **given)
         x = self._checked_images("x", x, None)
@@ -253,28 +301,53 @@ class SparseEngine:
         t: Any,
         *,
         labels: Labels | None = None,
+        conditioning: Mapping[str, Any] | None = None,
+        negative: Mapping[str, Any] | None = None,
         guidance: float | None = None,
         allow_nonfinite: bool = False,
     ) -> np.ndarray:
         """What the network itself predicts (eps, x0 or v); arguments and errors as ``denoise``, but any t."""
-        runner = self._live()
-        images = self._checked_images("x", x, None, stays=True)
-        schedule_times = self._checked_times(t, len(images))
-        network_time = np.asarray(self._schedule.network_time(schedule_times), np.float32)
-        if labels is None and self.manifest.num_classes:
-            labels = self.manifest.null_class or 0
-        y, weights = self._conditioning(len(images), 0, labels, guidance)
-        times = np.ascontiguousarray(np.broadcast_to(network_time, (len(images),)))
-        with library_call():
-            predicted = runner.network(images, times, labels=y, guidance=weights)
+        self._live()
+        states = self._checked_images("x", x, None, stays=True)
+        schedule_times = self._checked_times(t, len(states))
+        told = self._conditioning.rows(
+            len(states), labels=labels, conditioning=conditioning, negative=negative, guidance=guidance
+        )
+        predicted = self._evaluate(states, self._schedule.network_time(schedule_times), told)
         if not arguments.truth("allow_nonfinite", allow_nonfinite):
             check_prediction(predicted, schedule_times)
         return predicted
 
+    def network(self, x: Any, t: Any, *, conditioning: Mapping[str, Any] | None = None) -> np.ndarray:
+        """The network alone, as its authors call it: no schedule, no guidance, and whatever comes out is returned.
+
+        Args:
+            x: float32 [B, C, H, W], as for ``denoise``.
+            t: float32 in the network's own units, one for all or [B].
+            conditioning: as in ``sample``; labels that are not given are the null class, or class 0.
+
+        Returns:
+            float32 [B, C, H, W]: x's channels of what the network gives.
+
+        Raises:
+            OptionError, EngineClosedError: as ``sample``.
+        """
+        self._live()
+        states = self._checked_images("x", x, None, stays=True)
+        times = arguments.network_times(t, len(states))
+        return self._evaluate(states, times, self._conditioning.rows(len(states), conditioning=conditioning))
+
+    def _evaluate(self, x: Any, network_time: Any, told: Rows) -> np.ndarray:
+        times = np.ascontiguousarray(np.broadcast_to(np.asarray(network_time, np.float32), (len(x),)))
+        with library_call():
+            return self._live().network(x, times, conditioning=told.arrays, guidance=told.weights)
+
     def warmup(self, batch_size: int | None = None) -> None:
         """Run one step at a batch size, so that the first sample is not slower than the next."""
         size = self.manifest.batch[1] if batch_size is None else batch_size
-        self.sample(size, steps=1, batch_size=size, output="float", sampler="ddim", allow_nonfinite=True)
+        told = {each.name: np.zeros(each.shape, each.dtype) for each in self.manifest.conditions if each.needed}
+        options: dict[str, Any] = {"output": "float", "allow_nonfinite": True, "conditioning": told}
+        self.sample(size, steps=1, batch_size=size, sampler="ddim", **options)
 
     def trajectory(
         self, steps: int, sampler: str | None = None, *, clip: bool | None = None, **options: Any
@@ -349,68 +422,36 @@ class SparseEngine:
     def _walk(
         self,
         trajectory: sampling.Trajectory,
-        seed: int,
-        images: np.ndarray,
+        noise: SeededNoise,
         x: Any,
-        y: np.ndarray | None,
-        weights: np.ndarray,
+        told: Rows,
         callback: Callback | None,
         on_device: bool,
     ) -> Any:
-        noise = SeededNoise(seed, images, self.manifest.data_shape)
-        y = None if y is None else np.ascontiguousarray(y)
-
-        def told(step: int, t: float, state: np.ndarray) -> object:
+        def tell(step: int, t: float, state: np.ndarray) -> object:
             with callers_code():
                 return callback(step, t, state) if callback is not None else None
 
-        options: dict[str, Any] = {"labels": y, "guidance": weights, "noise": noise}
+        options: dict[str, Any] = {"conditioning": told.arrays, "guidance": told.weights, "noise": noise}
         with library_call():
             return self._live().run(
-                trajectory, x, on_device=on_device, callback=None if callback is None else told, **options
+                trajectory, x, on_device=on_device, callback=None if callback is None else tell, **options
             )
 
     def _start(
         self,
         trajectory: sampling.Trajectory,
-        seed: int,
-        images: np.ndarray,
+        drawn: SeededNoise,
+        rows: np.ndarray,
         noise: Any,
         init: np.ndarray | None,
     ) -> Any:
         """x at the first time: noise, or ``init`` with noise on it."""
-        z = sampling.normal(seed, images, 0, self.manifest.data_shape) if noise is None else noise[images]
+        z = drawn(0) if noise is None else noise[rows]
         if init is None:
             return z
         alpha, sigma = trajectory.init
-        return np.float32(alpha) * init[images] + np.float32(sigma) * z
-
-    def _conditioning(
-        self, n: int, seed: int, labels: Labels | None, guidance: float | None
-    ) -> tuple[np.ndarray | None, np.ndarray]:
-        """(labels int64 [G, n] or None, weights float32 [G]): the null class is the second pass."""
-        null = self.manifest.null_class
-        weight = 1.0 if guidance is None else arguments.real_number("guidance", guidance, arguments.MOST_GUIDANCE)
-        if weight != 1.0 and null is None:
-            what = "has no labels" if not self.manifest.num_classes else "has no null class"
-            raise OptionError(
-                f"guidance = {guidance}, but the model {what}", "leave guidance out, or rebuild with --null-class"
-            )
-        if not self.manifest.num_classes:
-            if labels is not None:
-                raise OptionError("labels are given, but the model is unconditional", "leave labels out")
-            return None, np.ones(1, np.float32)
-        y = self._checked_labels(labels, n, seed)
-        if weight == 1.0:
-            return y[None], np.ones(1, np.float32)
-        return np.stack([y, np.full_like(y, null)]), np.array([weight, 1.0 - weight], np.float32)
-
-    def _checked_labels(self, labels: Labels | None, n: int, seed: int) -> np.ndarray:
-        rows, null = self.manifest.num_classes, self.manifest.null_class
-        if labels is None:
-            drawn = sampling.labels(seed, np.arange(n), rows - (null is not None))
-            return drawn if null is None else drawn + (drawn >= null)
-        return arguments.class_labels(labels, n, rows)
+        return np.float32(alpha) * init[rows] + np.float32(sigma) * z
 
     def _amounts(self, n: Any, batch_size: Any) -> tuple[int, int]:
         """(images, images in a batch)."""

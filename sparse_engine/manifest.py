@@ -6,10 +6,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from sparse_engine.conditioning import Condition, class_condition, is_condition
 from sparse_engine.errors import EngineFileError
 from sparse_engine.files import parsed_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FAST_HASH = "xxh3_128"  # of a payload file, checked at every load: at memory speed, and no proof against intent
 LARGEST = 2**53  # of the numbers that JSON carries exactly
 _STRINGS = ("tool_version", "family", "prediction", "sampler", "precision", "checkpoint_sha256", "graph_sha256")
@@ -26,8 +27,7 @@ class Manifest:
         data_shape: [C, H, W] of one sample.
         value_range: of pixels, (low, high); None for latents.
         schedule, prediction: as ``sampling`` takes them.
-        num_classes: rows of the label table, the null class too; 0 is unconditional.
-        null_class: the row that stands for "no label"; None where there is none.
+        conditioning: what the network is told beside x and t, ``Condition.to_dict`` of each.
         sampler: the family's own, used where none is named.
         precision: of the network's products.
         sparse: whether sparse kernels were asked for.
@@ -37,6 +37,7 @@ class Manifest:
         batch: (smallest, usual, largest).
         checkpoint_sha256, graph_sha256: of the file built from, and of the step graph.
         notes: what the build said aloud.
+        assets: what the engine holds beside the network: "text" and "vae", where they are, with what they need to run.
         quantisation: of an int8 or fp8 engine, how it was calibrated and what that cost; None for others.
         files: payload name -> {"size", "sha256", "xxh3_128"}; the last is missing from files of tool version 0.1.0.
     """
@@ -48,8 +49,7 @@ class Manifest:
     value_range: tuple[float, float] | None
     schedule: dict[str, Any]
     prediction: str
-    num_classes: int
-    null_class: int | None
+    conditioning: list[dict[str, Any]]
     sampler: str
     precision: str
     sparse: bool
@@ -61,8 +61,25 @@ class Manifest:
     graph_sha256: str
     notes: list[str]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    assets: dict[str, dict[str, Any]] = field(default_factory=dict)
     quantisation: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """What the network is told beside x and t, in the order of the step graph's inputs."""
+        return tuple(Condition(**entry) for entry in self.conditioning)
+
+    @property
+    def num_classes(self) -> int:
+        """Rows of the label table, the null class too; 0 for a network that is told no label."""
+        return next((each.classes for each in self.conditions if each.classes is not None), 0)
+
+    @property
+    def null_class(self) -> int | None:
+        """The row that stands for "no label"; None where there is none."""
+        nulls = (each.null for each in self.conditions if each.classes is not None)
+        return next((null for null in nulls if isinstance(null, int)), None)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -86,6 +103,8 @@ class Manifest:
             )
         names = {entry.name: entry for entry in dataclasses.fields(cls)}
         values.setdefault("quantisation", None)  # files of tool version 0.1.0 have no such entry
+        if version == 1 and not _of_version_1(values):
+            raise EngineFileError(f"{where}: its manifest is damaged", "rebuild the engine")
         missing = [name for name in names if name not in values]
         if missing or not isinstance(values["files"], dict):
             raise EngineFileError(f"{where}: its manifest lacks {', '.join(missing) or 'files'}", "rebuild the engine")
@@ -99,6 +118,18 @@ class Manifest:
         return manifest
 
 
+def _of_version_1(values: dict[str, Any]) -> bool:
+    """Give a manifest of version 1, which knows labels alone, version 2's entries; whether they are well formed."""
+    if not {"num_classes", "null_class"} <= values.keys():
+        return True  # what it lacks is said with all else that it lacks
+    classes, null = values.pop("num_classes"), values.pop("null_class")
+    if not _are_numbers([classes], 1, int, least=0) or not (null is None or _are_numbers([null], 1, int, least=0)):
+        return False
+    values["conditioning"] = [each.to_dict() for each in class_condition(classes, null)]
+    values["assets"] = {}
+    return True
+
+
 def _well_formed(values: dict[str, Any]) -> bool:
     """Whether every entry has the form that the specification says: readers take them apart without looking."""
     return (
@@ -108,8 +139,11 @@ def _well_formed(values: dict[str, Any]) -> bool:
         and isinstance(values["backend"].get("device"), str | None)
         and isinstance(values["quantisation"], dict | None)
         and isinstance(values["sparse"], bool)
-        and _are_numbers([values["num_classes"]], 1, int, least=0)
-        and (values["null_class"] is None or _are_numbers([values["null_class"]], 1, int, least=0))
+        and isinstance(values["conditioning"], list)
+        and all(is_condition(entry) for entry in values["conditioning"])
+        and _fit_together(values["conditioning"], values["files"])
+        and isinstance(values["assets"], dict)
+        and all(isinstance(entry, dict) for entry in values["assets"].values())
         and _are_numbers(values["data_shape"], 3, int, least=1)
         and _are_numbers(values["batch"], 3, int, least=1)
         and values["batch"] == sorted(values["batch"])
@@ -119,6 +153,16 @@ def _well_formed(values: dict[str, Any]) -> bool:
         and isinstance(values["layers"], list)
         and all(_is_layer(layer) for layer in values["layers"])
         and all(_is_file(entry) for entry in values["files"].values())
+    )
+
+
+def _fit_together(conditioning: list[dict[str, Any]], files: dict[str, Any]) -> bool:
+    """Whether names are unlike, masks are conditions of the same length, and stored rows are in the file."""
+    found = {entry["name"]: Condition(**entry) for entry in conditioning}
+    return len(found) == len(conditioning) and all(
+        (each.mask is None or (each.mask in found and each.shape[:1] == found[each.mask].shape))
+        and (each.null != "stored" or each.stored in files)
+        for each in found.values()
     )
 
 

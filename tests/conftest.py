@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ import pytest
 import torch
 
 from sparse_engine import SparseEngine
+from sparse_engine.backends import BuildOptions
 from sparse_engine.backends.onnxruntime.library import keep_private
 from sparse_engine.export.build import build_engine
 from sparse_engine.export.families.uvit import UViT, UViTConfig
+from sparse_engine.export.options import MaskOptions, ModelOptions
+from sparse_engine.manifest import Manifest
 
 keep_private()  # tests that import onnxruntime themselves record nothing either
 
+MASKS = {"mask": "rule", "pattern": "pattern", "mask_layers": "layers"}
 TINY = UViTConfig(image_size=8, patch_size=2, channels=3, embed_dim=32, depth=2, heads=4)
 TINY_CONDITIONAL = UViTConfig(8, 2, 3, 32, 2, 4, num_classes=5)
 TINY_LATENT = UViTConfig(8, 2, 4, 32, 2, 4, num_classes=5, final_conv=False, mlp_time_embed=True)
@@ -38,6 +43,21 @@ def save_checkpoint(path: Path, config: UViTConfig, seed: int = 0) -> Path:
     return path
 
 
+def build_with(checkpoint: str | Path, output: str | Path | None = None, **options: Any) -> tuple[Path, Manifest]:
+    """``build_engine``, its options by their own names, whichever object they are of."""
+    others = {name: options.pop(name) for name in ("backend", "quantisation", "assets") if name in options}
+    masks = {name: options.pop(old) for old, name in MASKS.items() if old in options}
+    of_build = {field.name: options.pop(field.name) for field in fields(BuildOptions) if field.name in options}
+    return build_engine(
+        checkpoint,
+        output,
+        model=ModelOptions(**options),
+        masks=MaskOptions(**masks),
+        options=BuildOptions(**of_build),
+        **others,
+    )
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny.pth", TINY)
@@ -54,7 +74,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def make(checkpoint: Path, **options: Any) -> Path:
         output = tmp_path_factory.mktemp("engine") / f"{checkpoint.stem}.sengine"
-        return build_engine(checkpoint, output, **{"heads": 4, **options})[0]
+        return build_with(checkpoint, output, **{"heads": 4, **options})[0]
 
     return make
 

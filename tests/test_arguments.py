@@ -19,9 +19,9 @@ from sparse_engine.bench.settings import Settings
 from sparse_engine.calibration.apply import Quantisation
 from sparse_engine.calibration.collect import check_amounts, collect
 from sparse_engine.errors import OptionError, SamplingCancelled
-from sparse_engine.export.build import build_engine
 from sparse_engine.export.verify import verify_engine
 from sparse_engine.sampling import DiscreteBetas, VPLinear, labels, make_trajectory, normal
+from tests.conftest import build_with
 
 FAST: dict[str, Any] = {"steps": 2, "sampler": "ddim"}
 X = np.ones((2, 3, 8, 8), np.float32)
@@ -183,7 +183,7 @@ def test_what_is_no_path(value: Any, tiny_checkpoint: Path, conditional_engine: 
     for use in (
         EngineFile,
         SparseEngine.load,
-        lambda path: build_engine(path, heads=4),
+        lambda path: build_with(path, heads=4),
         lambda path: verify_engine(conditional_engine, path),
     ):
         with pytest.raises(OptionError, match=r"(path|checkpoint) = .*; expected"):
@@ -361,13 +361,13 @@ def test_bad_arguments_of_other_functions(call: Callable[[], Any], message: str)
 def test_what_is_built_and_verified(tiny_checkpoint: Path, tiny_engine: Path, tmp_path: Path) -> None:
     output = tmp_path / "x.sengine"
     sizes: Any = np.array([1, 2, 4], np.int8)
-    _, manifest = build_engine(str(tiny_checkpoint), bytes(output), batch=sizes, heads=np.int64(4), sparse=np.True_)  # type: ignore[arg-type]
+    _, manifest = build_with(str(tiny_checkpoint), bytes(output), batch=sizes, heads=np.int64(4), sparse=np.True_)  # type: ignore[arg-type]
     assert tuple(manifest.batch) == (1, 2, 4)
     for batch in ((1, 2), 4, (1.0, 2, 4), "124"):
         with pytest.raises(OptionError, match="batch"):
-            build_engine(tiny_checkpoint, output, heads=4, batch=batch)  # type: ignore[arg-type]
+            build_with(tiny_checkpoint, output, heads=4, batch=batch)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="sparse = 'yes'; expected True or False"):
-        build_engine(tiny_checkpoint, output, heads=4, sparse="yes")  # type: ignore[arg-type]
+        build_with(tiny_checkpoint, output, heads=4, sparse="yes")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="tolerance = '1'; expected a number"):
         verify_engine(tiny_engine, tiny_checkpoint, tolerance="1")  # type: ignore[arg-type]
 

@@ -14,6 +14,7 @@ import pytest
 
 from sparse_engine.artifact import PAGE, EngineFile, PayloadFile, write_engine
 from sparse_engine.backends.base import bytes_payload, weights_payload
+from sparse_engine.conditioning import Condition, class_condition
 from sparse_engine.errors import EngineFileError, OutputError
 from sparse_engine.manifest import FORMAT_VERSION, Manifest
 
@@ -22,7 +23,10 @@ WEIGHTS = {
     "b": np.arange(7, dtype=np.float32),
     "c": np.ones((40, 40), np.float32),
 }
-GOLDEN = Path(__file__).parent / "golden" / "format-1.sengine"
+GOLDEN = Path(__file__).parent / "golden"
+CONTEXT = Condition("context", (2, 3), null="stored", mask="context_mask")
+TOLD = Condition("context", (2, 3)).to_dict()
+MASK = Condition("context_mask", (2,), default=1.0, null="ones")
 
 
 def manifest() -> Manifest:
@@ -34,8 +38,7 @@ def manifest() -> Manifest:
         value_range=(-1.0, 1.0),
         schedule={"name": "vp-linear"},
         prediction="eps",
-        num_classes=0,
-        null_class=None,
+        conditioning=[],
         sampler="ddim",
         precision="fp32",
         sparse=True,
@@ -82,16 +85,34 @@ def test_the_same_input_gives_the_same_bytes(path: Path, tmp_path: Path) -> None
     assert path.read_bytes() == (tmp_path / "y.sengine").read_bytes()
 
 
-def test_a_file_of_format_1_stays_readable() -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_file_of_any_format_stays_readable(version: int) -> None:
     """Golden bytes: written once, never again."""
-    file = EngineFile(GOLDEN)
+    path = GOLDEN / f"format-{version}.sengine"
+    file = EngineFile(path)
     file.verify()
-    assert file.manifest.format_version == 1
+    assert file.manifest.format_version == version
     assert file.read("step.onnx") == b"graph"
     offset, size = file.span("weights.bin")
     assert (offset, size) == (4096, file.manifest.files["weights.bin"]["size"])
-    data = GOLDEN.read_bytes()[offset : offset + 20000]
+    data = path.read_bytes()[offset : offset + 20000]
     assert np.array_equal(np.frombuffer(data, np.float32), WEIGHTS["a"])
+    assert file.manifest.conditions == (() if version == 1 else (*class_condition(11, 10), CONTEXT, MASK))
+
+
+def test_what_is_written_are_the_golden_bytes(tmp_path: Path) -> None:
+    written = manifest()
+    written.conditioning = [each.to_dict() for each in (*class_condition(11, 10), CONTEXT, MASK)]
+    row = bytes_payload(CONTEXT.stored, b"row")
+    write_engine(tmp_path / "x.sengine", written, [bytes_payload("step.onnx", b"graph"), weights_payload(WEIGHTS), row])
+    assert (tmp_path / "x.sengine").read_bytes() == (GOLDEN / "format-2.sengine").read_bytes()
+
+
+def test_labels_of_a_file_of_format_1(path: Path) -> None:
+    rewritten(path, format_version=1, conditioning=None, assets=None, num_classes=11, null_class=10)
+    read = EngineFile(path).manifest
+    assert read.conditions == class_condition(11, 10)
+    assert (read.num_classes, read.null_class, read.assets) == (11, 10, {})
 
 
 def test_cut_short_anywhere(path: Path, tmp_path: Path) -> None:
@@ -192,7 +213,7 @@ def rewritten(path: Path, **changes: object) -> Path:
 
 def test_newer_format(path: Path) -> None:
     rewritten(path, format_version=FORMAT_VERSION + 1, tool_version="9.9")
-    with pytest.raises(EngineFileError, match=r"format version 2, written by sparse-engine 9\.9.*\n.*upgrade"):
+    with pytest.raises(EngineFileError, match=r"format version 3, written by sparse-engine 9\.9.*\n.*upgrade"):
         EngineFile(path)
 
 
@@ -224,7 +245,24 @@ def test_manifest_without_an_entry(path: Path) -> None:
         {"backend": {"name": "onnxruntime", "device": ["cpu"]}},
         {"family": None},
         {"schedule": []},
-        {"null_class": "4"},
+        {"conditioning": {}},
+        {"conditioning": [{"name": "y"}]},
+        {"conditioning": [{**TOLD, "name": "a b"}]},
+        {"conditioning": [{**TOLD, "shape": [0]}]},
+        {"conditioning": [{**TOLD, "shape": 3}]},
+        {"conditioning": [{**TOLD, "dtype": "float16"}]},
+        {"conditioning": [{**TOLD, "classes": 0}]},
+        {"conditioning": [{**TOLD, "null": 3}]},
+        {"conditioning": [{**TOLD, "null": "nothing"}]},
+        {"conditioning": [{**TOLD, "null": "stored"}]},
+        {"conditioning": [{**TOLD, "default": "1"}]},
+        {"conditioning": [{**TOLD, "mask": "context_mask"}]},
+        {"conditioning": [TOLD, TOLD]},
+        {"assets": []},
+        {"assets": {"vae": 3}},
+        {"format_version": 1, "num_classes": 5, "null_class": "4"},
+        {"format_version": 1, "num_classes": 5, "null_class": 5},
+        {"format_version": 1, "num_classes": -1, "null_class": None},
         {"sparse": 1},
         {"notes": [1]},
         {"quantisation": "int8"},

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparse_engine import SparseEngine
+from sparse_engine import SparseEngine, sampling
 from sparse_engine.backends.cuda.dlpack import SharedArray
 from sparse_engine.backends.cuda.dlpack_in import DeviceArray
 from sparse_engine.errors import EngineClosedError, EngineFileError, OptionError, SamplingCancelled, UnsupportedError
@@ -90,11 +90,48 @@ def test_labels_and_guidance_reach_the_network(engine: SparseEngine) -> None:
 
 
 def test_missing_labels_are_drawn_from_the_seed_and_never_null(engine: SparseEngine) -> None:
-    drawn, weights = engine._conditioning(200, 3, None, None)
-    assert drawn is not None
-    assert set(drawn[0]) == {0, 1, 2, 3}
-    assert np.array_equal(drawn[0, :50], engine._conditioning(50, 3, None, None)[0][0])  # type: ignore[index]
-    assert weights.tolist() == [1.0]
+    drawn = sampling.labels(3, np.arange(64), 4)
+    assert set(drawn) == {0, 1, 2, 3}  # and not 4, the null class
+    told = engine.sample(64, seed=3, labels=drawn, **FAST)
+    assert np.array_equal(engine.sample(64, seed=3, **FAST), told)
+    assert np.array_equal(engine.sample(2, seed=3, first=40, **FAST), told[40:42])
+
+
+def test_which_images_of_which_seeds(engine: SparseEngine) -> None:
+    options = {"sampler": "ddpm", "steps": 4, "output": "float"}
+    whole = engine.sample(8, seed=7, **options)
+    assert np.array_equal(engine.sample(3, seed=7, first=5, **options), whole[5:])
+    assert np.array_equal(engine.sample(4, seed=7, images=[6, 0, 0, 3], batch_size=3, **options), whole[[6, 0, 0, 3]])
+    seeds = [7, 2**64 - 1, 7]
+    alone = [engine.sample(1, seed=seed, **options) for seed in seeds]
+    assert np.array_equal(engine.sample(3, seed=seeds, batch_size=2, **options), np.concatenate(alone))
+    later = [engine.sample(1, seed=seed, first=2, **options) for seed in seeds]
+    assert np.array_equal(engine.sample(3, seed=np.array(seeds, np.uint64), first=2, **options), np.concatenate(later))
+    mixed = engine.sample(2, seed=[7, 8], images=[3, 1], **options)
+    assert np.array_equal(mixed[:1], whole[3:4])
+    assert np.array_equal(mixed[1:], engine.sample(1, seed=8, first=1, **options))
+
+
+def test_conditions_by_name(engine: SparseEngine, rng: np.random.Generator) -> None:
+    options = {"seed": 3, "guidance": 2.0, "output": "float", **FAST}
+    by_label = engine.sample(3, labels=[0, 1, 2], **options)
+    assert np.array_equal(engine.sample(3, conditioning={"y": [0, 1, 2]}, **options), by_label)
+    assert np.array_equal(engine.sample(3, labels=[0, 1, 2], negative={"y": 4}, **options), by_label)
+    assert not close_to(engine.sample(3, labels=[0, 1, 2], negative={"y": 3}, **options), by_label)
+    x = rng.standard_normal((2, 3, 8, 8), np.float32)
+    each = [engine.denoise(x, 0.5, labels=label) for label in (1, 3)]
+    mixed = 2 * each[0] - each[1]
+    assert close_to(engine.predict(x, 0.5, conditioning={"y": 1}, negative={"y": 3}, guidance=2.0), mixed)
+
+
+def test_the_network_alone_takes_its_own_times(engine: SparseEngine, rng: np.random.Generator) -> None:
+    x, t = rng.standard_normal((2, 3, 8, 8), np.float32), np.array([0.25, 0.75])
+    times = engine.schedule.network_time(t)
+    told = {"y": [1, 2]}
+    assert np.array_equal(engine.network(x, times, conditioning=told), engine.predict(x, t, conditioning=told))
+    assert np.array_equal(engine.network(x, 500), engine.network(x, np.array([500, 500]), conditioning={"y": 4}))
+    with pytest.raises(OptionError, match=r"t has shape \[3\]; expected one time, or one for each of 2"):
+        engine.network(x, [1.0, 2.0, 3.0])
 
 
 def test_noise_init_and_t_start(engine: SparseEngine, rng: np.random.Generator) -> None:
@@ -222,6 +259,20 @@ def test_bad_n(engine: SparseEngine, n: object) -> None:
         ({"speed": 3}, "speed: no such option; expected t_start"),
         ({"init": np.zeros((2, 3, 8, 8))}, "init is given without t_start"),
         ({"noise": np.full((2, 3, 8, 8), np.nan)}, "noise holds NaN or infinite values"),
+        ({"seed": [1, 2, 3]}, "seed holds 3 seeds for 2 images; expected one, or one for each"),
+        ({"seed": [1, -2]}, r"seed\[1\] = -2; expected"),
+        ({"images": [0, 1, 2]}, r"images has shape \[3\] of int64; expected 2 whole numbers"),
+        ({"images": [0.0, 1.0]}, "images has shape .* of float64; expected 2 whole numbers"),
+        ({"images": [0, 2**32]}, r"images runs from 0 to 4294967296; expected 0 <= image < 2\*\*32"),
+        ({"images": [0, 1], "first": 2}, "first and images both say which images to draw"),
+        ({"first": 2**32 - 1}, "first = 4294967295; expected 2 images from it on within the 4294967296"),
+        ({"first": -1}, "first = -1"),
+        ({"conditioning": {"context": 1}}, r"conditioning\['context'\]: the model is not told that; it is told y"),
+        ({"conditioning": {"y": 1}, "labels": 1}, "the same thing said twice"),
+        ({"negative": {"y": 1}}, "negative is given without guidance"),
+        ({"prompt": "a cat"}, "prompt is given, but the model .uvit. is told y and no text"),
+        ({"prompt": ["a", "b", "c"]}, "prompt is list; expected one text, or 2 of them in a list"),
+        ({"negative_prompt": 3, "guidance": 2.0}, "negative_prompt is int; expected one text"),
     ],
     ids=str,
 )
@@ -234,7 +285,7 @@ def test_labels_for_an_unconditional_model(tiny_engine: Path) -> None:
     with SparseEngine.load(tiny_engine) as engine:
         with pytest.raises(OptionError, match="labels are given, but the model is unconditional"):
             engine.sample(2, labels=1)
-        with pytest.raises(OptionError, match=r"guidance = 2.0, but the model has no labels"):
+        with pytest.raises(OptionError, match=r"guidance = 2.0, but the model is told nothing"):
             engine.sample(2, guidance=2.0)
         assert engine.sample(2, guidance=1.0, **FAST).shape == (2, 8, 8, 3)
 

@@ -19,14 +19,15 @@ import data
 import numpy as np
 
 from sparse_engine import SparseEngine, __version__
+from sparse_engine.backends import BuildOptions
 from sparse_engine.bench.quality import frechet_distance
 from sparse_engine.export.build import build_engine
 
 HERE = Path(__file__).parent
 MODELS = {
-    "dense": ("dense.pth", {}),
-    "SparseDM, 2:4": ("sparsedm.pth", {"sparse": True}),
-    "dense pruned in one shot, 2:4": ("dense.pth", {"sparse": True}),
+    "dense": ("dense.pth", BuildOptions()),
+    "SparseDM, 2:4": ("sparsedm.pth", BuildOptions(sparse=True)),
+    "dense pruned in one shot, 2:4": ("dense.pth", BuildOptions(sparse=True)),
 }
 GUIDANCE = (1.0, 2.0)
 STEPS, SAMPLER = 25, "dpm-solver++"
@@ -53,7 +54,7 @@ def evaluate(samples: int) -> dict[str, Any]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, (checkpoint, options) in MODELS.items():
-            path, manifest = build_engine(HERE / checkpoint, Path(folder) / "model.sengine", **options)
+            path, manifest = build_engine(HERE / checkpoint, Path(folder) / "model.sengine", options=options)
             masked = [layer["energy_removed"] for layer in manifest.layers if layer["masked"]]
             row = {"model": name, "energy_removed": max(masked, default=0.0)}
             with SparseEngine.load(path) as engine:

@@ -22,6 +22,7 @@ import evaluate
 import numpy as np
 
 from sparse_engine import SparseEngine, __version__
+from sparse_engine.backends import BuildOptions
 from sparse_engine.bench.quality import frechet_distance
 from sparse_engine.calibration.apply import Quantisation
 from sparse_engine.calibration.collect import CalibrationData, collect
@@ -29,9 +30,9 @@ from sparse_engine.calibration.sensitivity import relative_error
 from sparse_engine.export.build import build_engine
 from sparse_engine.images import psnr
 
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dense": ("dense.pth", {}),
-    "SparseDM, 2:4": ("sparsedm.pth", {"sparse": True}),
+MODELS = {
+    "dense": ("dense.pth", False),
+    "SparseDM, 2:4": ("sparsedm.pth", True),
 }
 REFERENCE = "fp32"
 BACKENDS = {REFERENCE: "onnxruntime", "fp16": "torch", "bf16": "torch", "int8": "onnxruntime"}
@@ -47,22 +48,21 @@ def measure(samples: int) -> dict[str, Any]:
     machine, _ = evaluate.classifier()
     labels = np.resize(np.arange(data.NUM_DIGITS), samples)
     rows = []
-    for model, (checkpoint, options) in MODELS.items():
+    for model, (checkpoint, sparse) in MODELS.items():
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             expected: tuple[np.ndarray, np.ndarray] | None = None
-            calibration, held_out = calibrate(evaluate.HERE / checkpoint, folder, options)
+            calibration, held_out = calibrate(evaluate.HERE / checkpoint, folder, sparse)
             for precision, backend in BACKENDS.items():
                 path, manifest = build_engine(
                     evaluate.HERE / checkpoint,
                     folder / f"{precision}.sengine",
                     backend=backend,
-                    precision=precision,
+                    options=BuildOptions(sparse, precision),
                     quantisation=calibration if precision == "int8" else None,
-                    **options,
                 )
                 with SparseEngine.load(path) as engine:
-                    eps = engine.predict(held_out.x, held_out.times, labels=held_out.labels)
+                    eps = engine.predict(held_out.x, held_out.times, conditioning=held_out.conditioning)
                     drawn = draw(engine, labels)
                 expected = expected or (eps, drawn)
                 pixels = drawn.clip(*PIXELS).reshape(samples, 64)
@@ -89,9 +89,10 @@ def measure(samples: int) -> dict[str, Any]:
     }
 
 
-def calibrate(checkpoint: Path, folder: Path, options: dict[str, Any]) -> tuple[Quantisation, CalibrationData]:
+def calibrate(checkpoint: Path, folder: Path, sparse: bool) -> tuple[Quantisation, CalibrationData]:
     """Calibration data of a model, in a file; and the part of it that no range is found on."""
-    path, _ = build_engine(checkpoint, folder / "calibrated.sengine", backend="onnxruntime", **options)
+    output = folder / "calibrated.sengine"
+    path, _ = build_engine(checkpoint, output, backend="onnxruntime", options=BuildOptions(sparse))
     with SparseEngine.load(path) as engine:
         found = collect(engine)
     found.save(folder / "calib.npz")

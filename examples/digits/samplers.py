@@ -19,6 +19,7 @@ import evaluate
 import numpy as np
 
 from sparse_engine import SparseEngine, __version__
+from sparse_engine.backends import BuildOptions
 from sparse_engine.bench.quality import frechet_distance
 from sparse_engine.export.build import build_engine
 from sparse_engine.plots import save_figure
@@ -44,7 +45,8 @@ def measure(samples: int) -> dict[str, Any]:
     labels = np.resize(np.arange(data.NUM_DIGITS), samples)
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        path, _ = build_engine(evaluate.HERE / "sparsedm.pth", Path(folder) / "model.sengine", sparse=True)
+        output = Path(folder) / "model.sengine"
+        path, _ = build_engine(evaluate.HERE / "sparsedm.pth", output, options=BuildOptions(sparse=True))
         with SparseEngine.load(path) as engine:
             for sampler in SAMPLERS:
                 rows[sampler] = {}

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparse_engine import arguments
+from sparse_engine.errors import OptionError
 
+LARGEST_BATCH = 65536
 LINEAR_FORMS = ("auto", "matmul", "gemm", "conv1x1")
 
 
@@ -74,10 +76,23 @@ class BuildOptions:
         progress: told each stage of the backend's work as it begins.
     """
 
-    sparse: bool
+    sparse: bool = False
     precision: str = "fp32"
     batch: tuple[int, int, int] = (1, 16, 64)
     device: str | None = None
     require_sparse: bool = False
     tensorrt: TensorRTOptions = field(default_factory=TensorRTOptions)
     progress: Callable[[str], None] = field(default=_say_nothing, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sparse", arguments.truth("sparse", self.sparse))
+        object.__setattr__(self, "require_sparse", arguments.truth("require_sparse", self.require_sparse))
+        object.__setattr__(self, "device", arguments.device(self.device))
+        sizes = arguments.whole_numbers("batch", self.batch)
+        smallest, usual, largest = sizes if len(sizes) == 3 else (0, 0, 0)
+        if not 1 <= smallest <= usual <= largest <= LARGEST_BATCH:
+            raise OptionError(
+                f"batch {self.batch}: expected 1 <= smallest <= usual <= largest <= {LARGEST_BATCH}",
+                "for example --batch 1,16,64",
+            )
+        object.__setattr__(self, "batch", (smallest, usual, largest))

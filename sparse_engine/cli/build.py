@@ -8,12 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparse_engine.artifact import SUFFIX, EngineFile
-from sparse_engine.backends import TensorRTOptions, backend_named
+from sparse_engine.backends import BuildOptions, TensorRTOptions, backend_named
 from sparse_engine.backends.options import LINEAR_FORMS
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import EngineFileError, OptionError, UnsupportedError
 from sparse_engine.files import check_writable, kept_if_done
 
+from .options import (
+    ContextLength,
+    FamilyName,
+    GuidanceChannels,
+    Heads,
+    ImageSize,
+    NullClass,
+    Prediction,
+    ScheduleName,
+    model_options,
+)
 from .terminal import export_module, parse_globs, print_json, progress, tell
 
 if TYPE_CHECKING:
@@ -25,6 +36,11 @@ WORKSPACES = (0.001, 1e6)  # GiB
 def _tensorrt(text: str, *names: str) -> Any:
     """An option of the TensorRT backends, in a panel of their own."""
     return typer.Option(*names, help=text, rich_help_panel="TensorRT")
+
+
+def _assets(text: str, *names: str) -> Any:
+    """An option that puts something into the engine beside the network, in a panel of their own."""
+    return typer.Option(*names, help=text, rich_help_panel="Beside the network")
 
 
 def _quantisation(text: str, *names: str) -> Any:
@@ -50,11 +66,18 @@ def command(
         str, typer.Option(help="Of the network's products: fp32, tf32, bf16, fp16, int8, fp8 or auto.")
     ] = "fp32",
     batch: Annotated[str, typer.Option(help="MIN,USUAL,MAX batch.")] = "1,16,64",
-    family: Annotated[str | None, typer.Option(help="Model family.", show_default="read off the keys")] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads, where the weights cannot tell.")] = None,
-    null_class: Annotated[int | None, typer.Option(help="Label that stands for 'no label'.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="Noise schedule the model was trained on.")] = None,
-    prediction: Annotated[str | None, typer.Option(help="What the network predicts: eps, x0 or v.")] = None,
+    family: FamilyName = None,
+    heads: Heads = None,
+    null_class: NullClass = None,
+    schedule: ScheduleName = None,
+    prediction: Prediction = None,
+    image_size: ImageSize = None,
+    context_length: ContextLength = None,
+    guidance_channels: GuidanceChannels = None,
+    null_context: Annotated[Path | None, _assets("A .npy that guidance takes for 'no context'.")] = None,
+    text_encoder: Annotated[Path | None, _assets("A CLIP folder (transformers): prompts become contexts.")] = None,
+    vae: Annotated[Path | None, _assets("An AutoencoderKL folder (diffusers): latents become pictures.")] = None,
+    vae_scale: Annotated[float | None, _assets("What latents were multiplied by (default: the folder's).")] = None,
     autotune: Annotated[
         bool, typer.Option("--autotune/--no-autotune", help="Time the kernels on this machine.")
     ] = True,
@@ -84,7 +107,7 @@ def command(
 ) -> None:
     """Build an engine from a checkpoint."""
     builder = export_module("build")
-    masks = export_module("masks")
+    told = export_module("options")
     path = builder.output_for(checkpoint, output)
     check_writable(path, SUFFIX)
     with progress() as display, kept_if_done(path) as built:
@@ -92,33 +115,39 @@ def command(
         _, manifest = builder.build_engine(
             checkpoint,
             built,
-            sparse=sparse,
-            mask=mask,
-            pattern=masks.Pattern.parse(pattern),
-            mask_layers=parse_globs(mask_layers),
+            model=model_options(
+                family=family,
+                heads=heads,
+                null_class=null_class,
+                schedule=schedule,
+                prediction=prediction,
+                image_size=image_size,
+                context_length=context_length,
+                guidance_channels=guidance_channels,
+            ),
+            masks=told.MaskOptions(mask, export_module("masks").Pattern.parse(pattern), parse_globs(mask_layers)),
             backend=backend,
-            precision=precision,
-            batch=_batch(batch),
-            device=device,
-            require_sparse=require_sparse,
-            tensorrt=TensorRTOptions(
-                linear=_linear(linear),
-                static_batch=static_batch,
-                workspace=_bytes(workspace),
-                optimization_level=_level(optimization_level),
-                cache=cache,
-                hardware_compatible=hardware_compatible,
-                version_compatible=version_compatible,
-                strip_weights=strip_weights,
-                compute_capabilities=tuple(parse_globs(compute_capabilities) or ()),
+            options=BuildOptions(
+                sparse=sparse,
+                precision=precision,
+                batch=_batch(batch),
+                device=device,
+                require_sparse=require_sparse,
+                tensorrt=TensorRTOptions(
+                    linear=_linear(linear),
+                    static_batch=static_batch,
+                    workspace=_bytes(workspace),
+                    optimization_level=_level(optimization_level),
+                    cache=cache,
+                    hardware_compatible=hardware_compatible,
+                    version_compatible=version_compatible,
+                    strip_weights=strip_weights,
+                    compute_capabilities=tuple(parse_globs(compute_capabilities) or ()),
+                ),
+                progress=lambda stage: display.update(task, description=stage),
             ),
             quantisation=_wanted(calib, ranges, smooth, keep_float, max_quality_loss),
-            family=family,
-            heads=heads,
-            null_class=null_class,
-            schedule=schedule,
-            prediction=prediction,
-            progress=lambda stage: display.update(task, description=stage),
+            assets=export_module("assets").AssetOptions(null_context, text_encoder, vae, vae_scale),
         )
         display.update(task, description="choosing kernels")
         info = _report(built, manifest, device, autotune)

@@ -9,12 +9,25 @@ from typing import Annotated
 import typer
 
 from sparse_engine.artifact import SUFFIX, EngineFile
+from sparse_engine.backends import BuildOptions
 from sparse_engine.calibration.collect import CalibrationData, check_amounts, collect
+from sparse_engine.conditioning import read_conditioning
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import OptionError
 from sparse_engine.files import check_writable, in_folder, scratch_folder
 from sparse_engine.plots import check_plot
 
+from .options import (
+    ContextLength,
+    FamilyName,
+    GuidanceChannels,
+    Heads,
+    ImageSize,
+    NullClass,
+    Prediction,
+    ScheduleName,
+    model_options,
+)
 from .terminal import errors, export_module, progress
 
 CALIBRATION = "calib.npz"
@@ -29,15 +42,21 @@ def command(
     guidance: Annotated[
         str | None, typer.Option(help="Guidance weights, taken in turn.", show_default="1, and 2 with a null class")
     ] = None,
+    conditioning: Annotated[
+        Path | None, typer.Option(help="An .npz of what the network is told, by name; negative/NAME for 'not this'.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     sparse: Annotated[
         bool, typer.Option("--sparse", help="Of a checkpoint: with its 2:4 masks, as build does.")
     ] = False,
-    family: Annotated[str | None, typer.Option(help="Model family.", show_default="read off the keys")] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads, where the weights cannot tell.")] = None,
-    null_class: Annotated[int | None, typer.Option(help="Label that stands for 'no label'.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="Noise schedule the model was trained on.")] = None,
-    prediction: Annotated[str | None, typer.Option(help="What the network predicts: eps, x0 or v.")] = None,
+    family: FamilyName = None,
+    heads: Heads = None,
+    null_class: NullClass = None,
+    schedule: ScheduleName = None,
+    prediction: Prediction = None,
+    image_size: ImageSize = None,
+    context_length: ContextLength = None,
+    guidance_channels: GuidanceChannels = None,
     plot: Annotated[Path | None, typer.Option(help="Draw what layers are given against time: PNG, SVG or PDF.")] = None,
 ) -> None:
     """Collect what the network is given along its own sampling trajectories."""
@@ -48,10 +67,21 @@ def command(
         plot = in_folder(plot, f"{model.stem}.png")
         check_plot(plot)
     check_amounts(images, steps, seed)
-    of_a_checkpoint = {"--heads": heads, "--null-class": null_class, "--schedule": schedule, "--prediction": prediction}
-    of_a_checkpoint |= {"--family": family, "--sparse": sparse or None}
-    if model.suffix.lower() == SUFFIX and any(value is not None for value in of_a_checkpoint.values()):
-        raise OptionError(f"{model} is an engine: {', '.join(of_a_checkpoint)} are for a checkpoint", "leave them out")
+    given = model_options(
+        family=family,
+        heads=heads,
+        null_class=null_class,
+        schedule=schedule,
+        prediction=prediction,
+        image_size=image_size,
+        context_length=context_length,
+        guidance_channels=guidance_channels,
+    )
+    of_a_checkpoint = [*given.given(), *(["family"] if family else []), *(["sparse"] if sparse else [])]
+    if model.suffix.lower() == SUFFIX and of_a_checkpoint:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in of_a_checkpoint)
+        raise OptionError(f"{model} is an engine: {names} is for a checkpoint", "leave it out")
+    told, negative = read_conditioning(conditioning) if conditioning else ({}, {})
     with scratch_folder() as folder, progress(bar=True) as display:
         task = display.add_task("building a float engine", total=None)
 
@@ -60,14 +90,21 @@ def command(
 
         engine_file = model
         if model.suffix.lower() != SUFFIX:
-            given = {"heads": heads, "null_class": null_class, "schedule": schedule, "prediction": prediction}
             build = export_module("build").build_engine
             temporary = folder / f"float{SUFFIX}"
-            engine_file, _ = build(model, temporary, sparse=sparse, backend="onnxruntime", family=family, **given)
+            engine_file, _ = build(model, temporary, model=given, backend="onnxruntime", options=BuildOptions(sparse))
         display.update(task, description="sampling")
         with SparseEngine.load(engine_file) as engine:
             data = collect(
-                engine, images=images, steps=steps, sampler=sampler, guidance=weights, seed=seed, progress=advance
+                engine,
+                images=images,
+                steps=steps,
+                sampler=sampler,
+                conditioning=told,
+                negative=negative,
+                guidance=weights,
+                seed=seed,
+                progress=advance,
             )
         data.save(output)
         if plot is not None:

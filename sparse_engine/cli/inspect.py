@@ -15,6 +15,7 @@ from sparse_engine.errors import EngineFileError, OptionError, UnsupportedError
 from sparse_engine.files import in_folder
 from sparse_engine.plots import check_plot
 
+from .options import ContextLength, FamilyName, GuidanceChannels, Heads, ImageSize, NullClass, model_options
 from .terminal import console, export_module, human, make_table, parse_globs, print_json, tell
 
 
@@ -23,9 +24,12 @@ def command(
     mask: Annotated[str, typer.Option(help="Mask rule: auto, explicit, zeros, magnitude or none.")] = "auto",
     mask_layers: Annotated[str | None, typer.Option(help="Globs over layer names, comma-separated.")] = None,
     pattern: Annotated[str, typer.Option(help="N:M for the magnitude rule.")] = "2:4",
-    family: Annotated[str | None, typer.Option(help="Model family.", show_default="read off the keys")] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads, where the weights cannot tell.")] = None,
-    null_class: Annotated[int | None, typer.Option(help="Label that stands for 'no label'.")] = None,
+    family: FamilyName = None,
+    heads: Heads = None,
+    null_class: NullClass = None,
+    image_size: ImageSize = None,
+    context_length: ContextLength = None,
+    guidance_channels: GuidanceChannels = None,
     plot: Annotated[Path | None, typer.Option(help="Draw parameters per layer: PNG, SVG or PDF.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Of an engine, hash everything by sha256 too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -34,9 +38,17 @@ def command(
     if plot is not None:
         plot = in_folder(plot, f"{path.stem}.png")
         check_plot(plot)
+    given = model_options(
+        family=family,
+        heads=heads,
+        null_class=null_class,
+        image_size=image_size,
+        context_length=context_length,
+        guidance_channels=guidance_channels,
+    )
     if path.suffix.lower() == SUFFIX:
         if (mask, pattern) != ("auto", "2:4") or any(
-            each is not None for each in (mask_layers, family, heads, null_class)
+            each is not None for each in (mask_layers, family, *given.given().values())
         ):
             raise OptionError(
                 f"{path} is an engine: its masks and its network are settled",
@@ -51,9 +63,7 @@ def command(
             rule=mask,
             pattern=pattern,
             layers=parse_globs(mask_layers),
-            family=family,
-            heads=heads,
-            null_class=null_class,
+            model=given,
         )
     if plot is not None:
         export_module("report").plot_layers(report["layers"], plot)
@@ -94,9 +104,9 @@ def _print_summary(path: Path, report: dict[str, Any]) -> None:
     for note in report["notes"]:
         tell(f"note: {note}")
     shape = "x".join(map(str, report["data_shape"]))
-    classes = f"{report['num_classes']} classes" if report["num_classes"] else "unconditional"
+    told = ", ".join(_told(entry) for entry in report["conditioning"]) or "unconditional"
     trained = f"schedule {report['schedule']['name']}, predicts {report['prediction']}"
-    line = f"{path}: {report['family']}, {shape}, {classes}, {trained}"
+    line = f"{path}: {report['family']}, {shape}, {told}, {trained}"
     if "backend" in report:
         backend = report["backend"]
         line += f"; engine for {backend['name']} {backend.get('version')}, {report['precision']}"
@@ -107,6 +117,13 @@ def _print_summary(path: Path, report: dict[str, Any]) -> None:
     for why, count in Counter(layer["why"] for layer in dense if layer.get("why")).most_common():
         line = f"no sparse kernel in {count} masked layers: {why}"
         tell(line)
+
+
+def _told(condition: dict[str, Any]) -> str:
+    """One thing that the network is told: "11 classes", "context 77x768"."""
+    if condition["classes"] is not None:
+        return f"{condition['classes']} classes"
+    return " ".join([condition["name"], *(["x".join(map(str, condition["shape"]))] if condition["shape"] else [])])
 
 
 def _plan_line(backend: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from sparse_engine.conditioning import read_conditioning
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import OptionError
 from sparse_engine.images import check_output, check_place, write_samples
@@ -29,10 +30,16 @@ def command(
         str | None, typer.Option(help="See `sparse-engine samplers`.", show_default="the model's")
     ] = None,
     seed: Annotated[int, typer.Option(help="Image i of a seed is always the same.")] = 0,
+    first: Annotated[int, typer.Option(help="Number of the first image within its seed.")] = 0,
     labels: Annotated[
         str | None,
         typer.Option(help="Classes such as 3, 0,1,2 or 0-9, repeated to fill the count.", show_default="drawn"),
     ] = None,
+    conditioning: Annotated[
+        Path | None, typer.Option(help="An .npz of what the network is told, by name; negative/NAME for 'not this'.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="A text, for an engine with a text encoder.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance weight w; 1 is without.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per network call.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one per core")] = None,
@@ -56,12 +63,13 @@ def command(
 ) -> None:
     """Draw samples and write them to a picture, a folder or an array."""
     check_place(output)
+    told, negative = read_conditioning(conditioning) if conditioning else ({}, {})
     with (
         SparseEngine.load(engine, threads=threads, device=device, check=check, autotune=autotune) as loaded,
         progress() as display,
     ):
         manifest = loaded.manifest
-        latents = manifest.value_range is None
+        latents = manifest.value_range is None and "vae" not in manifest.assets
         size = batch_size or manifest.batch[1]
         task = display.add_task("sampling", total=math.ceil(max(n, 1) / max(size, 1)) * steps)
         batches = loaded.stream(
@@ -69,7 +77,12 @@ def command(
             steps=steps,
             sampler=sampler,
             seed=seed,
+            first=first,
             labels=_labels(labels, n),
+            conditioning=told,
+            negative=negative,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
             guidance=guidance,
             batch_size=batch_size,
             output="float" if latents else "uint8",

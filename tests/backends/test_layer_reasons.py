@@ -8,8 +8,8 @@ import pytest
 from sparse_engine import SparseEngine
 from sparse_engine.backends.base import BUILT_DENSE, with_kernel
 from sparse_engine.errors import CheckpointError, UnsupportedError
-from sparse_engine.export.build import build_engine, check_all_sparse
-from tests.conftest import TINY_LATENT, save_checkpoint
+from sparse_engine.export.build import check_all_sparse
+from tests.conftest import TINY_LATENT, build_with, save_checkpoint
 
 # A product with three inputs is no 2:4 one, whatever a backend says of it; a product of one row and a convolution are,
 # and have no sparse kernel on a CPU.
@@ -73,4 +73,4 @@ def test_of_two_causes_the_layers_own_comes_first(layer: dict, sparse: bool, why
 )
 def test_why_none_of_the_layers_can_be_24(tiny_checkpoint: Path, tmp_path: Path, options: dict, why: str) -> None:
     with pytest.raises(CheckpointError, match=f"none of the 16 layers can be 2:4 \\({why}\\)"):
-        build_engine(tiny_checkpoint, tmp_path / "x.sengine", sparse=True, heads=4, **options)
+        build_with(tiny_checkpoint, tmp_path / "x.sengine", sparse=True, heads=4, **options)

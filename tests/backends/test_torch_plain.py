@@ -14,8 +14,8 @@ from sparse_engine import SparseEngine
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.torch import plain
 from sparse_engine.errors import BackendError
-from sparse_engine.export.build import build_engine
 from sparse_engine.export.verify import Reference, verify_engine
+from tests.conftest import build_with
 
 
 def products() -> list[str]:
@@ -77,7 +77,7 @@ def test_the_same_graph_is_built(tiny_checkpoint: Path, tiny_engine: Path, tmp_p
     with contextlib.ExitStack() as stack:
         for name in ("autocast", "a default type", "a default device", "rough products"):
             stack.enter_context(SETTINGS[name]())
-        _, manifest = build_engine(tiny_checkpoint, tmp_path / "m.sengine", sparse=True, heads=4)
+        _, manifest = build_with(tiny_checkpoint, tmp_path / "m.sengine", sparse=True, heads=4)
         assert torch.get_default_dtype() == torch.float64
         assert torch.is_autocast_enabled("cpu")
     assert manifest.graph_sha256 == EngineFile(tiny_engine).manifest.graph_sha256
@@ -123,5 +123,5 @@ def test_a_network_that_cannot_be_traced_is_an_error_of_ours(
 
     monkeypatch.setattr(torch.onnx, "export", export)
     with pytest.raises(BackendError, match=r"torch .* cannot export the network: no such$"):
-        build_engine(tiny_checkpoint, tmp_path / "m.sengine", heads=4)
+        build_with(tiny_checkpoint, tmp_path / "m.sengine", heads=4)
     assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ import pytest
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends import TensorRTOptions
 from sparse_engine.calibration.apply import Quantisation
-from sparse_engine.export.build import build_engine
+from tests.conftest import build_with
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx")
 
@@ -16,7 +16,7 @@ pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx")
 def test_a_plan_is_built(
     tmp_path: Path, conditional_checkpoint: Path, calibration_file: Path, precision: str, linear: str
 ) -> None:
-    path, _ = build_engine(
+    path, _ = build_with(
         conditional_checkpoint,
         tmp_path / "model.sengine",
         sparse=True,

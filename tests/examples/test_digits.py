@@ -13,9 +13,10 @@ import torch
 from sparse_engine import SparseEngine
 from sparse_engine.bench.quality import frechet_distance
 from sparse_engine.export.bake import bake
-from sparse_engine.export.build import ENERGY_WARNING, build_engine
+from sparse_engine.export.build import ENERGY_WARNING
 from sparse_engine.export.masks import magnitude_mask
 from sparse_engine.export.model import load_model
+from tests.conftest import build_with
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 
@@ -63,7 +64,7 @@ def test_a_short_training_run_learns_and_stores_what_sparsedm_stores(
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("digits")
     return {
-        name: build_engine(DIGITS / checkpoint, folder / f"{name}.sengine", sparse=sparse)[0]
+        name: build_with(DIGITS / checkpoint, folder / f"{name}.sengine", sparse=sparse)[0]
         for name, checkpoint, sparse in (("sparsedm", "sparsedm.pth", True), ("one-shot", "dense.pth", True))
     }
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from sparse_engine import SparseEngine
 from sparse_engine.artifact import EngineFile
-from sparse_engine.export.build import build_engine
+from tests.conftest import build_with
 from tests.examples.test_digits import DIGITS, script
 
 
@@ -28,9 +28,9 @@ def test_readme_table_is_the_results_file() -> None:
 def test_sparse_int8_reads_as_sparse_fp32_does(tmp_path: Path) -> None:
     quantisation, evaluate = script("quantisation"), script("evaluate")
     checkpoint = DIGITS / "sparsedm.pth"
-    calibration, _ = quantisation.calibrate(checkpoint, tmp_path, {"sparse": True})
+    calibration, _ = quantisation.calibrate(checkpoint, tmp_path, sparse=True)
     float_engine = tmp_path / "calibrated.sengine"
-    int8_engine, _ = build_engine(
+    int8_engine, _ = build_with(
         checkpoint, tmp_path / "int8.sengine", sparse=True, precision="int8", quantisation=calibration
     )
     assert EngineFile(int8_engine).manifest.quantisation["quality_loss"] < 0.03

@@ -15,8 +15,7 @@ from sparse_engine.calibration.apply import Quantisation
 from sparse_engine.calibration.collect import collect
 from sparse_engine.errors import BackendError, CheckpointError, QualityLimitError
 from sparse_engine.export import fastest
-from sparse_engine.export.build import build_engine
-from tests.conftest import TINY, random_state
+from tests.conftest import TINY, build_with, random_state
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 LARGE = "in_blocks.0.mlp.fc2"
@@ -48,7 +47,7 @@ def calibration(checkpoint: Path, build: Callable[..., Path], tmp_path_factory: 
 def build_auto(folder: Path, checkpoint: Path, wanted: Quantisation, **options: Any) -> tuple[str, str]:
     """The precision chosen, and the note that says why."""
     options = {"heads": 4, "backend": "torch", "device": "cpu", "batch": (1, 2, 4), **options}
-    path, manifest = build_engine(checkpoint, folder / "x.sengine", precision="auto", quantisation=wanted, **options)
+    path, manifest = build_with(checkpoint, folder / "x.sengine", precision="auto", quantisation=wanted, **options)
     assert EngineFile(path).manifest.notes == manifest.notes
     return manifest.precision, next(note for note in manifest.notes if "the fastest within" in note)
 
@@ -141,4 +140,4 @@ def test_nothing_can_be_built(
 
 def test_a_named_precision_is_refused_as_before(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="beyond the range of fp16"):
-        build_engine(checkpoint, tmp_path / "x.sengine", heads=4, backend="torch", device="cpu", precision="fp16")
+        build_with(checkpoint, tmp_path / "x.sengine", heads=4, backend="torch", device="cpu", precision="fp16")

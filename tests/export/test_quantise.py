@@ -19,9 +19,10 @@ from sparse_engine.calibration.smooth import migrate
 from sparse_engine.errors import BackendError, InputError, OptionError, QualityLimitError, UnsupportedError
 from sparse_engine.export import fastest, quantise
 from sparse_engine.export.bake import bake
-from sparse_engine.export.build import build_engine, export_baked
+from sparse_engine.export.build import export_baked
 from sparse_engine.export.model import load_model
 from sparse_engine.tactics import Choice
+from tests.conftest import build_with
 
 INNER = 13  # of 16 layers: four a block in three blocks, and one skip_linear
 ENDS = {"patch_embed.proj", "decoder_pred", "final_layer"}
@@ -47,7 +48,7 @@ def int8_engine(conditional_checkpoint: Path, calibration: Quantisation, tmp_pat
 
 def build(folder: Path, checkpoint: Path, wanted: Quantisation | None, **options: Any) -> Path:
     options = {"sparse": True, "precision": "int8", "heads": 4, "null_class": 4, **options}
-    return build_engine(checkpoint, folder / "model.sengine", quantisation=wanted, **options)[0]
+    return build_with(checkpoint, folder / "model.sengine", quantisation=wanted, **options)[0]
 
 
 def test_it_draws_what_the_float_engine_draws(

@@ -21,12 +21,14 @@ from safetensors.torch import save_file
 
 from sparse_engine import SparseEngine
 from sparse_engine.artifact import EngineFile
+from sparse_engine.backends import BuildOptions
 from sparse_engine.bench.changes import compare_results
 from sparse_engine.bench.results_file import read_comparison
 from sparse_engine.calibration.collect import collect, load_calibration
 from sparse_engine.export.build import build_engine
 from sparse_engine.export.families.uvit import UViT, UViTConfig
 from sparse_engine.export.model import load_model
+from sparse_engine.export.options import ModelOptions
 from sparse_engine.tactics import CACHE_VARIABLE
 
 CONFIG = UViTConfig(8, 2, 3, 32, 2, 4, num_classes=5)
@@ -61,7 +63,8 @@ def make_seeds(folder: Path) -> None:
     settings = {"family": "uvit", "heads": 4, "null_class": 4, "schedule": "vp-linear", "nnet": {"mlp_ratio": 4}}
     settings |= {"prediction": "eps", "sampler": "ddim", "value_range": [-1, 1], "num_classes": 5}
     (folder / "config.json").write_text(json.dumps(settings))
-    build_engine(folder / "model.pth", folder / "model.sengine", sparse=True, heads=4, null_class=4)
+    told: dict[str, Any] = {"model": ModelOptions(heads=4, null_class=4), "options": BuildOptions(sparse=True)}
+    build_engine(folder / "model.pth", folder / "model.sengine", **told)
     with SparseEngine.load(folder / "model.sengine", threads=1, autotune=False) as engine:
         collect(engine, images=16, steps=8).save(folder / "data.npz")
         np.save(folder / "sample.npy", _sample(engine))
