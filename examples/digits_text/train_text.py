@@ -34,7 +34,7 @@ def codes(config: UViTT2IConfig) -> np.ndarray:
 
 def main() -> None:
     """Train both models, and write what they are told."""
-    chosen = train.options(__doc__, dense_steps=3500, sparse_steps=1500, out=HERE)
+    chosen = train.options(__doc__, dense_steps=3000, sparse_steps=1500, out=HERE)
     torch.manual_seed(0)
     config = UViTT2IConfig.from_dict(json.loads((HERE / "config.json").read_text()))
     told = codes(config)

@@ -325,3 +325,5 @@ def test_keys_and_settings_that_are_not_its_own(tmp_path: Path) -> None:
         load_model(tmp_path / "x.pth", heads=2)
     with pytest.raises(OptionError, match="classes: no setting of a uvit-t2i model"):
         load_model(save(tmp_path, SHORT), heads=2, context_length=7, classes=3)
+    with pytest.raises(OptionError, match="null class 3 is given, and the model has no labels"):
+        load_model(tmp_path / "x.pth", heads=2, context_length=7, null_class=3)
