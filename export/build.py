@@ -257,6 +257,7 @@ def _manifest(
         graph_sha256=hashlib.sha256(graph.proto.SerializeToString(deterministic=True)).hexdigest(),  # as exported
         notes=[*model.notes, *beside.notes, *warnings_of(baked)],
         assets=beside.entries,
+        excluded_samplers=dict(recipe.excluded),
     )
 
 

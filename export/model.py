@@ -126,7 +126,7 @@ def _recipe(
     default: Recipe, config: FamilyConfig, given: Mapping[str, Any], notes: list[str]
 ) -> tuple[Recipe, list[str]]:
     """What the user or the stored configuration says of the training, over the family's default."""
-    names = [field.name for field in dataclasses.fields(Recipe)]
+    names = [field.name for field in dataclasses.fields(Recipe) if field.name != "excluded"]
     recipe = dataclasses.replace(default, **{name: given[name] for name in names if name in given})
     if recipe.schedule is None or recipe.prediction is None or recipe.sampler is None:
         raise OptionError("schedule, prediction and sampler cannot be null", "leave the entry out for the default")

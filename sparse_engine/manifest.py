@@ -29,6 +29,7 @@ class Manifest:
         schedule, prediction: as ``sampling`` takes them.
         conditioning: what the network is told beside x and t, ``Condition.to_dict`` of each.
         sampler: the family's own, used where none is named.
+        excluded_samplers: name -> why this model is not offered it.
         precision: of the network's products.
         sparse: whether sparse kernels were asked for.
         mask: how the masks were made, so that ``verify`` can make them again.
@@ -62,6 +63,7 @@ class Manifest:
     notes: list[str]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     assets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    excluded_samplers: dict[str, str] = field(default_factory=dict)
     quantisation: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
@@ -126,7 +128,7 @@ def _of_version_1(values: dict[str, Any]) -> bool:
     if not _are_numbers([classes], 1, int, least=0) or not (null is None or _are_numbers([null], 1, int, least=0)):
         return False
     values["conditioning"] = [each.to_dict() for each in class_condition(classes, null)]
-    values["assets"] = {}
+    values |= {"assets": {}, "excluded_samplers": {}}
     return True
 
 
@@ -142,6 +144,8 @@ def _well_formed(values: dict[str, Any]) -> bool:
         and isinstance(values["conditioning"], list)
         and all(is_condition(entry) for entry in values["conditioning"])
         and _fit_together(values["conditioning"], values["files"])
+        and isinstance(values["excluded_samplers"], dict)
+        and all(isinstance(why, str) for why in values["excluded_samplers"].values())
         and isinstance(values["assets"], dict)
         and all(isinstance(entry, dict) for entry in values["assets"].values())
         and _are_numbers(values["data_shape"], 3, int, least=1)

@@ -259,6 +259,7 @@ def test_manifest_without_an_entry(path: Path) -> None:
         {"conditioning": [{**TOLD, "mask": "context_mask"}]},
         {"conditioning": [TOLD, TOLD]},
         {"assets": []},
+        {"excluded_samplers": {"ddpm": 1}},
         {"assets": {"vae": 3}},
         {"format_version": 1, "num_classes": 5, "null_class": "4"},
         {"format_version": 1, "num_classes": 5, "null_class": 5},

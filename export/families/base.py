@@ -37,7 +37,8 @@ class Recipe:
     """How a model was trained, as far as sampling has to know. Nothing of this can be read off the weights.
 
     ``value_range`` is None for latents, which have no pixels. ``schedule`` is a name or a mapping that
-    ``sampling.schedule_from_dict`` takes. ``null_class`` becomes the null of the condition "y".
+    ``sampling.schedule_from_dict`` takes. ``excluded`` says of a sampler why it is not offered. ``null_class`` becomes
+    the null of the condition "y".
     """
 
     schedule: str | Mapping[str, Any] = "vp-linear"
@@ -45,6 +46,7 @@ class Recipe:
     value_range: tuple[float, float] | None = (-1.0, 1.0)
     null_class: int | None = None
     sampler: str = "dpm-solver"
+    excluded: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
