@@ -23,6 +23,7 @@ from sparse_engine.export.families.uvit_t2i import FAMILY, UViTT2I, UViTT2IConfi
 from sparse_engine.export.model import Model, load_model
 from sparse_engine.export.precision import lower
 from sparse_engine.export.step_graph import check_graph, export_step_graph
+from sparse_engine.sampling import make_trajectory, schedule_from_dict
 from tests.export.test_step_graph import session_of
 
 Array = npt.NDArray[Any]
@@ -218,7 +219,13 @@ def test_published_models_are_read_off_their_shapes(config: UViTT2IConfig) -> No
     assert found == config
     assert [note.partition(":")[0] for note in notes] == ["context_length = 77", "heads = 8"]
     assert found.conditions == (Condition("context", (77, 768), "float32"),)
-    assert FAMILY.recipe(found) == Recipe("stable-diffusion", "eps", None, None, "dpm-solver++-singlestep")
+    recipe = FAMILY.recipe(found)
+    assert recipe == Recipe("stable-diffusion", "eps", None, None, "dpm-solver++-singlestep")
+    told = make_trajectory(str(recipe.sampler), schedule_from_dict({"name": recipe.schedule}), 50).network_times
+    assert (told[0], told[-1]) == (
+        1000.0,
+        pytest.approx(1000 - 49 * 999 / 50),
+    )  # eval_t2i_discrete.py: 1000 t, down to 1
 
 
 @pytest.mark.parametrize("config,blocks,skips", [(S2, 13, 6), (DEEP, 17, 8)], ids=["S/2", "S/2 deep"])
