@@ -67,8 +67,10 @@ def diffuse(x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     return log_alpha.exp() * x0 + (-torch.expm1(2 * log_alpha)).sqrt() * noise
 
 
-def train(net: nn.Module, target: Callable[..., Tensor], steps: int, lr: float, title: str) -> nn.Module:
-    """Minimise |net(x_t, t, y) - target|^2 for some steps; return the exponential average of the weights."""
+def train(
+    net: nn.Module, target: Callable[..., Tensor], steps: int, lr: float, title: str, tell: Callable[[Tensor], Tensor]
+) -> nn.Module:
+    """Minimise |net(x_t, t, tell(y)) - target|^2 for some steps; return the exponential average of the weights."""
     pixels, digits = (torch.from_numpy(array) for array in data.load())
     average = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -78,8 +80,8 @@ def train(net: nn.Module, target: Callable[..., Tensor], steps: int, lr: float, 
         rows = torch.randint(len(pixels), (BATCH,))
         x0, t, noise = pixels[rows], torch.rand(BATCH), torch.randn(BATCH, *pixels.shape[1:])
         y = torch.where(torch.rand(BATCH) < LABEL_DROPOUT, data.NULL_CLASS, digits[rows])
-        x_t = diffuse(x0, t, noise)
-        loss = (net(x_t, t * 999, y) - target(x_t, t * 999, y, noise)).square().mean()
+        x_t, told = diffuse(x0, t, noise), tell(y)
+        loss = (net(x_t, t * 999, told) - target(x_t, t * 999, told, noise)).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -117,29 +119,47 @@ def plain_state(net: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def main() -> None:
-    """Train both models and write ``dense.pth`` and ``sparsedm.pth``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dense-steps", type=int, default=6000)
-    parser.add_argument("--sparse-steps", type=int, default=3000)
-    parser.add_argument("--out", type=Path, default=HERE)
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
+def train_both(
+    net: nn.Module, dense_steps: int, sparse_steps: int, out: Path, tell: Callable[[Tensor], Tensor] = lambda y: y
+) -> None:
+    """Train a network, then a 2:4 one from it; write ``dense.pth`` and ``sparsedm.pth``.
 
-    config = UViTConfig.from_dict(json.loads((HERE / "config.json").read_text()))
-    teacher = train(UViT(config), lambda x, t, y, noise: noise, options.dense_steps, 1e-3, "dense")
-    torch.save(plain_state(teacher), options.out / "dense.pth")
+    Args:
+        net: forward(x, t, told), freshly initialised.
+        dense_steps, sparse_steps: of each stage.
+        out: the folder.
+        tell: labels [B], the null class too -> what the network is told of them.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    teacher = train(net, lambda x, t, told, noise: noise, dense_steps, 1e-3, "dense", tell)
+    torch.save(plain_state(teacher), out / "dense.pth")
 
     student = copy.deepcopy(teacher).train().requires_grad_(True)
     mask_layers(student)
 
     @torch.no_grad()
-    def teach(x: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> Tensor:
-        return teacher(x, t, y)
+    def teach(x: Tensor, t: Tensor, told: Tensor, noise: Tensor) -> Tensor:
+        return teacher(x, t, told)
 
-    student = train(student, teach, options.sparse_steps, 5e-4, "SparseDM")
-    torch.save(plain_state(student), options.out / "sparsedm.pth")
+    student = train(student, teach, sparse_steps, 5e-4, "SparseDM", tell)
+    torch.save(plain_state(student), out / "sparsedm.pth")
+
+
+def options(description: str | None, dense_steps: int, sparse_steps: int, out: Path) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dense-steps", type=int, default=dense_steps)
+    parser.add_argument("--sparse-steps", type=int, default=sparse_steps)
+    parser.add_argument("--out", type=Path, default=out)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train both models."""
+    chosen = options(__doc__, dense_steps=6000, sparse_steps=3000, out=HERE)
+    torch.manual_seed(0)
+    config = UViTConfig.from_dict(json.loads((HERE / "config.json").read_text()))
+    train_both(UViT(config), chosen.dense_steps, chosen.sparse_steps, chosen.out)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from sparse_engine.errors import CheckpointError, OptionError
 
 from .base import Family, FamilyConfig, Recipe, Shapes
 from .uvit import FAMILY as UVIT
+from .uvit_t2i import FAMILY as UVIT_T2I
 
-FAMILIES: tuple[Family, ...] = (UVIT,)
+FAMILIES: tuple[Family, ...] = (UVIT, UVIT_T2I)
 
 __all__ = ["FAMILIES", "Family", "FamilyConfig", "Recipe", "Shapes", "family_named", "recognise"]
 

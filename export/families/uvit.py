@@ -2,7 +2,8 @@
 
 Source: Bao et al., "All are Worth Words: A ViT Backbone for Diffusion Models", CVPR 2023 (arXiv 2209.12152).
 Module names are those of the authors' checkpoints (baofff/U-ViT), so a state dict loads as it is; the code is
-written for export: static reshapes, no data-dependent Python, a dynamic batch.
+written for export: static reshapes, no data-dependent Python, a dynamic batch. ``uvit_t2i.py`` has the same network
+told a text.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +25,17 @@ from sparse_engine.errors import CheckpointError, OptionError
 from .base import Family, Recipe, Shapes
 
 # embed_dim (and depth, where one size alone does not settle it) -> heads, from the authors' published configurations.
-PUBLISHED_HEADS = {512: 8, 768: 12, 1024: 16}
-PUBLISHED_HEADS_WITH_DEPTH = {(1152, 28): 16}
+PublishedHeads = Mapping[int | tuple[int, int], int]
+PUBLISHED_HEADS: PublishedHeads = {512: 8, 768: 12, 1024: 16, (1152, 28): 16}
+
+# embed_dim -> (schedule, sampler) of the authors' latent models, by the scripts that their README trains and evaluates
+# them with: *_ldm.py for L, *_ldm_discrete.py for H. It names the latter as its script for latents.
+LATENT_CHANNELS = 4
+LATENT_RECIPES = {
+    1024: ("vp-linear", "dpm-solver"),
+    1152: ("stable-diffusion", "dpm-solver++-singlestep"),
+}
+OTHER_LATENTS = LATENT_RECIPES[1152]
 
 # The layers that SparseDM masks in a U-ViT (its skip_linear, embeddings and head stay dense).
 SPARSE_LAYERS = ("*.attn.qkv", "*.attn.proj", "*.mlp.fc1", "*.mlp.fc2")
@@ -32,16 +43,17 @@ SPARSE_LAYERS = ("*.attn.qkv", "*.attn.proj", "*.mlp.fc1", "*.mlp.fc2")
 # The ends of the network: next to no arithmetic, and every rounding there is one of the picture itself.
 FLOAT32_LAYERS = ("patch_embed.*", "time_embed.*", "decoder_pred", "final_layer")
 
+CONTEXT_KEY = "context_embed.weight"  # of a U-ViT that is told a text
+
 # The names under which the authors' configuration files have the same settings.
 AUTHORS_NAMES = {"img_size": "image_size", "in_chans": "channels", "num_heads": "heads", "conv": "final_conv"}
 
 
 @dataclasses.dataclass(frozen=True)
-class UViTConfig:
-    """Everything that fixes a U-ViT's graph.
+class UViTSizes(ABC):
+    """What every U-ViT's graph is fixed by, whatever the network is told.
 
     ``depth`` counts the in- and out-blocks and not the middle one (12 is 6 + 1 + 6), as the authors' does.
-    ``num_classes`` counts every row of the label table, the null class too; 0 is unconditional.
     ``mlp_hidden`` is the width between the two linears of an MLP; 0 becomes four times ``embed_dim``, as the authors'.
     """
 
@@ -54,7 +66,6 @@ class UViTConfig:
     mlp_hidden: int = 0
     qkv_bias: bool = False
     mlp_time_embed: bool = False
-    num_classes: int = 0
     final_conv: bool = True
     skip: bool = True
 
@@ -62,8 +73,8 @@ class UViTConfig:
         object.__setattr__(self, "mlp_hidden", self.mlp_hidden or 4 * self.embed_dim)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> UViTConfig:
-        """Read a configuration from a mapping; keys that are not a U-ViT's are left alone."""
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read a configuration from a mapping; keys that are not its own are left alone."""
         names = {field.name for field in dataclasses.fields(cls)}
         own = {name: value for name, value in values.items() if name in names}
         if "mlp_ratio" in values:  # an earlier version's manifest, which has the exact quotient
@@ -71,14 +82,24 @@ class UViTConfig:
         return cls(**own)
 
     @property
-    def tokens(self) -> int:
-        """Length of the sequence: patches, the time token, and the label token of a conditional model."""
-        return (self.image_size // self.patch_size) ** 2 + self.extras
+    @abstractmethod
+    def extras(self) -> int:
+        """Tokens that are not patches; they come first."""
 
     @property
-    def extras(self) -> int:
-        """Tokens that are not patches."""
-        return 2 if self.num_classes else 1
+    @abstractmethod
+    def conditions(self) -> tuple[Condition, ...]:
+        """See ``FamilyConfig``."""
+
+    @property
+    def patches(self) -> int:
+        """Tokens that are patches."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def tokens(self) -> int:
+        """Length of the sequence."""
+        return self.extras + self.patches
 
     @property
     def data_shape(self) -> tuple[int, int, int]:
@@ -86,14 +107,29 @@ class UViTConfig:
         return (self.channels, self.image_size, self.image_size)
 
     @property
-    def conditions(self) -> tuple[Condition, ...]:
-        """See ``FamilyConfig``."""
-        return class_condition(self.num_classes)
-
-    @property
     def guided_channels(self) -> None:
         """See ``FamilyConfig``."""
         return None
+
+
+@dataclasses.dataclass(frozen=True)
+class UViTConfig(UViTSizes):
+    """Everything that fixes the graph of a U-ViT that is told a label, or nothing.
+
+    ``num_classes`` counts every row of the label table, the null class too; 0 is unconditional.
+    """
+
+    num_classes: int = 0
+
+    @property
+    def extras(self) -> int:
+        """The time, and the label of a conditional model."""
+        return 2 if self.num_classes else 1
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """See ``FamilyConfig``."""
+        return class_condition(self.num_classes)
 
 
 # Sines at the end of an array that is no multiple of a vector are computed by another function, which rounds otherwise:
@@ -156,7 +192,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block; an out-block first merges its long skip."""
 
-    def __init__(self, config: UViTConfig, skip: bool) -> None:
+    def __init__(self, config: UViTSizes, skip: bool) -> None:
         super().__init__()
         dim = config.embed_dim
         self.norm1 = nn.LayerNorm(dim)
@@ -176,7 +212,7 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     """Image to tokens by a strided convolution."""
 
-    def __init__(self, config: UViTConfig) -> None:
+    def __init__(self, config: UViTSizes) -> None:
         super().__init__()
         patch = config.patch_size
         self.proj = nn.Conv2d(config.channels, config.embed_dim, patch, stride=patch)
@@ -186,10 +222,15 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-class UViT(nn.Module):
-    """The network: (x, t, y) -> prediction of x's shape."""
+class UViTBase(nn.Module):
+    """All of a U-ViT but what it is told: from a time and an image to tokens, and from all tokens to the prediction.
 
-    def __init__(self, config: UViTConfig) -> None:
+    Args:
+        config: sizes.
+        told: the modules that make tokens of what the network is told, under the checkpoint's names.
+    """
+
+    def __init__(self, config: UViTSizes, **told: nn.Module) -> None:
         super().__init__()
         self.config = config
         self.dtype = torch.float32
@@ -200,8 +241,8 @@ class UViT(nn.Module):
             if config.mlp_time_embed
             else nn.Identity()
         )
-        if config.num_classes:
-            self.label_emb = nn.Embedding(config.num_classes, dim)
+        for name, module in told.items():
+            self.add_module(name, module)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, dim))
         self.in_blocks = nn.ModuleList(Block(config, skip=False) for _ in range(half))
         self.mid_block = Block(config, skip=False)
@@ -214,18 +255,13 @@ class UViT(nn.Module):
         self.apply(_initialise)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Predict what the network was trained for (eps, x0 or v).
+    def time_token(self, t: Tensor) -> Tensor:
+        """t: [B], in the network's own units -> [B, 1, D]."""
+        return self.time_embed(timestep_embedding(t, self.config.embed_dim))[:, None]
 
-        Args:
-            x: [B, C, H, W].
-            t: [B], in the network's own time units.
-            y: [B] int64 labels; None for an unconditional model.
-        """
-        tokens = [self.time_embed(timestep_embedding(t, self.config.embed_dim))[:, None], self.patch_embed(x)]
-        if self.config.num_classes:
-            tokens.insert(0, self.label_emb(y)[:, None])
-        h = (torch.cat(tokens, dim=1) + self.pos_embed).to(self.dtype)
+    def decode(self, tokens: Sequence[Tensor]) -> Tensor:
+        """Tokens in their order, [B, n, D] each, the patches last -> prediction [B, C, H, W]."""
+        h = (torch.cat(list(tokens), dim=1) + self.pos_embed).to(self.dtype)
         skips = []
         for block in self.in_blocks:
             h = block(h)
@@ -244,6 +280,30 @@ class UViT(nn.Module):
         return h.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, size, size)
 
 
+class UViT(UViTBase):
+    """The network: (x, t, y) -> prediction of x's shape."""
+
+    config: UViTConfig
+    label_emb: nn.Embedding
+
+    def __init__(self, config: UViTConfig) -> None:
+        told = {"label_emb": nn.Embedding(config.num_classes, config.embed_dim)} if config.num_classes else {}
+        super().__init__(config, **told)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Predict what the network was trained for (eps, x0 or v).
+
+        Args:
+            x: [B, C, H, W].
+            t: [B], in the network's own time units.
+            y: [B] int64 labels; None for an unconditional model.
+        """
+        tokens = [self.time_token(t), self.patch_embed(x)]
+        if self.config.num_classes:
+            tokens.insert(0, self.label_emb(y)[:, None])
+        return self.decode(tokens)
+
+
 def _initialise(module: nn.Module) -> None:
     """The authors' initialisation: truncated normal of 0.02 for linears, zero biases."""
     if isinstance(module, nn.Linear):
@@ -252,16 +312,60 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _recognises(shapes: Shapes) -> bool:
+def has_uvit_keys(shapes: Shapes) -> bool:
+    """Whether a state dict has what all U-ViTs have, text-to-image ones and UniDiffuser too."""
     return {"pos_embed", "patch_embed.proj.weight", "mid_block.attn.qkv.weight", "decoder_pred.weight"} <= set(shapes)
+
+
+def _recognises(shapes: Shapes) -> bool:
+    return has_uvit_keys(shapes) and CONTEXT_KEY not in shapes
 
 
 def _read_config(shapes: Shapes, given: Mapping[str, Any]) -> tuple[UViTConfig, list[str]]:
     given = {AUTHORS_NAMES.get(name, name): value for name, value in given.items()}
     if (given.get("num_classes") or 0) < 0:  # the authors write -1 for unconditional
         given["num_classes"] = 0
-    _refuse_relatives(shapes)
-    read = _read_shapes(shapes)
+    refuse_unidiffuser(shapes)
+    if CONTEXT_KEY in shapes:
+        raise CheckpointError(
+            f"{CONTEXT_KEY} is there: this is a text-to-image U-ViT; expected one that is told no more than a label",
+            "build it as --family uvit-t2i",
+        )
+    num_classes = shape_of(shapes, "label_emb.weight", 2)[0] if "label_emb.weight" in shapes else 0
+    read = {**read_sizes(shapes, 2 if num_classes else 1), "num_classes": num_classes}
+    heads, notes = settle(given, read, PUBLISHED_HEADS)
+    config = UViTConfig(heads=heads, **read)
+    if config.channels == LATENT_CHANNELS and config.embed_dim not in LATENT_RECIPES and "schedule" not in given:
+        notes.append(
+            f"schedule = {OTHER_LATENTS[0]}: taken from latent U-ViT-H (embed_dim 1152), since none of embed_dim "
+            f"{config.embed_dim} is published; L (1024) is on {LATENT_RECIPES[1024][0]}; say it with --schedule"
+        )
+    return config, notes
+
+
+def refuse_unidiffuser(shapes: Shapes) -> None:
+    """UniDiffuser has a U-ViT's keys and is another network. Raises CheckpointError where it is one."""
+    own = re.compile(r"(clip_img|text)_embed\.|in_blocks\.\d+\.norm3\.")
+    key = next((key for key in shapes if own.match(key)), None)
+    if key is not None:
+        raise CheckpointError(
+            f"{key} is there: this is UniDiffuser, which is not offered: it denoises an image and its text together, "
+            "at a time of each, in blocks with a third norm; expected a U-ViT that denoises an image alone",
+            "build from an unconditional, class-conditional or text-to-image U-ViT",
+        )
+
+
+def settle(given: dict[str, Any], read: Mapping[str, Any], published: PublishedHeads) -> tuple[int, list[str]]:
+    """Hold a configuration's entries against what was read off the weights, and settle the number of heads.
+
+    Args:
+        given: by our names; what has been looked at is taken out.
+        read: name -> what the weights say.
+        published: embed_dim, or (embed_dim, depth) -> heads.
+
+    Returns:
+        (heads, notes).
+    """
     _check_ratio(given.pop("mlp_ratio", None), read["embed_dim"], read["mlp_hidden"])
     given.pop("qkv_bias", None)  # SparseDM's layers have a bias whatever its configuration says: the keys know
     for name, value in read.items():
@@ -270,18 +374,7 @@ def _read_config(shapes: Shapes, given: Mapping[str, Any]) -> tuple[UViTConfig, 
                 f"{name} is {given[name]!r} in the given configuration, but the weights have {value}",
                 "correct the configuration, or leave that entry out: it is read off the weights",
             )
-    heads, notes = _heads(read["embed_dim"], read["depth"], given.get("heads"))
-    return UViTConfig(heads=heads, **read), notes
-
-
-def _refuse_relatives(shapes: Shapes) -> None:
-    """Networks with a U-ViT's blocks that are told more than a label."""
-    for key, name in (("clip_img_embed.weight", "UniDiffuser"), ("context_embed.weight", "a text-to-image U-ViT")):
-        if key in shapes:
-            raise CheckpointError(
-                f"{key} is there: this is {name}, which is not offered yet; expected a U-ViT told no more than a label",
-                "build from an unconditional or class-conditional U-ViT",
-            )
+    return _heads(read["embed_dim"], read["depth"], given.get("heads"), published)
 
 
 MOST_RATIO = 1e6  # far beyond any network
@@ -303,17 +396,25 @@ def _check_ratio(ratio: Any, embed_dim: int, hidden: int) -> None:
         )
 
 
-def _read_shapes(shapes: Shapes) -> dict[str, Any]:
-    """Everything about a U-ViT that its shapes say."""
-    embed_dim, channels, patch_size, _ = _shape(shapes, "patch_embed.proj.weight", 4)
-    num_classes = _shape(shapes, "label_emb.weight", 2)[0] if "label_emb.weight" in shapes else 0
-    tokens = _shape(shapes, "pos_embed", 3)[1]
-    patches = tokens - (2 if num_classes else 1)
+def read_sizes(shapes: Shapes, extras: int, fix: str | None = None) -> dict[str, Any]:
+    """Everything of ``UViTSizes`` that a U-ViT's shapes say; heads are not among it.
+
+    Args:
+        shapes: of the state dict.
+        extras: tokens that are not patches.
+        fix: what to do where the others are no square.
+
+    Raises:
+        CheckpointError: a key is missing, or the patches are no square.
+    """
+    embed_dim, channels, patch_size, _ = shape_of(shapes, "patch_embed.proj.weight", 4)
+    tokens = shape_of(shapes, "pos_embed", 3)[1]
+    patches = tokens - extras
     side = math.isqrt(max(patches, 0))
     if side == 0 or side * side != patches:
         raise CheckpointError(
             f"pos_embed has {tokens} positions, which leaves {patches} patches: not a square image",
-            "a U-ViT's image is square; check that this is an image model",
+            fix or "a U-ViT's image is square; check that this is an image model",
         )
     in_blocks = {int(match[1]) for key in shapes if (match := re.match(r"in_blocks\.(\d+)\.", key))}
     return {
@@ -322,16 +423,16 @@ def _read_shapes(shapes: Shapes) -> dict[str, Any]:
         "channels": channels,
         "embed_dim": embed_dim,
         "depth": 2 * len(in_blocks),
-        "mlp_hidden": _shape(shapes, "mid_block.mlp.fc1.weight", 2)[0],
+        "mlp_hidden": shape_of(shapes, "mid_block.mlp.fc1.weight", 2)[0],
         "qkv_bias": "mid_block.attn.qkv.bias" in shapes,
         "mlp_time_embed": "time_embed.0.weight" in shapes,
-        "num_classes": num_classes,
         "final_conv": "final_layer.weight" in shapes,
         "skip": not in_blocks or "out_blocks.0.skip_linear.weight" in shapes,
     }
 
 
-def _shape(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:
+def shape_of(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:
+    """The shape of a key that has to be there. Raises CheckpointError."""
     if name not in shapes:
         raise CheckpointError(f"{name} is missing; a U-ViT has it", "check that the checkpoint is complete")
     if len(shapes[name]) != ndim:
@@ -339,7 +440,7 @@ def _shape(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:
     return shapes[name]
 
 
-def _heads(embed_dim: int, depth: int, given: int | None) -> tuple[int, list[str]]:
+def _heads(embed_dim: int, depth: int, given: int | None, published: PublishedHeads) -> tuple[int, list[str]]:
     """The number of heads leaves no trace in the weights: taken from the user or from the published sizes."""
     if given is not None:
         if given < 1 or embed_dim % given:
@@ -348,7 +449,7 @@ def _heads(embed_dim: int, depth: int, given: int | None) -> tuple[int, list[str
                 f"give the number the model was trained with, a divisor of {embed_dim}",
             )
         return given, []
-    heads = PUBLISHED_HEADS.get(embed_dim) or PUBLISHED_HEADS_WITH_DEPTH.get((embed_dim, depth))
+    heads = published.get(embed_dim) or published.get((embed_dim, depth))
     if heads is None:
         raise CheckpointError(
             f"the number of attention heads cannot be read off the weights, and embed_dim {embed_dim} with depth "
@@ -359,21 +460,28 @@ def _heads(embed_dim: int, depth: int, given: int | None) -> tuple[int, list[str
 
 
 def _recipe(config: UViTConfig) -> Recipe:
-    """The authors' own: pixels on the continuous VP-SDE, 4-channel latents on Stable Diffusion's betas."""
+    """The authors' own: the continuous VP-SDE for pixels, and for latents what their width was trained on."""
     null_class = config.num_classes - 1 if config.num_classes in (11, 1001) else None
-    if config.channels == 4:
-        return Recipe("stable-diffusion", "eps", None, null_class, "dpm-solver++-singlestep")
+    if config.channels == LATENT_CHANNELS:
+        schedule, sampler = LATENT_RECIPES.get(config.embed_dim, OTHER_LATENTS)
+        return Recipe(schedule, "eps", None, null_class, sampler)
     return Recipe("vp-linear", "eps", (-1.0, 1.0), null_class, "dpm-solver")
 
 
-def _positions(config: UViTConfig, layer: str) -> int:
+def positions(config: UViTSizes, layer: str) -> int:
+    """See ``Family``."""
     if layer.startswith("time_embed"):
         return 1
     if layer.startswith("patch_embed"):
-        return config.tokens - config.extras
+        return config.patches
     if layer.startswith("final_layer"):
         return config.image_size**2
     return config.tokens
+
+
+def settings_of(config: type[UViTSizes], authors_names: Mapping[str, str]) -> frozenset[str]:
+    """See ``Family.settings``: a configuration's own names, and the authors' for them."""
+    return frozenset(authors_names) | {"mlp_ratio"} | {entry.name for entry in dataclasses.fields(config)}
 
 
 FAMILY = Family(
@@ -384,7 +492,7 @@ FAMILY = Family(
     config_from_dict=UViTConfig.from_dict,
     network=UViT,
     recipe=_recipe,
-    positions=_positions,
+    positions=positions,
     float32_layers=FLOAT32_LAYERS,
-    settings=frozenset(AUTHORS_NAMES) | {"mlp_ratio"} | {entry.name for entry in dataclasses.fields(UViTConfig)},
+    settings=settings_of(UViTConfig, AUTHORS_NAMES),
 )

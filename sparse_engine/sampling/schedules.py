@@ -98,7 +98,7 @@ class Schedule(ABC):
 class VPLinear(Schedule):
     """The VP-SDE with linear beta(t) on [0, 1] (Song et al. 2021, arXiv:2011.13456, eq. 32-33).
 
-    U-ViT and SparseDM train their pixel models on it with beta 0.1..20 and give the network 999 t.
+    U-ViT and SparseDM train their pixel models, and the latent L, on it with beta 0.1..20 and give the network 999 t.
     """
 
     name: ClassVar[str] = "vp-linear"
@@ -196,7 +196,7 @@ class DiscreteBetas(Schedule):
     (Rombach et al. 2022, arXiv:2112.10752) or ``cosine`` (Nichol and Dhariwal 2021, arXiv:2102.09672, which
     has no beta_start and beta_end).
 
-    The network is given n by default, as U-ViT's latent models are; models trained on 0..N-1, as
+    The network is given n by default, as U-ViT's latent H is; models trained on 0..N-1, as
     diffusers' are, have ``time_shift=-1``.
     """
 
@@ -247,7 +247,7 @@ class DiscreteBetas(Schedule):
 class StableDiffusion(DiscreteBetas):
     """Stable Diffusion's schedule: 1000 scaled-linear betas, 0.00085..0.012 (arXiv:2112.10752).
 
-    U-ViT's latent and text-to-image models use it with n = 1..1000 as the network's time; the original
+    U-ViT's latent H and text-to-image models use it with n = 1..1000 as the network's time; the original
     networks, and diffusers', count 0..999: ``time_shift=-1``.
     """
 

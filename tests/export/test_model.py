@@ -1,6 +1,7 @@
 """What is read off a checkpoint's keys and shapes, what is looked up, and what is refused."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 import torch
 
 from sparse_engine.errors import CheckpointError, OptionError
+from sparse_engine.export.families import Recipe
 from sparse_engine.export.families.uvit import FAMILY, UViT, UViTConfig
 from sparse_engine.export.model import load_model
+from sparse_engine.sampling import make_trajectory, schedule_from_dict
 from tests.conftest import TINY, TINY_CONDITIONAL, TINY_LATENT, random_state, save_checkpoint
 
 
@@ -80,10 +83,67 @@ def test_null_class_is_the_last_of_an_odd_looking_table_and_said_aloud(tmp_path:
         load_model(ten, heads=4, null_class=10)
 
 
-def test_latents_have_no_pixels_and_their_authors_schedule(tmp_path: Path) -> None:
-    model = load_model(save_checkpoint(tmp_path / "x.pth", TINY_LATENT), heads=4)
-    assert model.recipe.value_range is None
-    assert model.recipe.schedule == "stable-diffusion"
+S, M, L, H = (512, 12), (768, 16), (1024, 20), (1152, 28)  # embed_dim, depth
+# The authors' models and how their README evaluates each, 50 network calls: (t, the network's time) of the first call
+# and of the end. eval.py and eval_ldm.py: DPM-Solver-fast on the VP-SDE down to 1e-4, the network told 999 t.
+# eval_ldm_discrete.py: DPM-Solver++ on Stable Diffusion's betas down to 1/1000, the network told 1000 t.
+CONTINUOUS = ("vp-linear", "dpm-solver", 999.0, 999 * 1e-4)
+DISCRETE = ("stable-diffusion", "dpm-solver++-singlestep", 1000.0, 1.0)
+PUBLISHED = {
+    "CIFAR-10 S/2": (UViTConfig(32, 2, 3, *S, 8), CONTINUOUS, (-1.0, 1.0)),
+    "CelebA S/4": (UViTConfig(64, 4, 3, *S, 8), CONTINUOUS, (-1.0, 1.0)),
+    "ImageNet-64 M/4": (UViTConfig(64, 4, 3, *M, 12, num_classes=1000), CONTINUOUS, (-1.0, 1.0)),
+    "ImageNet-64 L/4": (UViTConfig(64, 4, 3, *L, 16, num_classes=1000), CONTINUOUS, (-1.0, 1.0)),
+    "ImageNet-256 L/2": (UViTConfig(32, 2, 4, *L, 16, num_classes=1001), CONTINUOUS, None),
+    "ImageNet-256 H/2": (UViTConfig(32, 2, 4, *H, 16, final_conv=False, num_classes=1001), DISCRETE, None),
+    "ImageNet-512 L/4": (UViTConfig(64, 4, 4, *L, 16, num_classes=1001), CONTINUOUS, None),
+    "ImageNet-512 H/4": (UViTConfig(64, 4, 4, *H, 16, final_conv=False, num_classes=1001), DISCRETE, None),
+}
+
+
+@pytest.mark.parametrize("published", PUBLISHED.values(), ids=PUBLISHED)
+def test_published_models_are_sampled_as_their_authors_evaluate_them(published: tuple) -> None:
+    expected, (name, sampler, first, end), value_range = published
+    config, notes = FAMILY.read_config(shapes_of(expected), {})
+    assert config == expected
+    assert not any("schedule" in note for note in notes)
+    recipe = FAMILY.recipe(config)
+    assert recipe == Recipe(name, "eps", value_range, 1000 if config.num_classes == 1001 else None, sampler)
+    schedule = schedule_from_dict({"name": name})
+    trajectory = make_trajectory(sampler, schedule, 50)
+    assert trajectory.network_times[0] == first
+    assert trajectory.network_times[-1] == pytest.approx(last_call(name, first, end), rel=1e-9)
+
+
+def last_call(name: str, first: float, end: float) -> float:
+    """The network's time of the 50th call: of 50 equal steps of time, or the middle, in lambda, of the 17th of 17."""
+    if name == "stable-diffusion":
+        return first - 49 * (first - end) / 50
+
+    def log_alpha(time: float) -> float:
+        return -(time**2) * 19.9 / 4 - time * 0.1 / 2
+
+    def half_log_snr(time: float) -> float:
+        return log_alpha(time) - 0.5 * np.log(-np.expm1(2 * log_alpha(time)))
+
+    start, stop = half_log_snr(1.0), half_log_snr(end / 999)
+    wanted = stop - (stop - start) / 17 / 2
+    low, high = 1e-5, 1.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if half_log_snr(middle) > wanted else (low, middle)
+    return 999 * low
+
+
+def test_a_latent_model_of_no_published_width_is_taken_as_h_and_said_aloud(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "x.pth", TINY_LATENT)
+    model = load_model(checkpoint, heads=4)
+    assert model.recipe == Recipe("stable-diffusion", "eps", None, None, "dpm-solver++-singlestep")
+    said = "taken from latent U-ViT-H (embed_dim 1152), since none of embed_dim 32 is published"
+    assert any(said in note for note in model.notes)
+    model = load_model(checkpoint, heads=4, schedule="vp-linear", sampler="dpm-solver")
+    assert model.recipe == Recipe("vp-linear", "eps", None, None, "dpm-solver")
+    assert not any("U-ViT-H" in note for note in model.notes)
 
 
 def test_missing_unexpected_and_misshapen_keys(tmp_path: Path) -> None:
@@ -242,10 +302,16 @@ def test_manifests_of_earlier_versions_have_the_ratio() -> None:
 
 
 @pytest.mark.parametrize(
-    "key,name", [("context_embed.weight", "a text-to-image U-ViT"), ("clip_img_embed.weight", "UniDiffuser")]
+    "key,message",
+    [
+        ("context_embed.weight", r"this is a text-to-image U-ViT; expected one that .*\n.*--family uvit-t2i"),
+        ("clip_img_embed.weight", r"this is UniDiffuser, which is not offered: it denoises an image and its text"),
+        ("text_embed.weight", "this is UniDiffuser"),
+        ("in_blocks.0.norm3.weight", "this is UniDiffuser"),
+    ],
 )
-def test_relatives_of_a_uvit_are_named(key: str, name: str) -> None:
-    with pytest.raises(CheckpointError, match=f"this is {name}, which is not offered yet"):
+def test_relatives_of_a_uvit_are_named(key: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{re.escape(key)} is there: {message}"):
         FAMILY.read_config({**shapes_of(TINY), key: (32, 768), "pos_embed": (1, 334, 32)}, {"heads": 4})
 
 

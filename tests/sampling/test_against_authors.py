@@ -120,7 +120,7 @@ def test_dpm_solver_is_the_authors_fast_version(steps: int) -> None:
 
 
 def _latent_fast(steps: int, schedule: Schedule) -> np.ndarray:
-    """U-ViT's latent evaluation: predicted x0, one time-uniform grid from 1 to 1/N, network time N t."""
+    """U-ViT-H's latent evaluation: predicted x0, one time-uniform grid from 1 to 1/N, network time N t."""
 
     def x0(x: np.ndarray, t: float) -> np.ndarray:
         eps = bent(x, 1000 * t)

@@ -143,6 +143,7 @@ SAMPLERS: dict[str, SamplerInfo] = {
 def default_sampler(schedule: Schedule) -> str:
     """The sampler that U-ViT's authors evaluate a model of this schedule with.
 
-    ``dpm-solver`` for continuous time (pixels), ``dpm-solver++-singlestep`` for discrete (latents).
+    ``dpm-solver`` for continuous time (pixels, and the latents of L), ``dpm-solver++-singlestep`` for discrete
+    (the latents of H, and text-to-image).
     """
     return "dpm-solver++-singlestep" if isinstance(schedule, DiscreteBetas) else "dpm-solver"

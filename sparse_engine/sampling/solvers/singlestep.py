@@ -23,7 +23,7 @@ def dpm_solver(schedule: Schedule, steps: int, options: Options) -> Trajectory:
 
     Third-order steps of equal length in the chosen spacing, with one of second or first order at the end
     so that ``steps`` network calls are made exactly; intermediate times at 1/3 and 2/3 (1/2) of a step's
-    lambda. U-ViT's pixel evaluation. ``order`` 2 and 1 use shorter steps throughout.
+    lambda. The evaluation of U-ViT's pixel models and latent L. ``order`` 2 and 1 use shorter steps throughout.
     """
     orders = _orders(steps - options.denoise_to_zero, options.order)
     ends = grid(schedule, options, len(orders) + options.denoise_to_zero)
@@ -39,7 +39,7 @@ def dpm_solver_pp_singlestep(schedule: Schedule, steps: int, options: Options) -
     """Singlestep DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095, algorithm 1; 3S as in its code).
 
     All calls lie on one grid of ``steps`` intervals, cut into steps of order 3, 3, ..., and one or two of
-    lower order at the end: U-ViT's latent and text-to-image evaluation.
+    lower order at the end: the evaluation of U-ViT's latent H and text-to-image models.
     """
     orders = _orders(steps - options.denoise_to_zero, options.order)
     times = grid(schedule, options, steps)
