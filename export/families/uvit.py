@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -227,10 +227,11 @@ class UViTBase(nn.Module):
 
     Args:
         config: sizes.
-        told: the modules that make tokens of what the network is told, under the checkpoint's names.
+        told: what makes the modules that make tokens of what the network is told, under the checkpoint's names: made in
+            their turn, for the initialisation draws in that order.
     """
 
-    def __init__(self, config: UViTSizes, **told: nn.Module) -> None:
+    def __init__(self, config: UViTSizes, **told: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.config = config
         self.dtype = torch.float32
@@ -241,8 +242,8 @@ class UViTBase(nn.Module):
             if config.mlp_time_embed
             else nn.Identity()
         )
-        for name, module in told.items():
-            self.add_module(name, module)
+        for name, make in told.items():
+            self.add_module(name, make())
         self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, dim))
         self.in_blocks = nn.ModuleList(Block(config, skip=False) for _ in range(half))
         self.mid_block = Block(config, skip=False)
@@ -287,8 +288,10 @@ class UViT(UViTBase):
     label_emb: nn.Embedding
 
     def __init__(self, config: UViTConfig) -> None:
-        told = {"label_emb": nn.Embedding(config.num_classes, config.embed_dim)} if config.num_classes else {}
-        super().__init__(config, **told)
+        def label_emb() -> nn.Module:
+            return nn.Embedding(config.num_classes, config.embed_dim)
+
+        super().__init__(config, **({"label_emb": label_emb} if config.num_classes else {}))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Predict what the network was trained for (eps, x0 or v).

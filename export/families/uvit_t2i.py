@@ -64,7 +64,7 @@ class UViTT2I(UViTBase):
     context_embed: nn.Linear
 
     def __init__(self, config: UViTT2IConfig) -> None:
-        super().__init__(config, context_embed=nn.Linear(config.context_dim, config.embed_dim))
+        super().__init__(config, context_embed=lambda: nn.Linear(config.context_dim, config.embed_dim))
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """Predict what the network was trained for (eps, x0 or v).
