@@ -239,7 +239,7 @@ class DiT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             elif isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
 
 def _recognises(shapes: Shapes) -> bool:
