@@ -48,7 +48,7 @@ LEARNED_VARIANCE = (
     "it was trained with the variances that it predicts beside eps, which are not used here; ddpm with fixed ones "
     "is another sampler than the authors'. Use ddim or one of the DPM-Solvers, which need no variance"
 )
-OR_SIT = "family = dit: SiT's keys are the same, and it is trained to flow matching: sampled as a DiT it draws nothing"
+OR_SIT = "family = dit: SiT has the same keys and is trained to flow matching; if this is one, its pictures are wrong"
 BY_ANALOGY = "by analogy with U-ViT, since SparseDM published no DiT; say others with --mask-layers"
 
 

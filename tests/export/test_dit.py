@@ -213,6 +213,20 @@ def test_published_sizes_are_read_off_their_shapes(size: str, patch: int) -> Non
     assert found.conditions == (Condition("y", (), "int64", classes=1001),)
 
 
+def test_a_new_network_begins_at_zero_and_its_positions_are_not_trained() -> None:
+    network = DiT(LATENT)
+    x, t, y = inputs(LATENT, 2)
+    assert not run(network, x, t, y[0]).any()
+    assert network.blocks[0].attn.qkv.weight.any()
+    assert "pos_embed" in network.state_dict()
+    assert "pos_embed" not in dict(network.named_parameters())
+    side = network.pos_embed.reshape(4, 4, 64)  # rows and columns of patches
+    assert torch.equal(side[0, :, 32:], side[0, :1, 32:].expand(4, -1))  # the second half is of the row
+    assert torch.equal(side[:, 0, :32], side[:1, 0, :32].expand(4, -1))
+    np.testing.assert_allclose(side[3, 2, :16], np.sin(2 * 10000 ** (-np.arange(16) / 16)), atol=1e-6)
+    np.testing.assert_allclose(side[3, 2, 48:], np.cos(3 * 10000 ** (-np.arange(16) / 16)), atol=1e-6)
+
+
 def test_arithmetic_and_recipe_of_dit_xl_2() -> None:
     """118.6 Gflop as the paper counts them (multiply-adds), of which products of tokens with tokens are 28 x 2."""
     config = DiTConfig(32, 2, 4, 1152, 28, 16, 1001, out_channels=8, null_row=True)
