@@ -57,7 +57,7 @@ class TensorRTDevice(CudaDevice):
 
     def _context(self, named: dict[str, Buffer]) -> Any:
         """The execution context of a step's shapes."""
-        key = (*named["x"].shape, *(named["y"].shape if "y" in named else ()))
+        key = tuple(buffer.shape for buffer in named.values())
         context = self._contexts.get(key)
         if context is None:
             context = self._contexts[key] = self._create_context(named)
