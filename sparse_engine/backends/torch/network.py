@@ -102,7 +102,7 @@ def _layer(module: Any, quantised: QuantisedWeight | None, sparse: bool) -> Laye
     return QuantisedLayer(quantised.to(weight.device), bias, weight.dtype, sparse)
 
 
-def choose_attention(network: nn.Module, inputs: tuple[Tensor, ...], chooser: Chooser) -> dict[str, dict[str, Any]]:
+def choose_attention(network: nn.Module, inputs: Mapping[str, Tensor], chooser: Chooser) -> dict[str, dict[str, Any]]:
     """Set how each attention of a network runs; one is a module with a method ``attend`` and an attribute ``fused``.
 
     Args:
