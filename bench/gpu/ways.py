@@ -253,7 +253,7 @@ class Ways:
         names = sparse_layers(network)
         positions = {name: FAMILY.positions(config, name) for name in names}
         chooser = Chooser(positions, (batch, batch, batch), session.device, autotune=True)
-        self.attention = choose_attention(network, (x[:1], torch.zeros(1, device=x.device)), chooser)
+        self.attention = choose_attention(network, {"x": x[:1], "t": torch.zeros(1, device=x.device)}, chooser)
         self.ours = copy.deepcopy(network)  # all with the same attention
         self.steps = steps_of_a_run(batch * sum(positions[name] * _weights(network, name) for name in names))
         shapes = shapes_of(network)
