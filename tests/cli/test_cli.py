@@ -205,7 +205,7 @@ BAD_INPUT = {
     "no fp8 here": (["build", "{tiny}", "--backend", "onnxruntime", "--precision", "fp8"], "'fp8' is not supported"),
     "masks of an engine": (["inspect", "{engine}", "--pattern", "1:4"], "its masks and its network are settled"),
     "check of a checkpoint": (["inspect", "{tiny}", "--check"], "--check is for an engine"),
-    "masks for an engine's calibration": (["calibrate", "{engine}", "--sparse"], "are for a checkpoint"),
+    "masks for an engine's calibration": (["calibrate", "{engine}", "--sparse"], "is for a checkpoint"),
     "huge calibration": (["calibrate", "{tiny}", "--images", "9" * 20], "expected at most 100000 and 10000"),
     "cells of a model": (["bench", "--random", "uvit-s", "--cells", "patch=1"], "--cells goes with --compare-dense"),
     "batch of products": (["bench", "--kernels", "--batch", "4"], "--batch goes with --compare-dense or"),

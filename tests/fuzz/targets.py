@@ -25,6 +25,7 @@ from sparse_engine.backends import BuildOptions
 from sparse_engine.bench.changes import compare_results
 from sparse_engine.bench.results_file import read_comparison
 from sparse_engine.calibration.collect import collect, load_calibration
+from sparse_engine.conditioning import class_condition
 from sparse_engine.export.build import build_engine
 from sparse_engine.export.families.uvit import UViT, UViTConfig
 from sparse_engine.export.model import load_model
@@ -119,7 +120,7 @@ def _use_manifest(path: Path, seeds: Path) -> None:
 
 def _use_calibration(path: Path, seeds: Path) -> None:
     checkpoint = EngineFile(seeds / "model.sengine").manifest.checkpoint_sha256
-    load_calibration(path, checkpoint_sha256=checkpoint, data_shape=(3, 8, 8), classes=5)
+    load_calibration(path, checkpoint_sha256=checkpoint, data_shape=(3, 8, 8), conditions=class_condition(5, 4))
 
 
 def _use_index(path: Path, seeds: Path) -> None:

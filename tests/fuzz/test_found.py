@@ -12,6 +12,7 @@ import pytest
 from sparse_engine import SparseEngine
 from sparse_engine.bench.results_file import read_results
 from sparse_engine.calibration.collect import FORMAT, load_calibration
+from sparse_engine.conditioning import class_condition
 from sparse_engine.errors import BackendError, CheckpointError, EngineFileError, InputError, UnsupportedError
 from sparse_engine.export.model import load_model
 from sparse_engine.files import parsed_json
@@ -35,8 +36,8 @@ def test_json_of_anybodys(text: str | bytes, message: str) -> None:
 @pytest.mark.parametrize(
     "changes, kind, message",
     [
-        ({"data_shape": [3, 2**31, 8]}, EngineFileError, r"takes samples of \[3, 8, 8\] and labels, its manifest says"),
-        ({"num_classes": 0, "null_class": None}, EngineFileError, "and labels, its manifest says .* and 0 classes"),
+        ({"data_shape": [3, 2**31, 8]}, EngineFileError, r"takes samples of \[3, 8, 8\] and y \[\], its manifest says"),
+        ({"conditioning": []}, EngineFileError, r"and y \[\], its manifest says .* and nothing else"),
         ({"backend": {"name": "onnxruntime"}}, UnsupportedError, "was built for onnxruntime on None"),
         ({"backend": {"name": "onnxruntime", "device": 7}}, EngineFileError, "its manifest is damaged"),
         ({"value_range": [0, 0]}, EngineFileError, "its manifest is damaged"),
@@ -52,7 +53,10 @@ def test_a_manifest_that_disagrees_with_its_graph(
 
 
 def test_labels_that_the_graph_lacks(conditional_engine: Path, tmp_path: Path) -> None:
-    path = rewritten(Path(shutil.copy(conditional_engine, tmp_path)), num_classes=1000)
+    path = rewritten(
+        Path(shutil.copy(conditional_engine, tmp_path)),
+        conditioning=[each.to_dict() for each in class_condition(1000)],
+    )
     with (
         SparseEngine.load(path, threads=1, autotune=False) as engine,
         pytest.raises(BackendError, match="ONNX Runtime could not run a step: .*Gather"),
