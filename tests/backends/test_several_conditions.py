@@ -20,10 +20,16 @@ from sparse_engine.backends import BuildOptions, StepGraph
 from sparse_engine.backends.cuda.device import tensors
 from sparse_engine.backends.cuda.runner import CudaRunner
 from sparse_engine.backends.device_loop import StepBuffers
+from sparse_engine.backends.onnx_graph import STEP_INPUTS
 from sparse_engine.backends.onnxruntime.runner import OnnxRuntimeRunner
 from sparse_engine.backends.tensorrt.builder import _configure
 from sparse_engine.backends.tensorrt.device import TensorRTDevice
 from sparse_engine.backends.tensorrt.libraries import TENSORRT
+from sparse_engine.bench.arms import Arm
+from sparse_engine.bench.peers.base import Peer
+from sparse_engine.bench.peers.onnxruntime_plain import PLAIN
+from sparse_engine.bench.peers.torch_dense import EAGER
+from sparse_engine.bench.workload import Workload
 from sparse_engine.calibration.collect import collect, load_calibration
 from sparse_engine.conditioning import Condition
 from sparse_engine.errors import EngineFileError, OptionError
@@ -53,7 +59,7 @@ class ToldConfig:
     @property
     def conditions(self) -> tuple[Condition, ...]:
         return (
-            Condition("y", (), "int64", classes=CLASSES, null=NULL),
+            Condition("y", (), "int64", classes=CLASSES),
             Condition("context", (LENGTH, WIDTH), null="zeros", mask="context_mask"),
             Condition("context_mask", (LENGTH,), null="ones", default=1.0),
         )
@@ -100,7 +106,7 @@ FAMILY = Family(
     read_config=lambda shapes, given: (ToldConfig(), []),
     config_from_dict=lambda values: ToldConfig(**values),
     network=Told,
-    recipe=lambda config: Recipe(),
+    recipe=lambda config: Recipe(null_class=NULL),
     positions=lambda config, layer: 16,
     float32_layers=("label",),
     settings=frozenset(),
@@ -302,6 +308,23 @@ def test_calibration_keeps_every_condition(files: dict[str, Path], tmp_path: Pat
     for name, rows in data.conditioning.items():
         assert np.array_equal(again.conditioning[name], rows)
         assert again.conditioning[name].dtype == rows.dtype
+
+
+@pytest.mark.parametrize("peer", [PLAIN, EAGER], ids=lambda peer: peer.name)
+def test_what_it_is_measured_against_is_told_the_same(
+    peer: Peer, files: dict[str, Path], checkpoint: Path, tmp_path: Path
+) -> None:
+    workload = Workload(load_model(checkpoint))
+    workload.write_onnx(tmp_path)
+    feed = workload.feed(np.arange(7))
+    assert [each for each in feed if each not in STEP_INPUTS] == ["y", "context", "context_mask"]
+    assert feed["y"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert (feed["context_mask"] == 1).all()
+    assert 0.8 < feed["context"].std() < 1.2
+    runner = peer.prepare(workload.subject(tmp_path, "cpu", 1, "fp32"))
+    arm = Arm("sparse", files["onnxruntime"], "onnxruntime", "fp32", 1)
+    assert close_to(runner.step(feed), arm.step(feed), 1e-4)
+    arm.engine.close()
 
 
 def test_the_graphs_inputs_are_the_conditions_in_their_order(graph: StepGraph) -> None:
