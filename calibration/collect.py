@@ -142,18 +142,18 @@ def collect(
             "calibrate the checkpoint, or an engine built in fp32",
         )
     images, steps, seed = check_amounts(images, steps, seed)
-    guides = bool(manifest.conditions) and all(
-        each.null is not None or each.default is not None or (negative is not None and each.name in negative)
-        for each in manifest.conditions
-    )
-    default = (1.0, 2.0) if guides else (1.0,)
+    nulls = bool(manifest.conditions) and all(each.null is not None for each in manifest.conditions)
+    default = (1.0, 2.0) if nulls or negative else (1.0,)
     weights = default if guidance is None else arguments.real_numbers("guidance", guidance)
+    unguided = all(weight == 1 for weight in weights)  # and then ``negative`` is refused
     told = dict(conditioning or {})
     if manifest.num_classes and LABELS not in told:
         told[LABELS] = _labels(manifest, images, seed)
     trajectory = engine.trajectory(steps, sampler, spacing="time-uniform")
     rows = {
-        weight: engine.told(images, conditioning=told, negative=negative if weight != 1 else None, guidance=weight)
+        weight: engine.told(
+            images, conditioning=told, negative=negative if weight != 1 or unguided else None, guidance=weight
+        )
         for weight in weights
     }
     groups = list(_groups(images, weights, manifest.batch[1]))

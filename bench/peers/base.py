@@ -26,7 +26,7 @@ class Subject:
 
     Attributes:
         step: precision -> the solver step as a torch module, masks baked in, its network lowered to that precision;
-            takes the feed's arrays in its order. A fresh one each time.
+            takes the feed's arrays by name, the conditions as one mapping. A fresh one each time.
         onnx: the same in fp32 as ``step.onnx`` with ``weights.bin`` beside it.
         device: "cpu" or "cuda".
         threads: that every runtime may use on the CPU.

@@ -9,18 +9,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparse_engine.backends.onnx_graph import STEP_INPUTS
+
 from .base import Peer, PeerRunner, PeerUnavailableError, Subject
 
 PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
 
 
 def torch_runner(module: Callable[..., Any], subject: Subject) -> PeerRunner:
-    """A module that takes the feed's arrays in order, its state kept on the subject's device."""
+    """A ``step_graph.Step`` or ``UnconditionalStep``, its state kept on the subject's device."""
 
     def call(feed: dict[str, Any]) -> tuple[Any, Any]:
         torch.set_num_threads(subject.threads)
         with torch.inference_mode():
-            x_next, m = module(*(torch.as_tensor(array, device=subject.device) for array in feed.values()))
+            tensors = {name: torch.as_tensor(array, device=subject.device) for name, array in feed.items()}
+            told = {name: tensors.pop(name) for name in feed if name not in STEP_INPUTS}
+            x_next, m = module(**tensors, **({"conditioning": told} if told else {}))
         return x_next, m
 
     def to_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -107,7 +107,7 @@ class SeededNoise:
 
     def of(self, rows: slice | np.ndarray) -> SeededNoise:
         """The same for some of the images."""
-        seed = self.seed if isinstance(self.seed, int) else self.seed[rows]
+        seed = self.seed[rows] if isinstance(self.seed, np.ndarray) else self.seed
         return SeededNoise(seed, self.images[rows], self.shape)
 
     @property

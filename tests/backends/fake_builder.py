@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnx
 
 from tests.backends.fake_cuda import FakeContext, FakeCuda, FakeEngine
@@ -134,7 +135,7 @@ class BuiltEngine(FakeEngine):
     """The engine of a plan; it has no context where there is no memory for one."""
 
     def __init__(self, cuda: FakeCuda, how: dict[str, Any], runs: bool) -> None:
-        super().__init__(cuda, step, labels=True)
+        super().__init__(cuda, step, {"y": np.int64})
         self.information = json.dumps({"Layers": how["layers"]})
         self._flags, self._runs = how["flags"], runs
 

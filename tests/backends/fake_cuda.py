@@ -6,7 +6,7 @@ What is enqueued runs late, as it may on a GPU: memory that is given back or wri
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -183,14 +183,22 @@ class FakeCuda:
 
 
 class FakeEngine:
-    """In place of ``ICudaEngine``: a step in NumPy, ``step(**inputs) -> (x_next, m)``, that runs from addresses."""
+    """In place of ``ICudaEngine``: a step in NumPy, ``step(**inputs) -> (x_next, m)``, that runs from addresses.
+
+    ``told`` is condition -> dtype.
+    """
 
     device_memory_size_v2 = 256
 
     def __init__(
-        self, cuda: FakeCuda, step: Callable[..., tuple[np.ndarray, np.ndarray]], labels: bool, smallest: int = 1
+        self,
+        cuda: FakeCuda,
+        step: Callable[..., tuple[np.ndarray, np.ndarray]],
+        told: Mapping[str, Any],
+        smallest: int = 1,
     ) -> None:
-        names = ["x", "t", *(["y", "guidance"] if labels else []), "coef", "clip", "base", "h1", "h2", "z"]
+        names = ["x", "t", *([*told, "guidance"] if told else []), "coef", "clip", "base", "h1", "h2", "z"]
+        self.dtypes = dict(told)
         self.cuda, self.step_function, self._names = cuda, step, [*names, "x_next", "m"]
         self.num_io_tensors = len(self._names)
         self.contexts, self.smallest = 0, smallest
@@ -234,7 +242,7 @@ class FakeContext:
         shapes |= {"x_next": shapes["x"], "m": shapes["x"]}
 
         def at(name: str) -> np.ndarray:
-            kind, size = (np.int64 if name == "y" else np.float32), int(np.prod(shapes[name]))
+            kind, size = self.engine.dtypes.get(name, np.float32), int(np.prod(shapes[name]))
             cuda.view(addresses[name], size * np.dtype(kind).itemsize)
             raw = (ctypes.c_char * (size * np.dtype(kind).itemsize)).from_address(addresses[name])
             return np.frombuffer(raw, kind).reshape(shapes[name])

@@ -26,6 +26,7 @@ from tests.backends.fake_cuda import FakeCuda, FakeEngine
 SHAPE = (3, 4, 4)
 GUIDANCE = np.array([1.5, -0.5], np.float32)
 ONE = np.ones(1, np.float32)
+LABELS = {"y": np.int64}
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +43,7 @@ def step(x, t, coef, clip, base, h1, h2, z, y=None, guidance=None) -> tuple[np.n
 
 
 def make_runner(cuda: FakeCuda, labels: bool = True, profile: tuple = (1, 4, 16)) -> CudaRunner:
-    engine = FakeEngine(cuda, step, labels, smallest=profile[0])
+    engine = FakeEngine(cuda, step, LABELS if labels else {}, smallest=profile[0])
     return CudaRunner([TensorRTDevice(cuda, engine, 0, "user managed")], profile, {"library": "fake"})
 
 
@@ -269,7 +270,7 @@ def within(seconds: float, work: Callable[[], object]) -> object:
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_a_callback_may_use_the_engine(lanes: int) -> None:
     table, inputs, cudas = trajectory("euler-sde", 6), draws(3), [FakeCuda() for _ in range(lanes)]
-    devices = [TensorRTDevice(cuda, FakeEngine(cuda, step, True), 0, "user managed") for cuda in cudas]
+    devices = [TensorRTDevice(cuda, FakeEngine(cuda, step, LABELS), 0, "user managed") for cuda in cudas]
     runner = CudaRunner(devices, (1, 4, 16), {})
     expected, other = reference(table, **inputs), trajectory("ddim", 4)
     inner: list[np.ndarray] = []
@@ -359,7 +360,7 @@ def test_an_array_on_the_same_gpu_is_copied_there(profile: tuple) -> None:
 def test_several_lanes_serve_several_threads() -> None:
     table = trajectory("dpm-solver++", 10)
     cudas = [FakeCuda(), FakeCuda()]
-    devices = [TensorRTDevice(cuda, FakeEngine(cuda, step, True), 0, "user managed") for cuda in cudas]
+    devices = [TensorRTDevice(cuda, FakeEngine(cuda, step, LABELS), 0, "user managed") for cuda in cudas]
     runner = CudaRunner(devices, (1, 4, 16), {})
     together = threading.Barrier(2, timeout=20)
 
@@ -431,7 +432,7 @@ def test_staging_waits_rather_than_grow_and_never_overwrites_what_is_not_copied(
 
 def test_an_upload_that_does_not_fit_is_refused() -> None:
     cuda = FakeCuda()
-    device = TensorRTDevice(cuda, FakeEngine(cuda, step, True), 0, "user managed")
+    device = TensorRTDevice(cuda, FakeEngine(cuda, step, LABELS), 0, "user managed")
     buffer = device.allocate((2, 4), np.float32)
     with pytest.raises(BackendError, match=r"float64 \[2, 4\] does not fit a buffer of float32"):
         device.upload(buffer, np.zeros((2, 4)))

@@ -57,7 +57,7 @@ class Machine:
     def __init__(self) -> None:
         self.gpu, self.version = A40, "10.14.1.48"
         self.cuda = FakeCuda()
-        self.trt = FakeTensorRT(FakeEngine(self.cuda, step, labels=True))
+        self.trt = FakeTensorRT(FakeEngine(self.cuda, step, {"y": np.int64}))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import contextlib
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -436,6 +436,38 @@ def test_attention_over_another_length_is_timed_over_it(
     report = choose_attention(Cross().eval(), inputs, here)
     assert list(report) == ["4x5x8 over 11"]
     assert timed == [("fused", "plain")]
+
+
+class Normed(Cross):
+    """Its first parameter stays float32, and its products run in bfloat16."""
+
+    ran: ClassVar[list[torch.dtype]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused, self.norm = True, torch.nn.LayerNorm(8)
+        del self.attn
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        q = self.norm(x).bfloat16()
+        return self.attend(q, q, q)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        self.ran.append(q.dtype)
+        return q
+
+
+def test_attention_is_timed_in_the_type_it_runs_in(
+    timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for form in ("fused", "plain"):
+        monkeypatch.setitem(SPEED, form, 1.0)
+    here = Chooser({}, BATCHES, CUDA, autotune=True)
+    here._device = torch.device("cpu")
+    monkeypatch.setattr(Normed, "ran", [])
+    inputs = {"x": torch.randn(2, 4, 5, 8), "t": torch.zeros(2), "context": torch.zeros(2, 1)}
+    choose_attention(Normed().eval(), inputs, here)
+    assert set(Normed.ran) == {torch.bfloat16}
 
 
 def test_attention_on_a_cpu_is_fused(timed: list[tuple[str, ...]]) -> None:

@@ -43,10 +43,7 @@ def test_psnr() -> None:
 class Drawn:
     """A workload, and candidates that draw what they are called."""
 
-    model = SimpleNamespace(recipe=SimpleNamespace(value_range=(-1.0, 1.0)))
-
-    def labels(self, n: int) -> None:
-        return None
+    model = SimpleNamespace(recipe=SimpleNamespace(value_range=(-1.0, 1.0)), labels=lambda n: None)
 
     def feed(self, images: np.ndarray) -> np.ndarray:
         return images

@@ -152,6 +152,8 @@ def test_rows_of_seeds_of_their_own() -> None:
     noise = SeededNoise(seeds, images, (2, 3))
     np.testing.assert_array_equal(noise.of(np.array([1, 3]))(4), normal(seeds[[1, 3]], images[[1, 3]], 4, (2, 3)))
     assert noise.origin.tolist()[1] == [2**32 - 1, 2**32 - 1, 0]
+    of_one = SeededNoise(np.uint64(7), images, (2, 3)).of(slice(1, 3))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(of_one(4), normal(7, images[1:3], 4, (2, 3)))
 
 
 def test_more_rows_than_are_worked_on_at_once() -> None:

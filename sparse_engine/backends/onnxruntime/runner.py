@@ -129,8 +129,12 @@ class OnnxRuntimeRunner:
 
 def _check_fit(engine: EngineFile, inputs: Mapping[str, tuple[str, Sequence[Any]]]) -> None:
     """Raise EngineFileError where the manifest says something else than the graph."""
-    told = {each.name: (f"tensor({TYPES[each.dtype]})", list(each.shape)) for each in engine.manifest.conditions}
-    found = {name: (kind, list(shape[2:])) for name, (kind, shape) in inputs.items() if name not in STEP_INPUTS}
+    told = {each.name: (TYPES[each.dtype], list(each.shape)) for each in engine.manifest.conditions}
+    found = {
+        name: (kind.removeprefix("tensor(").removesuffix(")"), list(shape[2:]))
+        for name, (kind, shape) in inputs.items()
+        if name not in STEP_INPUTS
+    }
     shape, takes = list(engine.manifest.data_shape), list(inputs["x"][1][1:])
     if shape != takes or told != found or bool(told) != ("guidance" in inputs):
         raise EngineFileError(
@@ -141,4 +145,4 @@ def _check_fit(engine: EngineFile, inputs: Mapping[str, tuple[str, Sequence[Any]
 
 
 def _words(told: Mapping[str, tuple[str, list[int]]]) -> str:
-    return ", ".join(f"{name} {shape}" for name, (_, shape) in told.items()) or "nothing else"
+    return ", ".join(f"{name} {kind} {shape}" for name, (kind, shape) in told.items()) or "nothing else"

@@ -117,11 +117,11 @@ class Chooser:
                 log.warning("%s is not timed: %s", key, error)
         return measured
 
-    def attention(self, module: nn.Module, shape: torch.Size, length: int) -> Choice:
+    def attention(self, module: nn.Module, shape: torch.Size, length: int, dtype: torch.dtype) -> Choice:
         """ "fused" or "plain" for an attention of q [H, L, D] over ``length``: fused kernels do not take any heads."""
         if not self._autotune:
             return Choice("fused", {})
-        dtype, whole = next(module.parameters()).dtype, torch.Size((self._usual, *shape))
+        whole = torch.Size((self._usual, *shape))
         try:
             with self._current():
                 return self._cache.choose(

@@ -114,12 +114,12 @@ def choose_attention(network: nn.Module, inputs: Mapping[str, Tensor], chooser: 
         Shape of q, [H, L, D] in words, and the length of k and v where that is another -> what was chosen, and the
         milliseconds of each form at the usual batch.
     """
-    shapes: dict[Any, tuple[torch.Size, int]] = {}
+    found: dict[Any, tuple[torch.Size, int, torch.dtype]] = {}
     modules = [module for module in network.modules() if hasattr(module, "attend") and hasattr(module, "fused")]
     for module in modules:
 
         def note(q: Tensor, k: Tensor, v: Tensor, *others: Any, module: Any = module) -> Tensor:
-            shapes[module] = (q.shape[1:], k.shape[-2])
+            found[module] = (q.shape[1:], k.shape[-2], q.dtype)
             return q
 
         module.attend = note  # type: ignore[assignment]
@@ -128,9 +128,9 @@ def choose_attention(network: nn.Module, inputs: Mapping[str, Tensor], chooser: 
     report = {}
     for module in modules:
         del module.attend
-        if module in shapes:
-            shape, length = shapes[module]
-            choice = chooser.attention(module, shape, length)
+        if module in found:
+            shape, length, dtype = found[module]
+            choice = chooser.attention(module, shape, length, dtype)
             module.fused = choice.kernel == "fused"  # type: ignore[assignment]
             words = "x".join(map(str, shape)) + ("" if length == shape[-2] else f" over {length}")
             report[words] = {"kernel": choice.kernel, "milliseconds": choice.milliseconds}
