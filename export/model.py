@@ -16,10 +16,11 @@ from sparse_engine.errors import CheckpointError, OptionError, SparseEngineError
 from sparse_engine.sampling import SAMPLERS, schedule_from_dict
 
 from .checkpoint import Checkpoint, load_checkpoint
-from .families import Family, FamilyConfig, Recipe, family_named, recognise
+from .diffusers_scheduler import scheduler_settings
+from .families import Family, FamilyConfig, Recipe, class_of, family_named, recognise
 from .names import listed
 
-PREDICTIONS = ("eps", "x0", "v")
+PREDICTIONS = ("eps", "x0", "v", "flow")
 # The settings that a configuration may hold, and what each has to be.
 KINDS: dict[str, tuple[type, ...]] = {
     "family": (str,),
@@ -79,9 +80,10 @@ def load_model(path: str | Path, family: str | None = None, **given: Any) -> Mod
 
     Args:
         path: as ``load_checkpoint`` takes it.
-        family: a family's name; read off the keys by default.
-        **given: settings that win over a stored configuration, which wins over defaults: a family's own (``heads``),
-            and ``schedule``, ``prediction``, ``value_range``, ``null_class``, ``sampler``. None counts as not given.
+        family: a family's name; by default what diffusers' ``_class_name`` says, or read off the keys.
+        **given: settings that win over a stored configuration (and what diffusers' scheduler beside the network says),
+            which wins over defaults: a family's own (``heads``), and ``schedule``, ``prediction``, ``value_range``,
+            ``null_class``, ``sampler``. None counts as not given.
 
     Raises:
         CheckpointError: the file is damaged, of no known family, or its weights contradict the configuration.
@@ -94,16 +96,17 @@ def load_model(path: str | Path, family: str | None = None, **given: Any) -> Mod
     check_settings(stored, f"the configuration of {where}", CheckpointError)
     wanted = {name: value for name, value in given.items() if value is not None}
     check_settings(wanted, "the given settings", OptionError)
-    settings = {**stored, **wanted}
+    trained, said = scheduler_settings(checkpoint.path, {**stored, **wanted}) if class_of(stored) else ({}, [])
+    settings = {**trained, **stored, **wanted}
     name = family or stored.get("family")
-    chosen = family_named(name) if name else recognise(checkpoint.shapes, where)
+    chosen = family_named(name) if name else recognise(checkpoint.shapes, where, stored)
     unknown = wanted.keys() - set(KINDS) - chosen.settings
     if unknown:
         raise OptionError(f"{', '.join(sorted(unknown))}: no setting of a {chosen.name} model")
     config, notes = chosen.read_config(checkpoint.shapes, settings)
     model = Model(checkpoint, chosen, config, *_recipe(chosen.recipe(config), config, settings, notes))
     _check_weights(model, where)
-    return dataclasses.replace(model, notes=[*checkpoint.notes, *model.notes])
+    return dataclasses.replace(model, notes=[*checkpoint.notes, *said, *model.notes])
 
 
 def check_settings(settings: Mapping[str, Any], where: str, kind: type[SparseEngineError]) -> None:

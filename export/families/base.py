@@ -67,6 +67,7 @@ class Family:
             layers runs in the network's attribute ``dtype``, which ``precision.lower`` sets.
         settings: the names that ``read_config`` understands in ``given``.
         positions: (configuration, layer name) -> how often a layer's weights are applied to one sample.
+        class_names: what diffusers calls the family's networks in ``config.json``, as ``class_of`` has it.
     """
 
     name: str
@@ -79,3 +80,4 @@ class Family:
     positions: Callable[[Any, str], int]
     float32_layers: tuple[str, ...]
     settings: frozenset[str]
+    class_names: frozenset[str] = frozenset()
