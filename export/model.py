@@ -106,7 +106,8 @@ def load_model(path: str | Path, family: str | None = None, **given: Any) -> Mod
     config, notes = chosen.read_config(checkpoint.shapes, settings)
     model = Model(checkpoint, chosen, config, *_recipe(chosen.recipe(config), config, settings, notes))
     _check_weights(model, where)
-    return dataclasses.replace(model, notes=[*checkpoint.notes, *said, *model.notes])
+    remarks = chosen.remarks(config, checkpoint.state)
+    return dataclasses.replace(model, notes=[*checkpoint.notes, *said, *model.notes, *remarks])
 
 
 def check_settings(settings: Mapping[str, Any], where: str, kind: type[SparseEngineError]) -> None:

@@ -1,10 +1,12 @@
 """Weight files to dictionaries of tensors.
 
-Pickles are opened with ``weights_only=True`` and nothing else: code in a file is never run.
+Pickles are opened with ``weights_only=True`` and nothing else: code in a file is never run. Of Python's objects
+``argparse.Namespace`` alone is taken, in which training scripts store their command line.
 """
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import warnings
 import zipfile
@@ -63,7 +65,10 @@ def _read_safetensors(file: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
 
 def _read_pickle(file: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch's remarks on a pickle protocol help nobody here
+        with (
+            warnings.catch_warnings(action="ignore"),  # torch's remarks on a pickle protocol help nobody here
+            torch.serialization.safe_globals([argparse.Namespace]),
+        ):
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise _refused_pickle(file, error) from error
@@ -77,8 +82,14 @@ def _read_pickle(file: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
         ) from error
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{file} holds a {type(loaded).__name__}; expected a dictionary of tensors")
-    config = loaded.get("config")
-    return dict(loaded), dict(config) if isinstance(config, Mapping) else {}
+    config, line = loaded.get("config"), loaded.get("args")
+    inside = dict(config) if isinstance(config, Mapping) else {}
+    return dict(loaded), {**inside, "args": _plain(line)} if isinstance(line, argparse.Namespace) else inside
+
+
+def _plain(line: argparse.Namespace) -> dict[str, Any]:
+    """A training script's command line: its numbers and texts, which a family may know how to read."""
+    return {name: value for name, value in vars(line).items() if isinstance(value, (str, int, float))}
 
 
 def _refused_pickle(file: Path, error: Exception) -> CheckpointError:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
 from torch import nn
 
 from sparse_engine.conditioning import Condition
@@ -66,6 +67,7 @@ class Family:
         float32_layers: globs over module names: the layers that stay float32 in a lower precision. What runs between
             layers runs in the network's attribute ``dtype``, which ``precision.lower`` sets.
         settings: the names that ``read_config`` understands in ``given``.
+        remarks: (configuration, name -> array) -> notes on the weights themselves, for the user to read.
         positions: (configuration, layer name) -> how often a layer's weights are applied to one sample.
         class_names: what diffusers calls the family's networks in ``config.json``, as ``class_of`` has it.
     """
@@ -81,3 +83,4 @@ class Family:
     float32_layers: tuple[str, ...]
     settings: frozenset[str]
     class_names: frozenset[str] = frozenset()
+    remarks: Callable[[Any, Mapping[str, np.ndarray]], list[str]] = lambda config, state: []

@@ -137,23 +137,39 @@ class UViTConfig(UViTSizes):
 SINE_LANES = 16
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal embedding of times. t: [B], in the network's units -> [B, dim]."""
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0, freq_shift: int = 0) -> Tensor:
+    """Sinusoidal embedding of times, cosines first. t: [B], in the network's units -> [B, dim].
+
+    Frequency i is max_period^(-i / (dim/2 - freq_shift)): a shift of 0 in U-ViT and DiT, of 1 in diffusers' DiT.
+    """
     half = dim // 2
     whole = -(-half // SINE_LANES) * SINE_LANES
-    freqs = torch.exp(-math.log(max_period) * torch.arange(whole, dtype=torch.float32, device=t.device) / half)
+    freqs = torch.exp(
+        -math.log(max_period) * torch.arange(whole, dtype=torch.float32, device=t.device) / (half - freq_shift)
+    )
     args = t[:, None].float() * freqs[None]
     embedding = torch.cat([torch.cos(args)[:, :half], torch.sin(args)[:, :half]], dim=-1)
     return F.pad(embedding, (0, 1)) if dim % 2 else embedding
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with one fused q, k, v projection.
+class Attends(nn.Module):
+    """What attention does between its projections.
 
     ``fused`` may be unset where the products, one by one, are faster than ``scaled_dot_product_attention``.
     """
 
     fused = True
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(D)) v, [B, H, L, D]; plain in an exported graph: every runtime's matcher knows it."""
+        if self.fused and not torch.compiler.is_exporting():
+            return F.scaled_dot_product_attention(q, k, v)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return scores.float().softmax(dim=-1).to(v.dtype) @ v
+
+
+class Attention(Attends):
+    """Multi-head self-attention with one fused q, k, v projection."""
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool) -> None:
         super().__init__()
@@ -167,13 +183,6 @@ class Attention(nn.Module):
         split = (-1, length, self.heads, dim // self.heads)
         q, k, v = (part.reshape(split).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))  # [B, H, L, D/H]
         return self.proj(self.attend(q, k, v).transpose(1, 2).reshape(-1, length, dim))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(D)) v, [B, H, L, D]; plain in an exported graph: every runtime's matcher knows it."""
-        if self.fused and not torch.compiler.is_exporting():
-            return F.scaled_dot_product_attention(q, k, v)
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        return scores.float().softmax(dim=-1).to(v.dtype) @ v
 
 
 class Mlp(nn.Module):
@@ -212,10 +221,9 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     """Image to tokens by a strided convolution."""
 
-    def __init__(self, config: UViTSizes) -> None:
+    def __init__(self, channels: int, dim: int, patch: int) -> None:
         super().__init__()
-        patch = config.patch_size
-        self.proj = nn.Conv2d(config.channels, config.embed_dim, patch, stride=patch)
+        self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, (H/p)(W/p), D]."""
@@ -236,7 +244,7 @@ class UViTBase(nn.Module):
         self.config = config
         self.dtype = torch.float32
         dim, half = config.embed_dim, config.depth // 2
-        self.patch_embed = PatchEmbed(config)
+        self.patch_embed = PatchEmbed(config.channels, dim, config.patch_size)
         self.time_embed = (
             nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
             if config.mlp_time_embed
@@ -271,14 +279,14 @@ class UViTBase(nn.Module):
         for block in self.out_blocks:
             h = block(h, skips.pop())
         h = self.decoder_pred(self.norm(h))[:, self.config.extras :]
-        return self.final_layer(self._unpatchify(h))
+        return self.final_layer(unpatchify(h, self.config.channels, self.config.image_size, self.config.patch_size))
 
-    def _unpatchify(self, h: Tensor) -> Tensor:
-        """[B, (h w), (p1 p2 C)] -> [B, C, (h p1), (w p2)]."""
-        channels, size, patch = self.config.channels, self.config.image_size, self.config.patch_size
-        side = size // patch
-        h = h.reshape(-1, side, side, patch, patch, channels)
-        return h.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, size, size)
+
+def unpatchify(h: Tensor, channels: int, size: int, patch: int) -> Tensor:
+    """[B, (h w), (p1 p2 C)] -> [B, C, (h p1), (w p2)]."""
+    side = size // patch
+    h = h.reshape(-1, side, side, patch, patch, channels)
+    return h.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, size, size)
 
 
 class UViT(UViTBase):
@@ -358,13 +366,16 @@ def refuse_unidiffuser(shapes: Shapes) -> None:
         )
 
 
-def settle(given: dict[str, Any], read: Mapping[str, Any], published: PublishedHeads) -> tuple[int, list[str]]:
+def settle(
+    given: dict[str, Any], read: Mapping[str, Any], published: PublishedHeads, kind: str = "U-ViT"
+) -> tuple[int, list[str]]:
     """Hold a configuration's entries against what was read off the weights, and settle the number of heads.
 
     Args:
         given: by our names; what has been looked at is taken out.
         read: name -> what the weights say.
         published: embed_dim, or (embed_dim, depth) -> heads.
+        kind: the family's name, for sentences.
 
     Returns:
         (heads, notes).
@@ -377,7 +388,7 @@ def settle(given: dict[str, Any], read: Mapping[str, Any], published: PublishedH
                 f"{name} is {given[name]!r} in the given configuration, but the weights have {value}",
                 "correct the configuration, or leave that entry out: it is read off the weights",
             )
-    return _heads(read["embed_dim"], read["depth"], given.get("heads"), published)
+    return _heads(read["embed_dim"], read["depth"], given.get("heads"), published, kind)
 
 
 MOST_RATIO = 1e6  # far beyond any network
@@ -434,16 +445,18 @@ def read_sizes(shapes: Shapes, extras: int, fix: str | None = None) -> dict[str,
     }
 
 
-def shape_of(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:
+def shape_of(shapes: Shapes, name: str, ndim: int, kind: str = "U-ViT") -> tuple[int, ...]:
     """The shape of a key that has to be there. Raises CheckpointError."""
     if name not in shapes:
-        raise CheckpointError(f"{name} is missing; a U-ViT has it", "check that the checkpoint is complete")
+        raise CheckpointError(f"{name} is missing; a {kind} has it", "check that the checkpoint is complete")
     if len(shapes[name]) != ndim:
         raise CheckpointError(f"{name} has shape {list(shapes[name])}; expected {ndim} dimensions")
     return shapes[name]
 
 
-def _heads(embed_dim: int, depth: int, given: int | None, published: PublishedHeads) -> tuple[int, list[str]]:
+def _heads(
+    embed_dim: int, depth: int, given: int | None, published: PublishedHeads, kind: str
+) -> tuple[int, list[str]]:
     """The number of heads leaves no trace in the weights: taken from the user or from the published sizes."""
     if given is not None:
         if given < 1 or embed_dim % given:
@@ -459,7 +472,7 @@ def _heads(embed_dim: int, depth: int, given: int | None, published: PublishedHe
             f"{depth} is no published size",
             "say it with --heads N, or in a configuration file beside the checkpoint",
         )
-    return heads, [f"heads = {heads}: not in the weights; taken from the published U-ViT of embed_dim {embed_dim}"]
+    return heads, [f"heads = {heads}: not in the weights; taken from the published {kind} of embed_dim {embed_dim}"]
 
 
 def _recipe(config: UViTConfig) -> Recipe:

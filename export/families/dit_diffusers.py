@@ -1,0 +1,294 @@
+"""DiT as diffusers stores it: ``DiTTransformer2DModel``, and the ``Transformer2DModel`` that it was before.
+
+Source: huggingface/diffusers, and facebook/DiT-XL-2-256 on the Hub. It is the network of ``dit.py`` under other names,
+and differs in what it computes: the frequencies of the time are one step further apart, each block has its own
+embedders of time and class (the head uses the first block's), one of a block's norms has an epsilon of its own, and
+the positions are not stored. So the same weights give slightly other pictures than Meta's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_engine.errors import CheckpointError
+
+from . import dit, uvit
+from .base import Family, Shapes
+from .dit import DiTConfig, modulated, norm
+from .uvit import settle, shape_of, timestep_embedding, unpatchify
+
+KIND = "diffusers' DiT"
+CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
+LABELS = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
+DIFFUSERS_NAMES = {
+    "sample_size": "image_size",
+    "in_channels": "channels",
+    "num_attention_heads": "heads",
+    "num_heads": "heads",
+    "num_layers": "depth",
+}
+# Options of the configuration whose other values make another network, and what each has to be.
+FIXED = {"norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "norm_elementwise_affine": False}
+NORM_EPS = 1e-5  # diffusers' default
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusersDiTConfig(DiTConfig):
+    """Everything that fixes the graph; ``norm_eps`` is that of the norm before the MLP."""
+
+    attention_bias: bool = True
+    norm_eps: float = NORM_EPS
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of the time, then two linears."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(dit.TIME_DIM, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t: [B], in the network's own units -> [B, D]."""
+        return self.linear_2(F.silu(self.linear_1(timestep_embedding(t, dit.TIME_DIM, freq_shift=1))))
+
+
+class Embedding(nn.Module):
+    """Time and class as one vector."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.timestep_embedder = TimestepEmbedder(config.embed_dim)
+        self.class_embedder = dit.LabelEmbedding(config.num_classes, config.embed_dim)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        """t, y: [B] -> [B, D]."""
+        return self.timestep_embedder(t) + self.class_embedder(y)
+
+
+class Modulation(nn.Module):
+    """A block's shifts, scales and gates."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.emb = Embedding(config)
+        self.linear = nn.Linear(config.embed_dim, 6 * config.embed_dim)
+
+    def forward(self, t: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        """t, y: [B] -> shift, scale, gate of the attention, and of the MLP: float32 [B, 1, D] each."""
+        return self.linear(F.silu(self.emb(t, y))).float()[:, None].chunk(6, dim=-1)
+
+
+class Attention(uvit.Attends):
+    """Multi-head self-attention with three projections."""
+
+    def __init__(self, config: DiffusersDiTConfig) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.heads = config.heads
+        self.to_q = nn.Linear(dim, dim, bias=config.attention_bias)
+        self.to_k = nn.Linear(dim, dim, bias=config.attention_bias)
+        self.to_v = nn.Linear(dim, dim, bias=config.attention_bias)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        length, dim = x.shape[1:]
+        split = (-1, length, self.heads, dim // self.heads)
+        q, k, v = (part(x).reshape(split).transpose(1, 2) for part in (self.to_q, self.to_k, self.to_v))
+        return self.to_out[0](self.attend(q, k, v).transpose(1, 2).reshape(-1, length, dim))
+
+
+class GELU(nn.Module):
+    """A linear, then a tanh-GELU."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, hidden]."""
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """Two linears with a tanh-GELU between them."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        dim, hidden = config.embed_dim, config.mlp_hidden
+        self.net = nn.Sequential(GELU(dim, hidden), nn.Identity(), nn.Linear(hidden, dim))  # a dropout in the middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        return self.net(x)
+
+
+class Block(nn.Module):
+    """A transformer block whose norms are shifted and scaled, and whose branches are gated, by time and class."""
+
+    def __init__(self, config: DiffusersDiTConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.norm1 = Modulation(config)
+        self.attn1 = Attention(config)
+        self.ff = FeedForward(config)
+
+    def forward(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """h: [B, L, D]; t, y: [B] -> [B, L, D]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(t, y)
+        h = h + (gate1 * self.attn1(modulated(h, shift1, scale1))).to(h.dtype)
+        return h + (gate2 * self.ff(norm(h, self.eps) * (1 + scale2) + shift2)).to(h.dtype)
+
+
+class DiffusersDiT(nn.Module):
+    """The network: (x, t, y) -> prediction of ``out_channels`` channels, of x's height and width."""
+
+    positions: Tensor
+
+    def __init__(self, config: DiffusersDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = torch.float32
+        dim = config.embed_dim
+        self.pos_embed = uvit.PatchEmbed(config.channels, dim, config.patch_size)
+        positions = dit.sincos_positions(dim, config.image_size // config.patch_size)
+        self.register_buffer("positions", torch.from_numpy(positions), persistent=False)
+        self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.proj_out_1 = nn.Linear(dim, 2 * dim)
+        self.proj_out_2 = nn.Linear(dim, config.patch_size**2 * config.out_channels)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Predict eps and, where learned, the variance.
+
+        Args:
+            x: [B, C, H, W].
+            t: [B], in the network's own time units.
+            y: [B] int64 labels.
+        """
+        h = (self.pos_embed(x) + self.positions).to(self.dtype)
+        for block in self.transformer_blocks:
+            h = block(h, t, y)
+        c = self.transformer_blocks[0].norm1.emb(t, y)  # type: ignore[union-attr, operator]
+        shift, scale = self.proj_out_1(F.silu(c)).float()[:, None].chunk(2, dim=-1)
+        h, config = self.proj_out_2(modulated(h, shift, scale)), self.config
+        return unpatchify(h, config.out_channels, config.image_size, config.patch_size)
+
+
+def _recognises(shapes: Shapes) -> bool:
+    return {LABELS, "pos_embed.proj.weight", "proj_out_1.weight", "proj_out_2.weight"} <= set(shapes)
+
+
+def _read_config(shapes: Shapes, given: Mapping[str, Any]) -> tuple[DiffusersDiTConfig, list[str]]:
+    given = {DIFFUSERS_NAMES.get(name, name): value for name, value in given.items()}
+    _check_kind(given)
+    read = _read_sizes(shapes, given)
+    if given.get("out_channels") is None:  # "as in_channels", which the weights say
+        given.pop("out_channels", None)
+    notes, eps = [], given.get("norm_eps")
+    if eps is None:
+        notes.append(f"norm_eps = {NORM_EPS}: not in the weights; taken from diffusers' default")
+    heads, of_heads = settle(given, read, dit.PUBLISHED_HEADS, KIND)
+    _check_head_dim(given.get("attention_head_dim"), heads, read["embed_dim"])
+    config = DiffusersDiTConfig(
+        heads=heads,
+        null_row=True,  # diffusers' table always has a row more than there are classes
+        guidance_channels=dit.guidance_of(given, read["channels"]),
+        norm_eps=NORM_EPS if eps is None else float(eps),
+        **read,
+    )
+    return config, [
+        *notes,
+        *of_heads,
+        f"masked layers = attn1.to_q, to_k, to_v, to_out.0, ff.net.0.proj, ff.net.2: {dit.BY_ANALOGY}",
+    ]
+
+
+def _check_kind(given: Mapping[str, Any]) -> None:
+    """Refuse a configuration of another network. Raises CheckpointError."""
+    name = given.get("_class_name")
+    if name is not None and name not in CLASSES:
+        raise CheckpointError(f"_class_name is {name!r} in the given configuration; expected {' or '.join(CLASSES)}")
+    for option, expected in FIXED.items():
+        value = given.get(option)
+        if value is not None and value != expected:
+            raise CheckpointError(
+                f"{option} is {value!r} in the given configuration; expected {expected!r}, as in the published DiT",
+                "no other is offered; correct the configuration if the weights were not trained so",
+            )
+    eps = given.get("norm_eps")
+    if eps is not None and (isinstance(eps, bool) or not isinstance(eps, int | float) or eps <= 0):
+        raise CheckpointError(f"norm_eps is {eps!r} in the given configuration; expected a number above 0")
+
+
+def _check_head_dim(head_dim: Any, heads: int, embed_dim: int) -> None:
+    if head_dim is not None and head_dim * heads != embed_dim:
+        raise CheckpointError(
+            f"attention_head_dim is {head_dim!r} in the given configuration, which {heads} heads make "
+            f"{head_dim * heads}, but the weights have embed_dim {embed_dim}",
+            "correct the configuration, or leave that entry out: it follows from the number of heads",
+        )
+
+
+def _read_sizes(shapes: Shapes, given: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the shapes say, and the image's size, which they do not. Raises CheckpointError."""
+    embed_dim, channels, patch_size, _ = shape_of(shapes, "pos_embed.proj.weight", 4, KIND)
+    rows = shape_of(shapes, LABELS, 2, KIND)[0]
+    _check_classes(given, rows)
+    return {
+        "image_size": _image_size(given.pop("image_size", None), patch_size),
+        "patch_size": patch_size,
+        "channels": channels,
+        "embed_dim": dit.width_of(embed_dim),
+        "depth": len({match[1] for key in shapes if (match := re.match(r"transformer_blocks\.(\d+)\.", key))}),
+        "mlp_hidden": shape_of(shapes, "transformer_blocks.0.ff.net.0.proj.weight", 2, KIND)[0],
+        "num_classes": rows,
+        "out_channels": dit.out_channels_of(shapes, "proj_out_2.weight", patch_size, channels),
+        "attention_bias": "transformer_blocks.0.attn1.to_q.bias" in shapes,
+    }
+
+
+def _check_classes(given: dict[str, Any], rows: int) -> None:
+    classes = given.pop("num_embeds_ada_norm", None)
+    if classes is not None and classes != rows - 1:
+        raise CheckpointError(
+            f"num_embeds_ada_norm is {classes!r} in the given configuration, but the weights have {rows} rows of "
+            "labels; expected one row more than classes",
+            "correct the configuration, or leave that entry out: it is read off the weights",
+        )
+
+
+def _image_size(given: Any, patch: int) -> int:
+    """The side of what is denoised: the positions, which would say it, are not stored."""
+    if given is None:
+        raise CheckpointError(
+            "the size of the image cannot be read off the weights: diffusers stores no positions",
+            "keep config.json beside them (its sample_size), or say it with --image-size N, in latents",
+        )
+    if isinstance(given, bool) or not isinstance(given, int) or given < patch or given % patch:
+        raise CheckpointError(
+            f"image_size is {given!r} in the given configuration; expected a multiple of the patch size {patch}"
+        )
+    return given
+
+
+FAMILY = Family(
+    name="dit-diffusers",
+    sparse_layers=("*.attn1.to_[qkv]", "*.attn1.to_out.0", "*.ff.net.0.proj", "*.ff.net.2"),
+    recognises=_recognises,
+    read_config=_read_config,
+    config_from_dict=DiffusersDiTConfig.from_dict,
+    network=DiffusersDiT,
+    recipe=dit.recipe,
+    positions=dit.positions_of,
+    float32_layers=("pos_embed.*", "*.norm1.emb.*", "proj_out_*"),
+    settings=dit.SETTINGS | frozenset(DIFFUSERS_NAMES) | {"norm_eps", "attention_head_dim", "num_embeds_ada_norm"},
+    class_names=frozenset({"DiTTransformer2DModel", "Transformer2DModel:ada_norm_zero"}),
+)
