@@ -13,7 +13,7 @@ from torch import nn
 
 from sparse_engine.conditioning import Condition
 from sparse_engine.errors import CheckpointError, OptionError, SparseEngineError
-from sparse_engine.sampling import SAMPLERS, schedule_from_dict
+from sparse_engine.sampling import SAMPLERS, make_trajectory, schedule_from_dict
 
 from .checkpoint import Checkpoint, load_checkpoint
 from .diffusers_scheduler import scheduler_settings
@@ -139,7 +139,10 @@ def _recipe(
         recipe = dataclasses.replace(recipe, value_range=(float(low), float(high)))
     if recipe.prediction not in PREDICTIONS:
         raise OptionError(f"prediction {recipe.prediction!r} is not known; expected one of {', '.join(PREDICTIONS)}")
-    schedule_from_dict(recipe.schedule if isinstance(recipe.schedule, Mapping) else {"name": recipe.schedule})
+    schedule = schedule_from_dict(
+        recipe.schedule if isinstance(recipe.schedule, Mapping) else {"name": recipe.schedule}
+    )
+    make_trajectory(recipe.sampler, schedule, 1, prediction=recipe.prediction)  # raises where they do not go together
     null, classes = recipe.null_class, _classes(config)
     if null is not None and not classes:
         raise OptionError(f"null class {null} is given, and the model has no labels", "leave it out")
