@@ -45,6 +45,22 @@ class NumberEmbedder(TwoLinears):
         return super().forward(timestep_embedding(t, TIME_DIM))
 
 
+class Heads(nn.Module):
+    """Splits channels into heads, and merges them again."""
+
+    heads: int
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, H, L, D/H]."""
+        length, dim = x.shape[1:]
+        return x.reshape(-1, length, self.heads, dim // self.heads).transpose(1, 2)
+
+    def merged(self, x: Tensor) -> Tensor:
+        """[B, H, L, D/H] -> [B, L, D]."""
+        length, width = x.shape[2:]
+        return x.transpose(1, 2).reshape(-1, length, self.heads * width)
+
+
 class RMSNorm(nn.Module):
     """Each vector over the root of its mean square, in float32, times a weight (Zhang and Sennrich 2019)."""
 

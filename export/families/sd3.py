@@ -25,6 +25,7 @@ from .base import Family, Recipe, Shapes
 from .diffusers_parts import (
     BLOCKS,
     BY_ANALOGY,
+    Heads,
     NumberEmbedder,
     RMSNorm,
     TwoLinears,
@@ -158,7 +159,7 @@ class Modulation(nn.Module):
         return self.linear(F.silu(c)).float()[:, None].chunk(self.parts, dim=-1)
 
 
-class SelfAttention(uvit.Attends):
+class SelfAttention(Heads, uvit.Attends):
     """Multi-head attention of the image to itself."""
 
     def __init__(self, config: SD3Config) -> None:
@@ -177,16 +178,6 @@ class SelfAttention(uvit.Attends):
         """[B, L, D] -> q, k, v [B, H, L, D/H]."""
         q, k, v = (self.split(part(x)) for part in (self.to_q, self.to_k, self.to_v))
         return self.norm_q(q), self.norm_k(k), v
-
-    def split(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, H, L, D/H]."""
-        length, dim = x.shape[1:]
-        return x.reshape(-1, length, self.heads, dim // self.heads).transpose(1, 2)
-
-    def merged(self, x: Tensor) -> Tensor:
-        """[B, H, L, D/H] -> [B, L, D]."""
-        length, width = x.shape[2:]
-        return x.transpose(1, 2).reshape(-1, length, self.heads * width)
 
 
 def _head_norm(config: SD3Config) -> nn.Module:

@@ -61,17 +61,27 @@ def inputs_of(model: Model, batch: int, passes: int = 1) -> tuple[Array, Array, 
     return x, t, told
 
 
-def step_error(model: Model, reference: Any, folder: Path, batch: int, guidance: list[float]) -> float:
+STEPS: tuple[tuple[int, list[float]], ...] = ((1, [2.0, -1.0]), (3, [1.0]), (17, [2.0, -1.0]))
+
+
+def step_errors(model: Model, reference: Any, folder: Path) -> list[float]:
     """How far the exported 2:4 step, in a plain session, is from the solver's lines around ``reference``.
 
     Args:
         reference: (x, t, told [batch, ...]) -> prediction, of the channels that x has.
+
+    Returns:
+        One number for each batch and guidance of ``STEPS``.
     """
     baked = bake(model, "magnitude")
     graph = export_step_graph(model.network(baked.state), model.config)
     check_graph(graph, baked.state)
     assert set(graph.layers) == {layer.name for layer in baked.layers}
     session = session_of(graph, folder)
+    return [_step_error(model, reference, session, batch, guidance) for batch, guidance in STEPS]
+
+
+def _step_error(model: Model, reference: Any, session: Any, batch: int, guidance: list[float]) -> float:
     rng = np.random.default_rng(1)
     x, t, told = inputs_of(model, batch, len(guidance))
     if "context_mask" in told:

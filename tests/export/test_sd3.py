@@ -24,7 +24,7 @@ from tests.export.diffusers_networks import (
     masked,
     randomised,
     relative_error,
-    step_error,
+    step_errors,
 )
 
 LENGTH = 7
@@ -101,11 +101,11 @@ def test_network_is_that_of_diffusers(
         assert relative_error(found.numpy(), predicted(reference, x, t, rows)) < 1e-4
 
 
-@pytest.mark.parametrize("batch, guidance", [(1, [5.0, -4.0]), (3, [1.0])])
-def test_exported_step_is_diffusers_network_and_the_solver(batch: int, guidance: list[float], tmp_path: Path) -> None:
-    reference = masked(saved(tmp_path, SD35), MASKED)
-    error = step_error(load(tmp_path), lambda *told: predicted(reference, *told), tmp_path, batch, guidance)
-    assert error < 1e-4
+def test_exported_step_is_diffusers_network_and_the_solver(tmp_path: Path) -> None:
+    sizes = {**SD35, "num_layers": 2, "dual_attention_layers": (0,)}
+    reference = masked(saved(tmp_path, sizes), MASKED)
+    errors = step_errors(load(tmp_path), lambda *told: predicted(reference, *told), tmp_path)
+    assert max(errors) < 1e-4
 
 
 def test_another_size_takes_the_middle_of_the_positions(tmp_path: Path) -> None:
