@@ -45,14 +45,17 @@ class Arm:
         """One solver step; the network's output, float32 [B, C, H, W]."""
         schedule = self.engine.schedule
         t = (NETWORK_TIME - schedule.time_shift) / schedule.time_scale
-        return self.engine.predict(feed["x"], t, labels=feed["y"][0] if "y" in feed else None)
+        return self.engine.predict(feed["x"], t, conditioning=self._told(feed))
 
     def sample(self, feed: Feed, steps: int, sampler: str) -> np.ndarray:
         """A whole sample from the feed's x; float32 [B, C, H, W]."""
-        x, labels = feed["x"], feed["y"][0] if "y" in feed else None
+        x = feed["x"]
         options: dict[str, Any] = {"steps": steps, "sampler": sampler, "batch_size": len(x), "output": "float"}
         options["allow_nonfinite"] = True  # random weights may diverge, and are timed; of trained ones quality tells
-        return self.engine.sample(len(x), seed=SEED, noise=x, labels=labels, **options)
+        return self.engine.sample(len(x), seed=SEED, noise=x, conditioning=self._told(feed), **options)
+
+    def _told(self, feed: Feed) -> dict[str, np.ndarray]:
+        return {each.name: feed[each.name][0] for each in self.engine.manifest.conditions}
 
     def kernels(self) -> dict[str, int]:
         """How many of the masked layers run which kernel."""

@@ -25,7 +25,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 def is_digits(model: Model) -> bool:
     """Whether a model draws scikit-learn's digits: its shape and classes are theirs, and the evaluation is here."""
-    fits = model.config.data_shape == DIGITS_SHAPE and model.config.num_classes == DIGITS_CLASSES
+    fits = model.config.data_shape == DIGITS_SHAPE and model.num_classes == DIGITS_CLASSES
     return fits and (DIGITS / "evaluate.py").is_file()
 
 

@@ -52,12 +52,11 @@ def predictor(model: Model, baked: Baked, precision: str) -> Predict:
             module.attend = _rounding(module.attend)
 
     def predict(x: np.ndarray, t: np.ndarray) -> np.ndarray:
-        arguments = [torch.from_numpy(x), torch.from_numpy(t)]
-        if model.config.num_classes:
-            arguments.append(torch.arange(len(x)) % model.config.num_classes)
+        told = {name: torch.from_numpy(rows) for name, rows in model.told(np.arange(len(x))).items()}
         with torch.no_grad():
-            predicted: np.ndarray = network(*arguments).float().numpy()
-        return predicted
+            predicted = network(torch.from_numpy(x), torch.from_numpy(t), **told)
+        found: np.ndarray = predicted[:, : x.shape[1]].float().numpy()
+        return found
 
     return predict
 

@@ -61,7 +61,7 @@ def measure_quality(
     images = max([PSNR_IMAGES, *(judge.images for judge in judges)])
     batch = max(batch, LEAST_BATCH)
     starts = range(0, images, batch)
-    labels = workload.labels(images)
+    labels = workload.model.labels(images)
     rows: dict[str, dict[str, float | None]] = {}
     expected: np.ndarray | None = None
     for name, candidate in candidates.items():

@@ -17,7 +17,7 @@ from sparse_engine.export.bake import bake
 from sparse_engine.export.build import export_baked
 from sparse_engine.export.model import Model
 from sparse_engine.export.precision import lower
-from sparse_engine.export.step_graph import Step, UnconditionalStep
+from sparse_engine.export.step_graph import step_of
 
 from .peers import Feed, Subject
 
@@ -44,7 +44,7 @@ class Workload:
     def torch_step(self, precision: str = "fp32") -> nn.Module:
         """The same as a torch module, a fresh one."""
         network = lower(self.model.network(self.baked.state), self.model.family.float32_layers, precision)
-        return (Step if self.model.config.num_classes else UnconditionalStep)(network)
+        return step_of(network, self.model.config)
 
     @cached_property
     def sparse_layers(self) -> tuple[str, ...]:
@@ -68,23 +68,17 @@ class Workload:
             for chunk in weights_payload(graph.weights).chunks():
                 stream.write(chunk)
 
-    def labels(self, n: int) -> np.ndarray | None:
-        """Every class in turn, int64 [n]; None for an unconditional model."""
-        null = self.model.recipe.null_class
-        classes = [label for label in range(self.model.config.num_classes) if label != null]
-        return np.resize(np.array(classes, np.int64), n) if classes else None
-
     def feed(self, images: np.ndarray) -> Feed:
         """A fixed step from the seed's noise of some images, in the order of the graph's inputs.
 
-        x, t [, y, guidance], coef, clip, base, h1, h2, z; m is the network's own output.
+        x, t [, conditions, guidance], coef, clip, base, h1, h2, z; m is the network's own output.
         """
         batch = len(images)
         x = sampling.normal(SEED, images, 0, self.model.config.data_shape)
         feed: Feed = {"x": x, "t": np.full(batch, NETWORK_TIME, np.float32)}
-        labels = self.labels(int(images[-1]) + 1)
-        if labels is not None:
-            feed |= {"y": np.ascontiguousarray(labels[images][None]), "guidance": np.ones(1, np.float32)}
+        if told := self.model.told(images, SEED):
+            rows = {name: np.ascontiguousarray(array[None]) for name, array in told.items()}
+            feed |= {**rows, "guidance": np.ones(1, np.float32)}
         feed |= {"coef": np.array([0, 1, 1, 0, 0, 0, 0, 0], np.float32), "clip": np.array([-1e30, 1e30], np.float32)}
         return feed | {name: np.zeros_like(x) for name in ("base", "h1", "h2", "z")}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from sparse_engine import arguments, sampling
+from sparse_engine.conditioning import LABELS, Condition, Rows
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import InputError, OptionError
 from sparse_engine.files import check_readable, parsed_json, replacing
@@ -28,7 +29,7 @@ MIN_SAMPLES = 32
 MOST_IMAGES, MOST_STEPS = 100_000, 10_000
 HELD_OUT = 5  # one sample of this many measures quality, and is not calibrated on
 MOST_PACKED = 20  # times its size that a file may unpack to
-FORMAT = "sparse-engine-calibration/1"
+FORMAT, OLD_FORMAT = "sparse-engine-calibration/2", "sparse-engine-calibration/1"  # the old one knows labels alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,7 @@ class CalibrationData:
         x: float32 [N, C, H, W], states of sampling trajectories.
         times: float64 [N], schedule times.
         network_times: float32 [N], what the network is given for them.
-        labels: int64 [N], the null class too where guidance was on; None for an unconditional model.
+        conditioning: name -> [N, *shape], what the second pass is told too where guidance was on.
         guidance: float32 [N], the weight that each trajectory was sampled with.
         facts: where they come from: "checkpoint_sha256", "masked", "seed", "sampler", "steps", "images".
     """
@@ -47,7 +48,7 @@ class CalibrationData:
     x: np.ndarray
     times: np.ndarray
     network_times: np.ndarray
-    labels: np.ndarray | None
+    conditioning: dict[str, np.ndarray]
     guidance: np.ndarray
     facts: dict[str, Any]
 
@@ -56,13 +57,12 @@ class CalibrationData:
 
     def take(self, indices: np.ndarray) -> CalibrationData:
         """Some of the samples."""
-        labels = None if self.labels is None else self.labels[indices]
         return dataclasses.replace(
             self,
             x=self.x[indices],
             times=self.times[indices],
             network_times=self.network_times[indices],
-            labels=labels,
+            conditioning={name: rows[indices] for name, rows in self.conditioning.items()},
             guidance=self.guidance[indices],
         )
 
@@ -78,12 +78,14 @@ class CalibrationData:
 
     def save(self, path: Path) -> None:
         """Write ``.npz``, whole or not at all. Raises OutputError."""
-        arrays = {name: getattr(self, name) for name in ARRAYS if getattr(self, name) is not None}
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        arrays |= {f"{TOLD}{name}": rows for name, rows in self.conditioning.items()}
         with replacing(path) as stream:
             np.savez(stream, facts=np.array(json.dumps({"format": FORMAT, **self.facts})), **arrays)
 
 
-ARRAYS = {"x": np.float32, "times": np.float64, "network_times": np.float32, "labels": np.int64, "guidance": np.float32}
+ARRAYS = {"x": np.float32, "times": np.float64, "network_times": np.float32, "guidance": np.float32}
+TOLD = "conditioning/"  # before the names of conditions in a file
 
 
 def check_amounts(images: Any, steps: Any, seed: Any) -> tuple[int, int, int]:
@@ -109,6 +111,8 @@ def collect(
     images: int = 64,
     steps: int = 20,
     sampler: str | None = None,
+    conditioning: Mapping[str, Any] | None = None,
+    negative: Mapping[str, Any] | None = None,
     guidance: Sequence[float] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -120,8 +124,10 @@ def collect(
         images: how many trajectories; ``images * steps / 4`` samples are kept.
         steps: network evaluations of each, at times of equal distance.
         sampler: as ``SparseEngine.sample`` takes it.
-        guidance: weights; the images take them in turn. None is 1, and 2 where the model has a null class. Where the
-            weight is not 1, half of what is kept is the pass without label.
+        conditioning, negative: as ``SparseEngine.sample`` takes them, a row for all images or one for each. Labels that
+            are not given are every class equally often.
+        guidance: weights; the images take them in turn. None is 1, and 2 where the second pass can be told something.
+            Where the weight is not 1, half of what is kept is the second pass.
         seed: of the noise and of the order of labels.
         progress: told (steps done, steps in all).
 
@@ -136,10 +142,20 @@ def collect(
             "calibrate the checkpoint, or an engine built in fp32",
         )
     images, steps, seed = check_amounts(images, steps, seed)
-    default = (1.0,) if manifest.null_class is None else (1.0, 2.0)
+    guides = bool(manifest.conditions) and all(
+        each.null is not None or each.default is not None or (negative is not None and each.name in negative)
+        for each in manifest.conditions
+    )
+    default = (1.0, 2.0) if guides else (1.0,)
     weights = default if guidance is None else arguments.real_numbers("guidance", guidance)
-    labels = _labels(manifest, images, seed)
+    told = dict(conditioning or {})
+    if manifest.num_classes and LABELS not in told:
+        told[LABELS] = _labels(manifest, images, seed)
     trajectory = engine.trajectory(steps, sampler, spacing="time-uniform")
+    rows = {
+        weight: engine.told(images, conditioning=told, negative=negative if weight != 1 else None, guidance=weight)
+        for weight in weights
+    }
     groups = list(_groups(images, weights, manifest.batch[1]))
     kept = []
     for index, (weight, chosen) in enumerate(groups):
@@ -147,9 +163,9 @@ def collect(
         def count(step: int, index: int = index) -> None:
             progress(index * steps + step + 1, len(groups) * steps)
 
-        y = None if labels is None else labels[chosen]
-        states = _states(engine, chosen, y, weight, steps, sampler, seed, count)
-        kept.append(_keep(states, chosen // len(weights), trajectory, y, weight, manifest.null_class))
+        part = Rows(rows[weight].of(chosen), rows[weight].weights)
+        states = _states(engine, chosen, part, weight, steps, sampler, seed, count)
+        kept.append(_keep(states, chosen // len(weights), trajectory, part, weight))
     facts = {
         "checkpoint_sha256": manifest.checkpoint_sha256,
         "masked": any(layer["masked"] for layer in manifest.layers),
@@ -158,18 +174,19 @@ def collect(
         "steps": steps,
         "images": images,
     }
-    joined = {name: _joined([getattr(part, name) for part in kept]) for name in ARRAYS}
-    data = CalibrationData(**joined, facts=facts)
+    joined = {name: np.concatenate([getattr(part, name) for part in kept]) for name in ARRAYS}
+    names = kept[0].conditioning
+    both = {name: np.concatenate([part.conditioning[name] for part in kept]) for name in names}
+    data = CalibrationData(**joined, conditioning=both, facts=facts)
     return data.take(np.argsort(-data.times, kind="stable"))
 
 
-def _labels(manifest: Manifest, images: int, seed: int) -> np.ndarray | None:
-    """Every class equally often, in random order; of more classes than images, some. None without labels."""
-    if not manifest.num_classes:
-        return None
+def _labels(manifest: Manifest, images: int, seed: int) -> np.ndarray:
+    """Every class equally often, in random order; of more classes than images, some."""
     classes = np.delete(np.arange(manifest.num_classes), [] if manifest.null_class is None else [manifest.null_class])
     rng = np.random.default_rng(seed)
-    return rng.permutation(np.resize(rng.permutation(classes), images))
+    labels: np.ndarray = rng.permutation(np.resize(rng.permutation(classes), images))
+    return labels
 
 
 def _groups(images: int, weights: Sequence[float], batch: int) -> Iterator[tuple[float, np.ndarray]]:
@@ -183,7 +200,7 @@ def _groups(images: int, weights: Sequence[float], batch: int) -> Iterator[tuple
 def _states(
     engine: SparseEngine,
     images: np.ndarray,
-    labels: np.ndarray | None,
+    told: Rows,
     weight: float,
     steps: int,
     sampler: str | None,
@@ -204,7 +221,8 @@ def _states(
         spacing="time-uniform",
         noise=states[0],
         seed=seed,
-        labels=labels,
+        conditioning={name: rows[0] for name, rows in told.arrays.items()},
+        negative={name: rows[1] for name, rows in told.arrays.items()} if weight != 1.0 else None,
         guidance=weight,
         batch_size=len(images),
         output="float",
@@ -217,37 +235,34 @@ def _keep(
     states: list[np.ndarray],
     turns: np.ndarray,
     trajectory: sampling.Trajectory,
-    labels: np.ndarray | None,
+    told: Rows,
     weight: float,
-    null_class: int | None,
 ) -> CalibrationData:
     """Each image's own share of its steps: ``turns`` [B] are its places among the images of the same weight."""
     step, column = np.nonzero((np.arange(len(states))[:, None] + turns[None, :]) % EVERY == 0)
-    y = None
-    if labels is not None:
-        y = labels[column].astype(np.int64)
-        if weight != 1.0 and null_class is not None:
-            y[1::2] = null_class
+    conditioning = {}
+    for name, rows in told.arrays.items():
+        conditioning[name] = rows[0][column]
+        if weight != 1.0:
+            conditioning[name][1::2] = rows[1][column[1::2]]
     return CalibrationData(
         np.stack(states)[step, column],
         trajectory.times[step],
         trajectory.network_times[step].astype(np.float32),
-        y,
+        conditioning,
         np.full(len(step), weight, np.float32),
         {},
     )
 
 
-def _joined(parts: list[np.ndarray | None]) -> Any:
-    return None if parts[0] is None else np.concatenate([part for part in parts if part is not None])
-
-
-def load_calibration(path: Path, *, checkpoint_sha256: str, data_shape: Sequence[int], classes: int) -> CalibrationData:
+def load_calibration(
+    path: Path, *, checkpoint_sha256: str, data_shape: Sequence[int], conditions: Sequence[Condition]
+) -> CalibrationData:
     """Read calibration data and hold it against the model that it is for.
 
     Args:
         path: what ``CalibrationData.save`` wrote.
-        checkpoint_sha256, data_shape, classes: the model's; ``classes`` are the rows of its label table.
+        checkpoint_sha256, data_shape, conditions: the model's.
 
     Raises:
         InputError: no calibration file, damaged, of another model, too few samples, or samples that are all alike.
@@ -264,8 +279,13 @@ def load_calibration(path: Path, *, checkpoint_sha256: str, data_shape: Sequence
             f"expected {checkpoint_sha256[:12]}...",
             _AGAIN,
         )
-    if (data.labels is None) != (classes == 0) or (data.labels is not None and not _within(data.labels, classes)):
-        raise InputError(f"{path}: its labels do not fit a model of {classes} classes", _AGAIN)
+    told = {each.name: each for each in conditions}
+    if data.conditioning.keys() != told.keys():
+        words = " and ".join(", ".join(names) or "nothing" for names in (data.conditioning, told))
+        raise InputError(f"{path} and the model differ in what the network is told: {words}", _AGAIN)
+    for name, rows in data.conditioning.items():
+        if not _fits(rows, told[name]):
+            raise InputError(f"{path}: its {_NAMES.get(name, name)} do not fit a model of {_words(told[name])}", _AGAIN)
     if len(data) < MIN_SAMPLES:
         raise InputError(f"{path} holds {len(data)} samples; expected at least {MIN_SAMPLES}", _AGAIN)
     if np.ptp(data.x, axis=0).max() == 0:
@@ -275,10 +295,19 @@ def load_calibration(path: Path, *, checkpoint_sha256: str, data_shape: Sequence
     return data
 
 
-def _within(labels: np.ndarray, classes: int) -> bool:
-    return bool(((labels >= 0) & (labels < classes)).all())
+def _fits(rows: np.ndarray, condition: Condition) -> bool:
+    if rows.dtype != condition.dtype or rows.shape[1:] != condition.shape:
+        return False
+    return condition.classes is None or bool(((rows >= 0) & (rows < condition.classes)).all())
 
 
+def _words(condition: Condition) -> str:
+    if condition.classes is not None:
+        return f"{condition.classes} classes"
+    return f"{condition.name} {condition.dtype} {list(condition.shape)}"
+
+
+_NAMES = {LABELS: "labels"}
 _AGAIN = "make it for this model: sparse-engine calibrate CHECKPOINT -o calib.npz"
 
 
@@ -296,23 +325,27 @@ def _read(path: Path) -> CalibrationData:
         _check_size(path)
         with np.load(path, allow_pickle=False) as archive:
             facts = parsed_json(str(archive["facts"]))
+            if not isinstance(facts, dict):
+                raise ValueError("its facts are no mapping")
             arrays = {name: archive.get(name) for name in ARRAYS}
+            told = {name.removeprefix(TOLD): archive[name] for name in archive.files if name.startswith(TOLD)}
+            if facts.get("format") == OLD_FORMAT and "labels" in archive.files:
+                told[LABELS] = archive["labels"]
     except InputError:
         raise
     except Exception as error:  # of any kind, where a file is damaged
         raise InputError(f"{path} is no calibration file: {error}", _AGAIN) from error
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+    if facts.get("format") not in (FORMAT, OLD_FORMAT):
         raise InputError(f"{path} is no calibration file of the format {FORMAT}", _AGAIN)
     x = arrays["x"]
     if not isinstance(x, np.ndarray) or x.ndim != 4:
         raise InputError(f"{path} is incomplete: it holds no x [N, C, H, W]", _AGAIN)
-    for name, array in arrays.items():
-        if array is None and name == "labels":
-            continue
-        if not isinstance(array, np.ndarray) or array.shape[:1] != x.shape[:1] or (name != "x" and array.ndim != 1):
+    for name, array in {**arrays, **told}.items():
+        flat = name in ARRAYS and name != "x"
+        if not isinstance(array, np.ndarray) or array.shape[:1] != x.shape[:1] or (flat and array.ndim != 1):
             raise InputError(f"{path} is incomplete: {name} is missing or cut short", _AGAIN)
-        if array.dtype != ARRAYS[name]:
+        if name in ARRAYS and array.dtype != ARRAYS[name]:
             raise InputError(f"{path}: {name} is {array.dtype}; expected {np.dtype(ARRAYS[name])}", _AGAIN)
-        if not np.isfinite(array).all():
+        if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
             raise InputError(f"{path}: {name} holds NaN or infinite values", _AGAIN)
-    return CalibrationData(**arrays, facts=facts)
+    return CalibrationData(**arrays, conditioning=told, facts=facts)

@@ -138,8 +138,9 @@ def predictions(graph: StepGraph, data: CalibrationData) -> np.ndarray:
 def _feed(batch: CalibrationData) -> dict[str, np.ndarray]:
     zeros = np.zeros_like(batch.x)
     feed = {"x": batch.x, "t": batch.network_times, "coef": IDENTITY_ROW, "clip": NO_CLIP}
-    if batch.labels is not None:
-        feed |= {"y": batch.labels[None], "guidance": np.ones(1, np.float32)}
+    if batch.conditioning:
+        told = {name: rows[None] for name, rows in batch.conditioning.items()}
+        feed |= {**told, "guidance": np.ones(1, np.float32)}
     return feed | dict.fromkeys(("base", "h1", "h2", "z"), zeros)
 
 

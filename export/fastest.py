@@ -183,7 +183,7 @@ def _listed(candidates: Mapping[str, Candidate], choice: Choice) -> str:
 def _predictions(engine: SparseEngine, data: CalibrationData) -> np.ndarray:
     batches = data.batches(engine.manifest.batch[1])
     return np.concatenate(
-        [engine.predict(part.x, part.times, labels=part.labels, allow_nonfinite=True) for part in batches]
+        [engine.predict(part.x, part.times, conditioning=part.conditioning, allow_nonfinite=True) for part in batches]
     )
 
 

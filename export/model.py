@@ -13,7 +13,7 @@ from torch import nn
 
 from sparse_engine.conditioning import Condition
 from sparse_engine.errors import CheckpointError, OptionError, SparseEngineError
-from sparse_engine.sampling import SAMPLERS, make_trajectory, schedule_from_dict
+from sparse_engine.sampling import SAMPLERS, make_trajectory, normal, schedule_from_dict
 
 from .checkpoint import Checkpoint, load_checkpoint
 from .diffusers_scheduler import scheduler_settings
@@ -61,6 +61,24 @@ class Model:
     def num_classes(self) -> int:
         """Rows of the label table, the null class too; 0 for a network that is told no label."""
         return _classes(self.config)
+
+    def labels(self, n: int) -> np.ndarray | None:
+        """Every class but the null class in turn, int64 [n]; None for a network that is told no label."""
+        classes = [label for label in range(self.num_classes) if label != self.recipe.null_class]
+        return np.resize(np.array(classes, np.int64), n) if classes else None
+
+    def told(self, images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
+        """Something to tell the network of some images, name -> [B, *shape]: labels in turn, defaults, normal noise."""
+        told: dict[str, np.ndarray] = {}
+        labels = self.labels(int(images.max()) + 1)
+        for draw, each in enumerate(self.conditions, start=1):
+            if each.classes is not None and labels is not None:
+                told[each.name] = labels[images]
+            elif each.default is not None:
+                told[each.name] = np.full((len(images), *each.shape), each.default, each.dtype)
+            else:
+                told[each.name] = normal(seed, images, draw, each.shape).astype(each.dtype)
+        return told
 
     def network(self, state: Mapping[str, np.ndarray]) -> nn.Module:
         """The family's network with the given weights, in evaluation mode."""

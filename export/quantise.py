@@ -41,7 +41,7 @@ def calibration_of(model: Model, wanted: Quantisation) -> CalibrationData:
         wanted.calibration,
         checkpoint_sha256=model.checkpoint.sha256,
         data_shape=model.config.data_shape,
-        classes=model.config.num_classes,
+        conditions=model.conditions,
     )
 
 

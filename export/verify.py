@@ -12,7 +12,6 @@ import torch
 
 from sparse_engine import arguments, sampling
 from sparse_engine.backends.torch.plain import plain_defaults
-from sparse_engine.conditioning import Condition
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import VerificationError
 from sparse_engine.images import psnr
@@ -123,15 +122,6 @@ def verify_engine(
     return Verification(times, psnr, allowed, same)
 
 
-def _told(condition: Condition, index: int, seed: int) -> np.ndarray:
-    """[BATCH, *shape] of one condition: labels in turn, what has a default that, all else from the seed's noise."""
-    if condition.classes is not None:
-        return np.arange(BATCH) % condition.classes
-    if condition.default is not None:
-        return np.full((BATCH, *condition.shape), condition.default, condition.dtype)
-    return sampling.normal(seed, np.arange(BATCH), 1 + index, condition.shape)
-
-
 class Reference:
     """The torch network that an engine has to agree with."""
 
@@ -142,7 +132,7 @@ class Reference:
         baked = bake(model, mask["rule"], Pattern.parse(mask["pattern"]), mask["layers"])
         self._network = model.network(baked.state)
         self.sha256 = model.checkpoint.sha256
-        self.conditioning = {each.name: _told(each, index, seed) for index, each in enumerate(model.conditions)}
+        self.conditioning = model.told(np.arange(BATCH), seed)
 
     def __call__(self, x: np.ndarray, network_time: np.ndarray) -> np.ndarray:
         """The network's prediction, float32 of x's shape."""

@@ -337,6 +337,10 @@ class SparseEngine:
         times = arguments.network_times(t, len(states))
         return self._evaluate(states, times, self._conditioning.rows(len(states), conditioning=conditioning))
 
+    def told(self, n: int, **said: Any) -> Rows:
+        """What the network is told for n images: arguments and errors of ``conditioning.Conditioning.rows``."""
+        return self._conditioning.rows(n, **said)
+
     def _evaluate(self, x: Any, network_time: Any, told: Rows) -> np.ndarray:
         times = np.ascontiguousarray(np.broadcast_to(np.asarray(network_time, np.float32), (len(x),)))
         with library_call():

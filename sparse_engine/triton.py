@@ -17,6 +17,7 @@ from .manifest import Manifest
 
 PLAN = "step.plan"
 COPY_BYTES = 1 << 24
+FLOAT = "TYPE_FP32"
 
 
 def export_triton(engine: str | Path, repository: str | Path, name: str | None = None) -> Path:
@@ -74,17 +75,17 @@ def configuration(manifest: Manifest, name: str) -> str:
     """
     state = [-1, *manifest.data_shape]
     inputs = {"x": state, "t": [-1], "coef": [8], "clip": [2], **dict.fromkeys(("base", "h1", "h2", "z"), state)}
-    if manifest.num_classes:
-        inputs |= {"y": [-1, -1], "guidance": [-1]}
+    if manifest.conditions:
+        inputs |= {each.name: [-1, -1, *each.shape] for each in manifest.conditions} | {"guidance": [-1]}
+    whole = {each.name for each in manifest.conditions if each.dtype == "int64"}
     lines = [f'name: "{name}"', 'platform: "tensorrt_plan"', "max_batch_size: 0"]
-    lines += [_tensor("input", each, dims) for each, dims in inputs.items()]
+    lines += [_tensor("input", each, dims, "TYPE_INT64" if each in whole else FLOAT) for each, dims in inputs.items()]
     lines += [_tensor("output", each, state) for each in ("x_next", "m")]
     lines += ["instance_group [ { count: 1 kind: KIND_GPU } ]"]
     return "\n".join(lines) + "\n"
 
 
-def _tensor(kind: str, name: str, dims: list[int]) -> str:
-    data_type = "TYPE_INT64" if name == "y" else "TYPE_FP32"
+def _tensor(kind: str, name: str, dims: list[int], data_type: str = FLOAT) -> str:
     return f'{kind} [ {{ name: "{name}" data_type: {data_type} dims: [ {", ".join(map(str, dims))} ] }} ]'
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from sparse_engine import SparseEngine
 from sparse_engine.backends import BuildOptions
@@ -27,14 +28,25 @@ TINY_CONDITIONAL = UViTConfig(8, 2, 3, 32, 2, 4, num_classes=5)
 TINY_LATENT = UViTConfig(8, 2, 4, 32, 2, 4, num_classes=5, final_conv=False, mlp_time_embed=True)
 
 
-def random_state(config: UViTConfig, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A U-ViT's weights, large enough that every part of the network shows in its output."""
-    torch.manual_seed(seed)
-    network = UViT(config)
+def fill(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights for a network, large enough that every part of it shows in its output."""
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.normal_(0, 0.15)
     return network.state_dict()
+
+
+def random_state(config: UViTConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A U-ViT's weights."""
+    torch.manual_seed(seed)
+    return fill(UViT(config))
+
+
+def save_network(path: Path, network: nn.Module, seed: int = 0) -> Path:
+    """A state dict of a network filled at random."""
+    torch.manual_seed(seed)
+    torch.save(fill(network), path)
+    return path
 
 
 def save_checkpoint(path: Path, config: UViTConfig, seed: int = 0) -> Path:

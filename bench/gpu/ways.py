@@ -176,7 +176,7 @@ class Arm:
         self._buffers = StepBuffers(
             x=x,
             t=torch.full((len(x),), NETWORK_TIME, device=x.device),
-            labels=None,
+            conditioning={},
             guidance=torch.ones(1, device=x.device),
             coef=coef,
             clip=torch.tensor([-1e30, 1e30], device=x.device),
@@ -253,7 +253,7 @@ class Ways:
         names = sparse_layers(network)
         positions = {name: FAMILY.positions(config, name) for name in names}
         chooser = Chooser(positions, (batch, batch, batch), session.device, autotune=True)
-        self.attention = choose_attention(network, (x[:1], torch.zeros(1, device=x.device)), chooser)
+        self.attention = choose_attention(network, {"x": x[:1], "t": torch.zeros(1, device=x.device)}, chooser)
         self.ours = copy.deepcopy(network)  # all with the same attention
         self.steps = steps_of_a_run(batch * sum(positions[name] * _weights(network, name) for name in names))
         shapes = shapes_of(network)
@@ -325,7 +325,7 @@ def sample(network: nn.Module, config: UViTConfig, session: Session, compiled: b
 
     trajectory = sampling.make_trajectory(PAPER_SAMPLER, sampling.VPLinear(), PAPER_STEPS)
     loop = DeviceLoop(TorchDevice(session.device, UnconditionalStep(network), compiled))
-    found: np.ndarray = loop.run(trajectory, noise(0), labels=None, guidance=np.ones(1, np.float32), noise=noise)
+    found: np.ndarray = loop.run(trajectory, noise(0), conditioning={}, guidance=np.ones(1, np.float32), noise=noise)
     loop.close()
     return found
 

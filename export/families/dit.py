@@ -48,7 +48,7 @@ LEARNED_VARIANCE = (
     "it was trained with the variances that it predicts beside eps, which are not used here; ddpm with fixed ones "
     "is another sampler than the authors'. Use ddim or one of the DPM-Solvers, which need no variance"
 )
-OR_SIT = "family = dit: SiT's keys are the same, and it is trained to flow matching: sampled as a DiT it draws nothing"
+OR_SIT = "family = dit: SiT has the same keys and is trained to flow matching; if this is one, its pictures are wrong"
 BY_ANALOGY = "by analogy with U-ViT, since SparseDM published no DiT; say others with --mask-layers"
 
 
@@ -226,17 +226,20 @@ class DiT(nn.Module):
 
     def _initialise(self) -> None:
         """The paper's: every block begins as the identity, and the head as zero."""
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                if "adaLN_modulation" in name or name == "final_layer.linear":
+                    nn.init.zeros_(module.weight)
+                elif name.startswith("t_embedder"):
+                    nn.init.normal_(module.weight, std=0.02)
+                else:
+                    nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]
-        for embedding in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.y_embedder.embedding_table):
-            nn.init.normal_(embedding.weight, std=0.02)
-        for zero in [*(block.adaLN_modulation for block in self.blocks), self.final_layer.adaLN_modulation]:
-            nn.init.zeros_(zero[1].weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
 
 def _recognises(shapes: Shapes) -> bool:

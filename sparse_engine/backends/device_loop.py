@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -54,14 +54,14 @@ class CaptureError(Exception):
 class StepBuffers(Generic[B]):
     """The buffers of one solver step; ``docs/engine-file.md`` has its lines.
 
-    ``labels`` [G, B] int64 is None for an unconditional model; ``guidance`` [G], ``coef`` [8] and ``clip`` [2] are
-    float32, ``t`` is float32 [B], all others float32 [B, C, H, W]. The step reads all but ``x_next`` and ``m``, which
-    it writes; none of them overlap.
+    ``conditioning`` is name -> [G, B, ...], empty for a network that is told x and t alone; ``guidance`` [G], ``coef``
+    [8] and ``clip`` [2] are float32, ``t`` is float32 [B], all others float32 [B, C, H, W]. The step reads all but
+    ``x_next`` and ``m``, which it writes; none of them overlap.
     """
 
     x: B
     t: B
-    labels: B | None
+    conditioning: Mapping[str, B]
     guidance: B
     coef: B
     clip: B
@@ -147,6 +147,11 @@ class TakingDevice(Protocol[B_contra]):
         ...
 
 
+def part_of(conditioning: Mapping[str, np.ndarray], rows: slice | np.ndarray) -> dict[str, np.ndarray]:
+    """What a network is told for some rows of a batch."""
+    return {name: array[:, rows] for name, array in conditioning.items()}
+
+
 def noise_of(noise: NoiseSource, rows: slice | np.ndarray) -> NoiseSource:
     """The noise of some rows of a batch."""
     return noise.of(rows) if isinstance(noise, SeededNoise) else lambda draw: noise(draw)[rows]
@@ -157,7 +162,7 @@ class _Drawn(Generic[B]):
     """What noise that the device draws passes through; see ``NoiseDevice.draw``."""
 
     z: B  # [B, C, H, W], a step's
-    origin: B  # uint32 [2 + B]
+    origin: B  # uint32 [B, 3]
     draws: B  # uint32 [chunk, 1]
 
 
@@ -171,7 +176,7 @@ class _State(Generic[B]):
     zeros: B
     clip: B
     guidance: B
-    labels: B | None
+    conditioning: dict[str, B]
     chunk: int
     t: B  # [chunk, B]
     coef: B  # [chunk, 8]
@@ -183,8 +188,9 @@ class _State(Generic[B]):
 
     def buffers(self) -> list[B]:
         drawn = vars(self.drawn).values() if self.drawn is not None else ()
-        optional = [buffer for buffer in (self.labels, self.z, *drawn) if buffer is not None]
-        return [*self.x, *self.m, self.base, self.zeros, self.clip, self.guidance, self.t, self.coef, *optional]
+        optional = [buffer for buffer in (self.z, *drawn) if buffer is not None]
+        told = self.conditioning.values()
+        return [*told, *self.x, *self.m, self.base, self.zeros, self.clip, self.guidance, self.t, self.coef, *optional]
 
 
 @dataclass(frozen=True)
@@ -244,7 +250,7 @@ class DeviceLoop(Generic[B]):
         trajectory: Trajectory,
         x: np.ndarray | DeviceArray,
         *,
-        labels: np.ndarray | None,
+        conditioning: Mapping[str, np.ndarray],
         guidance: np.ndarray,
         noise: NoiseSource,
         callback: StepCallback | None = None,
@@ -259,7 +265,7 @@ class DeviceLoop(Generic[B]):
 
         def walk(part: slice) -> Any:
             own = noise_of(noise, part)
-            with self._prepared(x[part], None if labels is None else labels[:, part], guidance) as state:
+            with self._prepared(x[part], part_of(conditioning, part), guidance) as state:
                 for chunk in self._chunks(trajectory, state, own, callback):
                     self._advance(state, trajectory, chunk, own)
                     if callback is not None:
@@ -273,13 +279,18 @@ class DeviceLoop(Generic[B]):
             return np.concatenate(self._in_parts(len(x), walk))
 
     def network(
-        self, x: np.ndarray | DeviceArray, t: np.ndarray, *, labels: np.ndarray | None, guidance: np.ndarray
+        self,
+        x: np.ndarray | DeviceArray,
+        t: np.ndarray,
+        *,
+        conditioning: Mapping[str, np.ndarray],
+        guidance: np.ndarray,
     ) -> np.ndarray:
         """See ``StepRunner.network``."""
         device = self._device
 
         def evaluate(part: slice) -> np.ndarray:
-            with self._prepared(x[part], None if labels is None else labels[:, part], guidance) as state:
+            with self._prepared(x[part], part_of(conditioning, part), guidance) as state:
                 device.upload(state.clip, NO_CLIP)
                 device.upload(state.t, np.ascontiguousarray(t[part])[None])
                 device.upload(state.coef, IDENTITY_ROW[None])
@@ -331,14 +342,14 @@ class DeviceLoop(Generic[B]):
 
     @contextlib.contextmanager
     def _prepared(
-        self, x: np.ndarray | DeviceArray, labels: np.ndarray | None, guidance: np.ndarray
+        self, x: np.ndarray | DeviceArray, conditioning: Mapping[str, np.ndarray], guidance: np.ndarray
     ) -> Iterator[_State[B]]:
         """The state of a batch for one run, with x and what stays the same over a trajectory in place."""
         self._check_open()
         key = (len(x), len(guidance))
-        state = self._states.pop(key, None) or self._allocate(x.shape, len(guidance), labels is not None)
+        state = self._states.pop(key, None) or self._allocate(x.shape, len(guidance), conditioning)
         try:
-            self._fill(state, x, labels, guidance)
+            self._fill(state, x, conditioning, guidance)
             yield state
         except BackendError:
             self._release(state)  # half-written
@@ -358,7 +369,11 @@ class DeviceLoop(Generic[B]):
             self._release(self._states.pop(next(iter(self._states))))
 
     def _fill(
-        self, state: _State[B], x: np.ndarray | DeviceArray, labels: np.ndarray | None, guidance: np.ndarray
+        self,
+        state: _State[B],
+        x: np.ndarray | DeviceArray,
+        conditioning: Mapping[str, np.ndarray],
+        guidance: np.ndarray,
     ) -> None:
         device = self._device
         if isinstance(x, np.ndarray):
@@ -371,10 +386,10 @@ class DeviceLoop(Generic[B]):
         for history in state.m[1:]:  # h2 and h1 of the first step: a diverged run may have left infinities there
             device.copy(history, state.zeros)
         device.upload(state.guidance, guidance)
-        if state.labels is not None and labels is not None:
-            device.upload(state.labels, np.ascontiguousarray(labels))
+        for name, rows in conditioning.items():
+            device.upload(state.conditioning[name], np.ascontiguousarray(rows))
 
-    def _allocate(self, shape: tuple[int, ...], passes: int, conditional: bool) -> _State[B]:
+    def _allocate(self, shape: tuple[int, ...], passes: int, conditioning: Mapping[str, np.ndarray]) -> _State[B]:
         device, made = self._device, []
 
         def buffer(shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> B:
@@ -392,7 +407,7 @@ class DeviceLoop(Generic[B]):
                 zeros=buffer(shape),
                 clip=buffer((2,)),
                 guidance=buffer((passes,)),
-                labels=buffer((passes, shape[0]), np.int64) if conditional else None,
+                conditioning={name: buffer(rows.shape, rows.dtype.type) for name, rows in conditioning.items()},
                 chunk=chunk,
                 t=buffer((chunk, shape[0])),
                 coef=buffer((chunk, 8)),
@@ -433,7 +448,7 @@ class DeviceLoop(Generic[B]):
 
     def _allocate_drawn(self, state: _State[B]) -> _Drawn[B]:
         device, (chunk, batch, *image), made = self._device, state.noise_shape, []
-        shapes = (((batch, *image), np.float32), ((2 + batch,), np.uint32), ((chunk, 1), np.uint32))
+        shapes = (((batch, *image), np.float32), ((batch, 3), np.uint32), ((chunk, 1), np.uint32))
         try:
             for shape, dtype in shapes:
                 made.append(device.allocate(shape, dtype))
@@ -508,7 +523,7 @@ class DeviceLoop(Generic[B]):
         return StepBuffers(
             x=state.x[index % 2],
             t=row(state.t, k),
-            labels=state.labels,
+            conditioning=state.conditioning,
             guidance=state.guidance,
             coef=row(state.coef, k),
             clip=state.clip,

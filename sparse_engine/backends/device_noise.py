@@ -30,7 +30,7 @@ class NoiseDevice(Protocol[B_contra]):
 
         Args:
             z: float32 [B, C, H, W], to fill.
-            origin: uint32 [2 + B], ``SeededNoise.origin``.
+            origin: uint32 [B, 3], ``SeededNoise.origin``.
             draw: uint32, the draw's number.
         """
         ...

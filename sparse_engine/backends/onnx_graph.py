@@ -5,9 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from .base import WEIGHTS_FILE, weight_offsets
+
+STEP_INPUTS = ("x", "t", "guidance", "coef", "clip", "base", "h1", "h2", "z")  # all but the conditions
+
+
+def conditions_of(proto: ModelProto) -> list[ValueInfoProto]:
+    """The inputs of a step graph that are conditions: what the network is told beside x and t."""
+    return [value for value in proto.graph.input if value.name not in STEP_INPUTS]
+
+
+def dtype_of(value: ValueInfoProto) -> type[np.generic]:
+    """Of a tensor's elements, as NumPy has it."""
+    found: type[np.generic] = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).type
+    return found
+
+
+def sizes(value: ValueInfoProto) -> tuple[int, ...]:
+    """Of a tensor's axes; 0 where one is dynamic."""
+    return tuple(axis.dim_value for axis in value.type.tensor_type.shape.dim)
 
 
 def only_consumer(graph: GraphProto, name: str) -> NodeProto | None:

@@ -163,8 +163,9 @@ class FakeCuda:
 
         def work() -> None:
             assert kernel in self.kernels
-            low, high, *rows = words(origin, 2 + images)
-            found = np.ascontiguousarray(normal(low | high << 32, rows, words(draw, 1)[0], (elements,)))
+            low, high, rows = np.array(words(origin, 3 * images), np.uint64).reshape(images, 3).T
+            seeds = low | high << np.uint64(32)
+            found = np.ascontiguousarray(normal(seeds, rows, words(draw, 1)[0], (elements,)))
             self.view(z, found.nbytes)
             ctypes.memmove(z, found.ctypes.data, found.nbytes)
             self.draws += 1

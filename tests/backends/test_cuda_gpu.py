@@ -51,7 +51,7 @@ def run(runner: CudaRunner, steps: int, x: Any, noise: Any, sampler: str) -> np.
     trajectory = sampling.make_trajectory(sampler, sampling.VPLinear(), steps)
     if trajectory.stochastic:
         trajectory = dataclasses.replace(trajectory, coef=np.ones_like(trajectory.coef))  # the last step draws, too
-    found: np.ndarray = runner.run(trajectory, x, labels=None, guidance=np.ones(1, np.float32), noise=noise)
+    found: np.ndarray = runner.run(trajectory, x, conditioning={}, guidance=np.ones(1, np.float32), noise=noise)
     return found
 
 

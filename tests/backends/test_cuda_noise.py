@@ -61,7 +61,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
     return draw
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 + 12345, 2**64 - 1])
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 + 12345, 2**64 - 1, "each"])
 @pytest.mark.parametrize(
     "images,shape",
     [
@@ -74,8 +74,9 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
     ],
     ids=str,
 )
-def test_draws_what_the_definition_says(kernel: Kernel, seed: int, images: Any, shape: tuple[int, ...]) -> None:
-    noise = SeededNoise(seed, np.array(images), shape)
+def test_draws_what_the_definition_says(kernel: Kernel, seed: Any, images: Any, shape: tuple[int, ...]) -> None:
+    seeds = np.array([2**64 - 1 - 2**33 * i for i in range(len(images))], np.uint64) if seed == "each" else seed
+    noise = SeededNoise(seeds, np.array(images), shape)
     for draw in (0, 1, 50, 2**32 - 1):
         found, expected = kernel(noise, draw), noise(draw)
         assert found.shape == expected.shape

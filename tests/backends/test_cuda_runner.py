@@ -53,14 +53,14 @@ def trajectory(sampler: str = "euler-sde", steps: int = 30) -> sampling.Trajecto
 def draws(batch: int) -> dict:
     return {
         "x": sampling.normal(0, np.arange(batch), 0, SHAPE),
-        "labels": np.stack([np.arange(batch) % 3, np.full(batch, 3)]),
+        "conditioning": {"y": np.stack([np.arange(batch) % 3, np.full(batch, 3)])},
         "guidance": GUIDANCE,
         "noise": lambda draw: sampling.normal(0, np.arange(batch), draw, SHAPE),
     }
 
 
-def reference(table: sampling.Trajectory, x, labels, guidance, noise) -> np.ndarray:
-    fixed = {} if labels is None else {"y": labels, "guidance": guidance}
+def reference(table: sampling.Trajectory, x, conditioning, guidance, noise) -> np.ndarray:
+    fixed = {**conditioning, "guidance": guidance} if conditioning else {}
 
     def host(x, t, coef, clip, base, h1, h2, z):
         return step(x, t, coef, clip, base, h1, h2, z, **fixed)
@@ -87,7 +87,7 @@ def test_runs_as_the_loop_on_the_host_does(sampler: str, batch: int) -> None:
 
 
 def test_unconditional() -> None:
-    cuda, table, inputs = FakeCuda(), trajectory(), draws(4) | {"labels": None, "guidance": ONE}
+    cuda, table, inputs = FakeCuda(), trajectory(), draws(4) | {"conditioning": {}, "guidance": ONE}
     runner = make_runner(cuda, labels=False)
     assert close_to(runner.run(table, **inputs), reference(table, **inputs))
 
@@ -96,8 +96,8 @@ def test_network_alone() -> None:
     cuda, inputs = FakeCuda(), draws(3)
     runner = make_runner(cuda)
     t = np.array([0.1, 0.5, 0.9], np.float32)
-    found = runner.network(inputs["x"], t, labels=inputs["labels"], guidance=GUIDANCE)
-    shift = np.einsum("g,gb->b", GUIDANCE, inputs["labels"])[:, None, None, None]
+    found = runner.network(inputs["x"], t, conditioning=inputs["conditioning"], guidance=GUIDANCE)
+    shift = np.einsum("g,gb->b", GUIDANCE, inputs["conditioning"]["y"])[:, None, None, None]
     assert close_to(found, 0.5 * np.tanh(inputs["x"]) + 0.01 * shift + 1e-3 * t[:, None, None, None])
 
 
@@ -111,7 +111,7 @@ def test_batches_outside_the_profile_are_filled_up_or_run_in_parts(profile: tupl
     assert close_to(found, reference(table, **inputs))
     assert sum(count for step, count in seen if step == 4) == batch
     t = np.linspace(0, 1, batch, dtype=np.float32)
-    assert len(runner.network(inputs["x"], t, labels=inputs["labels"], guidance=GUIDANCE)) == batch
+    assert len(runner.network(inputs["x"], t, conditioning=inputs["conditioning"], guidance=GUIDANCE)) == batch
 
 
 def test_a_batch_too_large_for_memory_is_split() -> None:
@@ -275,7 +275,7 @@ def test_a_callback_may_use_the_engine(lanes: int) -> None:
     inner: list[np.ndarray] = []
 
     def nested(index: int, time: float, x: np.ndarray) -> None:
-        runner.network(x, np.ones(3, np.float32), labels=inputs["labels"], guidance=GUIDANCE)
+        runner.network(x, np.ones(3, np.float32), conditioning=inputs["conditioning"], guidance=GUIDANCE)
         inner.append(runner.run(other, **inputs))
 
     for _ in range(2):
@@ -345,13 +345,13 @@ def test_an_array_on_the_same_gpu_is_copied_there(profile: tuple) -> None:
 
     runner._devices[0]._staging = Counting(cuda, runner._devices[0]._stream)  # type: ignore[arg-type]
     assert close_to(runner.run(table, **inputs | {"x": x}), reference(table, **inputs))
-    rest = {**inputs, "x": inputs["x"][3:], "labels": inputs["labels"][:, 3:]}
+    rest = {**inputs, "x": inputs["x"][3:], "conditioning": {"y": inputs["conditioning"]["y"][:, 3:]}}
     assert close_to(runner.run(table, **rest | {"x": x[np.arange(3, 7)]}), reference(table, **rest))
     t = np.linspace(0, 1, 7, dtype=np.float32)
-    found = runner.network(x, t, labels=inputs["labels"], guidance=GUIDANCE)
+    found = runner.network(x, t, conditioning=inputs["conditioning"], guidance=GUIDANCE)
     of_arrays = [shape for shape in staged if shape[1:] == SHAPE]
     assert len(of_arrays) == len(runner._loops[0]._states)  # the zeros of each batch size, nothing else
-    assert close_to(found, runner.network(inputs["x"], t, labels=inputs["labels"], guidance=GUIDANCE))
+    assert close_to(found, runner.network(inputs["x"], t, conditioning=inputs["conditioning"], guidance=GUIDANCE))
     stream = next(iter(cuda.streams))
     assert owner.streams == [1, *[stream] * (len(owner.streams) - 1)]
 

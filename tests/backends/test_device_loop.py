@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from sparse_engine.errors import BackendError, EngineClosedError, SamplingCancel
 SHAPE = (3, 4, 4)
 GUIDANCE = np.array([1.5, -0.5], np.float32)
 LABELS = np.stack([np.arange(8) % 3, np.full(8, 3)])
+CONTEXT = sampling.normal(5, np.arange(16), 0, (2, 3)).reshape(2, 8, 2, 3)
+TOLD = {"y": LABELS, "context": CONTEXT}
 TRAJECTORIES = {
     "deterministic": ("dpm-solver++", 25),
     "stochastic": ("euler-sde", 13),
@@ -27,14 +29,17 @@ TRAJECTORIES = {
 }
 
 
-def network(x: np.ndarray, t: np.ndarray, labels: np.ndarray | None, guidance: np.ndarray) -> np.ndarray:
+def network(x: np.ndarray, t: np.ndarray, told: Mapping[str, np.ndarray], guidance: np.ndarray) -> np.ndarray:
     """A contraction that depends on every input."""
-    shift = 0.0 if labels is None else np.einsum("g,gb->b", guidance, labels)[:, None, None, None]
+    shift: Any = 0.0
+    if told:
+        rows = told["y"] + told["context"].mean((2, 3)) + told["context"][..., 0, 0]
+        shift = np.einsum("g,gb->b", guidance, rows)[:, None, None, None]
     return (0.5 * np.tanh(x) + 0.01 * shift + 1e-3 * t[:, None, None, None]).astype(np.float32)
 
 
-def step(x, t, labels, guidance, coef, clip, base, h1, h2, z) -> tuple[np.ndarray, np.ndarray]:
-    m = np.clip(coef[0] * x + coef[1] * network(x, t, labels, guidance), *clip)
+def step(x, t, told, guidance, coef, clip, base, h1, h2, z) -> tuple[np.ndarray, np.ndarray]:
+    m = np.clip(coef[0] * x + coef[1] * network(x, t, told, guidance), *clip)
     return coef[2] * x + coef[3] * base + coef[4] * m + coef[5] * h1 + coef[6] * h2 + coef[7] * z, m
 
 
@@ -97,13 +102,14 @@ class NumpyDevice:
         if self.fail is not None:
             raise self.fail
         written = (buffers.x_next, buffers.m)
-        read = [value for key, value in vars(buffers).items() if key not in ("x_next", "m") and value is not None]
+        read = [value for key, value in vars(buffers).items() if key not in ("x_next", "m", "conditioning")]
+        read += buffers.conditioning.values()
         assert not any(np.shares_memory(a, b) for a in written for b in read)
 
         def run() -> None:
             assert all(np.isfinite(each).all() for each in (buffers.x, buffers.base, buffers.h1, buffers.h2, buffers.z))
             arguments = (getattr(buffers, name) for name in ("coef", "clip", "base", "h1", "h2", "z"))
-            x_next, m = step(buffers.x, buffers.t, buffers.labels, buffers.guidance, *arguments)
+            x_next, m = step(buffers.x, buffers.t, buffers.conditioning, buffers.guidance, *arguments)
             buffers.x_next[:], buffers.m[:] = x_next, m
 
         self.steps += self.recording is None
@@ -137,15 +143,19 @@ def noise(draw: int) -> np.ndarray:
     return sampling.normal(5, np.arange(8), draw, SHAPE)
 
 
+def told_to(batch: int) -> dict[str, np.ndarray]:
+    return {name: rows[:, :batch] for name, rows in TOLD.items()}
+
+
 def expected(trajectory: sampling.Trajectory, batch: int = 8, conditional: bool = True) -> np.ndarray:
     def on_host(x, t, coef, clip, base, h1, h2, z):
-        return step(x, t, LABELS[:, :batch] if conditional else None, GUIDANCE, coef, clip, base, h1, h2, z)
+        return step(x, t, told_to(batch) if conditional else {}, GUIDANCE, coef, clip, base, h1, h2, z)
 
     return sampling.walk(trajectory, on_host, noise(0)[:batch], noise=lambda draw: noise(draw)[:batch])
 
 
 def run(loop: DeviceLoop[np.ndarray], trajectory: sampling.Trajectory, **options: Any) -> np.ndarray:
-    found = loop.run(trajectory, noise(0), labels=LABELS, guidance=GUIDANCE, noise=noise, **options)
+    found = loop.run(trajectory, noise(0), conditioning=TOLD, guidance=GUIDANCE, noise=noise, **options)
     assert isinstance(found, np.ndarray)
     return found
 
@@ -186,7 +196,7 @@ def test_a_callback_sees_every_step_and_its_state() -> None:
     on_host: list[np.ndarray] = []
 
     def step_on_host(x, t, coef, clip, base, h1, h2, z):
-        return step(x, t, LABELS, GUIDANCE, coef, clip, base, h1, h2, z)
+        return step(x, t, TOLD, GUIDANCE, coef, clip, base, h1, h2, z)
 
     sampling.walk(trajectory, step_on_host, noise(0), noise=noise, callback=lambda i, t, x: on_host.append(x))
     for _ in range(3):  # the third run launches all six phases
@@ -259,7 +269,7 @@ def test_memory_of_other_batch_sizes_is_given_back_before_a_batch_is_split() -> 
     probe = NumpyDevice()
     run(DeviceLoop(probe), trajectory)
     loop = DeviceLoop(NumpyDevice(memory=int(1.2 * sum(buffer.nbytes for buffer in probe.live.values()))))
-    loop.run(trajectory, noise(0)[:4], labels=LABELS[:, :4], guidance=GUIDANCE, noise=noise)
+    loop.run(trajectory, noise(0)[:4], conditioning=told_to(4), guidance=GUIDANCE, noise=noise)
     run(loop, trajectory)
     assert loop.describe()["largest_batch"] is None
 
@@ -301,7 +311,7 @@ def test_a_device_that_takes_no_arrays_of_others_says_so() -> None:
     assert loop.dlpack_device is None
     x: Any = DeviceArray(object(), (2, 0), np.arange(8), SHAPE)
     with pytest.raises(BackendError, match="x lies on a device that this one takes no arrays from"):
-        loop.network(x, np.ones(8, np.float32), labels=LABELS, guidance=GUIDANCE)
+        loop.network(x, np.ones(8, np.float32), conditioning=TOLD, guidance=GUIDANCE)
     assert loop.describe()["noise"] == "uploaded"
 
 
@@ -327,7 +337,7 @@ def test_states_and_recordings_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
         for steps in (1, 2, 3, 4):
             trajectory = make_trajectory("ddim", steps)
             for _ in range(2):
-                options = {"labels": LABELS[:, :batch], "guidance": GUIDANCE}
+                options = {"conditioning": told_to(batch), "guidance": GUIDANCE}
                 found = loop.run(trajectory, noise(0)[:batch], noise=noise, **options)
                 assert np.array_equal(found, expected(trajectory, batch))
     assert len(device.recordings) <= 4
@@ -354,7 +364,7 @@ def test_large_noise_shortens_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unconditional_model() -> None:
     loop = DeviceLoop(NumpyDevice())
     trajectory = make_trajectory("dpm-solver++", 5)
-    found = loop.run(trajectory, noise(0), labels=None, guidance=GUIDANCE, noise=noise)
+    found = loop.run(trajectory, noise(0), conditioning={}, guidance=GUIDANCE, noise=noise)
     assert np.array_equal(found, expected(trajectory, conditional=False))
 
 
@@ -362,8 +372,8 @@ def test_the_network_alone() -> None:
     loop = DeviceLoop(NumpyDevice())
     t = np.linspace(0, 999, 8, dtype=np.float32)
     for _ in range(3):
-        predicted = loop.network(noise(0), t, labels=LABELS, guidance=GUIDANCE)
-        assert np.array_equal(predicted, network(noise(0), t, LABELS, GUIDANCE))
+        predicted = loop.network(noise(0), t, conditioning=TOLD, guidance=GUIDANCE)
+        assert np.array_equal(predicted, network(noise(0), t, TOLD, GUIDANCE))
 
 
 def test_on_device_hands_out_memory_of_its_own() -> None:

@@ -276,7 +276,7 @@ def test_the_step_falls_back_where_the_compiler_fails(caplog: pytest.LogCaptureF
     names = ("x", "t", "guidance", "coef", "clip", "base", "h1", "h2", "z", "x_next", "m")
     buffers = {name: torch.ones(2) for name in names}
     for _ in range(2):
-        device.step(StepBuffers(labels=None, **buffers))
+        device.step(StepBuffers(conditioning={}, **buffers))
     assert buffers["x_next"].tolist() == [2, 2]
     assert buffers["m"].tolist() == [3, 3]
     assert device.describe() == {"compiler": "none: cannot find a C compiler"}

@@ -25,7 +25,7 @@ from sparse_engine.backends.torch.network import (
 )
 from sparse_engine.backends.torch.products import DEFAULT_ALGORITHM, DenseProduct, ObstacleError
 from sparse_engine.backends.torch.recorded import MAX_REPEATS, repeats
-from sparse_engine.export.families.uvit import UViT
+from sparse_engine.export.families.uvit import Attention, UViT
 from sparse_engine.tactics import Choice, TacticCache
 from tests.backends.fake_recorder import FakeRecorded, FakeRecorder
 from tests.backends.test_torch_packing import two_of_four
@@ -404,18 +404,43 @@ def test_attention_runs_in_the_faster_form(
     here = Chooser({}, BATCHES, CUDA, autotune=True)
     here._device = torch.device("cpu")
     network = UViT(TINY).eval()
-    inputs = (torch.randn(4, 3, 8, 8), torch.full((4,), 500.0))
-    expected = network(*inputs)
+    inputs = {"x": torch.randn(4, 3, 8, 8), "t": torch.full((4,), 500.0)}
+    expected = network(**inputs)
     report = choose_attention(network, inputs, here)
     assert timed == [("fused", "plain")]  # once: all blocks are alike
     assert report == {"4x17x8": {"kernel": faster, "milliseconds": {"fused": SPEED["fused"], "plain": 2.0}}}
     assert network.mid_block.attn.fused == (faster == "fused")
-    torch.testing.assert_close(network(*inputs), expected)
+    torch.testing.assert_close(network(**inputs), expected)
+
+
+class Cross(torch.nn.Module):
+    """Attention over another length, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention(32, 4, qkv_bias=False)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        k = context.unflatten(-1, (4, 8)).transpose(1, 2)
+        return self.attn.attend(x, k, k)
+
+
+def test_attention_over_another_length_is_timed_over_it(
+    timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for form in ("fused", "plain"):
+        monkeypatch.setitem(SPEED, form, 1.0)
+    here = Chooser({}, BATCHES, CUDA, autotune=True)
+    here._device = torch.device("cpu")
+    inputs = {"x": torch.randn(2, 4, 5, 8), "t": torch.zeros(2), "context": torch.randn(2, 11, 32)}
+    report = choose_attention(Cross().eval(), inputs, here)
+    assert list(report) == ["4x5x8 over 11"]
+    assert timed == [("fused", "plain")]
 
 
 def test_attention_on_a_cpu_is_fused(timed: list[tuple[str, ...]]) -> None:
     network = UViT(TINY).eval()
-    inputs = (torch.randn(4, 3, 8, 8), torch.zeros(4))
+    inputs = {"x": torch.randn(4, 3, 8, 8), "t": torch.zeros(4)}
     report = choose_attention(network, inputs, chooser(torch.device("cpu")))
     assert report == {"4x17x8": {"kernel": "fused", "milliseconds": {}}}
     assert not timed

@@ -117,7 +117,7 @@ def make(compiled: Any = None) -> TorchDevice:
 
 def buffers() -> StepBuffers[torch.Tensor]:
     names = ("x", "t", "guidance", "coef", "clip", "base", "h1", "h2", "z", "x_next", "m")
-    return StepBuffers(labels=None, **{name: torch.ones(2) for name in names})
+    return StepBuffers(conditioning={}, **{name: torch.ones(2) for name in names})
 
 
 def test_the_stream_waits_for_the_weights(cuda: FakeCuda) -> None:

@@ -99,7 +99,7 @@ def test_an_engine_in_8_bits_draws_what_a_cpu_draws(precision: str, tmp_path: Pa
     predictions = []
     for device in ("cuda", "cpu"):
         with SparseEngine.load(path, device=device) as engine:
-            predictions.append(engine.predict(data.x, data.times, labels=data.labels))
+            predictions.append(engine.predict(data.x, data.times, conditioning=data.conditioning))
             layers = engine.info["layers"]
             if device == "cuda":
                 assert all(layer["timed_by_tokens"] for layer in layers if layer["quantised"])

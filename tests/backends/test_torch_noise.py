@@ -26,7 +26,7 @@ def drawn(noise: SeededNoise, number: int) -> np.ndarray:
     return z.numpy()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 + 12345, 2**64 - 1])
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 + 12345, 2**64 - 1, "each"])
 @pytest.mark.parametrize(
     "images,shape",
     [
@@ -37,8 +37,9 @@ def drawn(noise: SeededNoise, number: int) -> np.ndarray:
     ],
     ids=str,
 )
-def test_draws_what_the_definition_says(seed: int, images: Any, shape: tuple[int, ...]) -> None:
-    noise = SeededNoise(seed, np.array(images), shape)
+def test_draws_what_the_definition_says(seed: Any, images: Any, shape: tuple[int, ...]) -> None:
+    seeds = np.array([2**64 - 1 - 2**33 * i for i in range(len(images))], np.uint64) if seed == "each" else seed
+    noise = SeededNoise(seeds, np.array(images), shape)
     for number in (0, 1, 50, 2**32 - 1):
         assert np.abs(drawn(noise, number) - noise(number)).max() <= 1e-5
 
@@ -75,6 +76,6 @@ def test_a_loop_draws_the_same_pictures_either_way(kernel: str) -> None:
     for step in range(20):
         expected = 0.5 * expected + np.float32(trajectory.coef[step, 7]) * noise(step + 1)
     for _ in range(2):
-        found = loop.run(trajectory, x, labels=None, guidance=np.ones(1, np.float32), noise=noise)
+        found = loop.run(trajectory, x, conditioning={}, guidance=np.ones(1, np.float32), noise=noise)
         assert np.abs(found - expected).max() <= 1e-5
     assert loop.describe()["noise"].startswith(kernel)

@@ -97,7 +97,7 @@ def built(build_quantised: Build) -> dict[str, Built]:
 
 def predict(path: Path, data: CalibrationData) -> np.ndarray:
     with SparseEngine.load(path, device="cpu") as engine:
-        return engine.predict(data.x, data.times, labels=data.labels)
+        return engine.predict(data.x, data.times, conditioning=data.conditioning)
 
 
 @pytest.mark.parametrize("smooth", [None, 0.5])

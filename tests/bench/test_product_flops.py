@@ -30,7 +30,6 @@ def test_graph_is_exported_once(conditional_checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("n", [1, 7])
 def test_labels_leave_the_null_class_out(conditional_checkpoint: Path, n: int) -> None:
-    workload = Workload(load_model(conditional_checkpoint, heads=4, null_class=0))
-    labels = workload.labels(n)
+    labels = load_model(conditional_checkpoint, heads=4, null_class=0).labels(n)
     assert labels is not None
     assert labels.tolist() == [1, 2, 3, 4, 1, 2, 3][:n]

@@ -13,6 +13,7 @@ import pytest
 from sparse_engine import SparseEngine
 from sparse_engine.artifact import EngineFile
 from sparse_engine.calibration.collect import ARRAYS, CalibrationData, collect, load_calibration
+from sparse_engine.conditioning import Condition, class_condition
 from sparse_engine.errors import InputError, OptionError, OutputError
 
 SHAPE = (3, 8, 8)
@@ -20,7 +21,13 @@ SHAPE = (3, 8, 8)
 
 def load(path: Path, data: CalibrationData, **other: Any) -> CalibrationData:
     return load_calibration(
-        path, **{"checkpoint_sha256": data.facts["checkpoint_sha256"], "data_shape": SHAPE, "classes": 5, **other}
+        path,
+        **{
+            "checkpoint_sha256": data.facts["checkpoint_sha256"],
+            "data_shape": SHAPE,
+            "conditions": class_condition(5),
+            **other,
+        },
     )
 
 
@@ -30,8 +37,8 @@ def test_each_step_is_kept_equally_often_with_every_label_and_weight(data: Calib
     assert counts.max() - counts.min() <= 2
     for t in times:
         assert set(data.guidance[data.times == t]) == {1.0, 2.0}
-    assert set(data.labels[data.guidance == 1]) == {0, 1, 2, 3}
-    assert np.mean(data.labels[data.guidance == 2] == 4) == pytest.approx(0.5, abs=0.1)  # the null class
+    assert set(data.conditioning["y"][data.guidance == 1]) == {0, 1, 2, 3}
+    assert np.mean(data.conditioning["y"][data.guidance == 2] == 4) == pytest.approx(0.5, abs=0.1)  # the null class
     assert np.all(np.diff(data.times) <= 0)
 
 
@@ -40,7 +47,7 @@ def test_samples_are_the_states_of_the_engines_own_trajectories(engine: SparseEn
     states: list[np.ndarray] = []
     noise = engine.sample(16, steps=1, sampler="ddim", seed=3, labels=0, output="float", callback=lambda *_: True)
     assert noise.shape == (16, *SHAPE)
-    labels = data.labels[data.times == data.times.max()]
+    labels = data.conditioning["y"][data.times == data.times.max()]
     assert len(labels) == 4
     first = data.x[data.times == data.times.max()]
     engine.sample(
@@ -67,7 +74,7 @@ def test_an_unconditional_model_has_no_labels(tiny_engine: Path) -> None:
     with SparseEngine.load(tiny_engine, threads=1) as loaded:
         told: list[tuple[int, int]] = []
         found = collect(loaded, images=16, steps=8, sampler="ddim", progress=lambda *state: told.append(state))
-    assert found.labels is None
+    assert found.conditioning == {}
     assert told[-1] == (8, 8)
 
 
@@ -90,6 +97,16 @@ def test_a_file_comes_back_as_it_was(data: CalibrationData, calibration_file: Pa
     assert found.facts["sampler"] == "ddim"
 
 
+def test_a_file_of_the_old_format_is_read(data: CalibrationData, calibration_file: Path, tmp_path: Path) -> None:
+    """It knows labels alone."""
+    with np.load(calibration_file) as archive:
+        arrays = {name: archive[name] for name in ARRAYS}
+        facts = {**json.loads(str(archive["facts"])), "format": "sparse-engine-calibration/1"}
+        labels = archive["conditioning/y"]
+    np.savez(tmp_path / "old.npz", facts=np.array(json.dumps(facts)), labels=labels, **arrays)
+    assert np.array_equal(load(tmp_path / "old.npz", data).conditioning["y"], data.conditioning["y"])
+
+
 def damaged(path: Path, data: CalibrationData, **changes: Any) -> Path:
     dataclasses.replace(data, **changes).save(path)
     return path
@@ -106,8 +123,9 @@ def test_it_is_of_this_model(data: CalibrationData, calibration_file: Path, cond
     "other, message",
     [
         ({"data_shape": (1, 8, 8)}, r"holds samples of shape \[3, 8, 8\]; the model takes \[1, 8, 8\]"),
-        ({"classes": 0}, "its labels do not fit a model of 0 classes"),
-        ({"classes": 3}, "its labels do not fit a model of 3 classes"),
+        ({"conditions": ()}, "differ in what the network is told: y and nothing"),
+        ({"conditions": class_condition(3)}, "its labels do not fit a model of 3 classes"),
+        ({"conditions": (Condition("y", (4,)),)}, r"do not fit a model of y float32 \[4\]"),
     ],
 )
 def test_of_another_shape(data: CalibrationData, calibration_file: Path, other: dict, message: str) -> None:
@@ -147,9 +165,8 @@ def test_nan_samples(data: CalibrationData, tmp_path: Path) -> None:
 
 
 def test_labels_below_zero(data: CalibrationData, tmp_path: Path) -> None:
-    assert data.labels is not None
     with pytest.raises(InputError, match="its labels do not fit a model"):
-        load(damaged(tmp_path / "negative.npz", data, labels=data.labels - 100), data)
+        load(damaged(tmp_path / "negative.npz", data, conditioning={"y": data.conditioning["y"] - 100}), data)
 
 
 def test_another_element_type(data: CalibrationData, tmp_path: Path) -> None:

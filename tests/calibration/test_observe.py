@@ -20,7 +20,7 @@ def test_the_graph_of_an_engine_predicts_what_the_engine_does(
     graph: StepGraph, data: CalibrationData, engine: SparseEngine
 ) -> None:
     found = predictions(graph, data)
-    expected = engine.predict(data.x, data.times, labels=data.labels)
+    expected = engine.predict(data.x, data.times, conditioning=data.conditioning)
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 

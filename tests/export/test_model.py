@@ -171,8 +171,8 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
 
 
 def test_settings_that_cannot_be_used(tiny_checkpoint: Path) -> None:
-    with pytest.raises(OptionError, match="family 'dit' is not known"):
-        load_model(tiny_checkpoint, "dit", heads=4)
+    with pytest.raises(OptionError, match="family 'gan' is not known"):
+        load_model(tiny_checkpoint, "gan", heads=4)
     with pytest.raises(OptionError, match="prediction 'noise' is not known"):
         load_model(tiny_checkpoint, heads=4, prediction="noise")
     with pytest.raises(OptionError, match="schedule"):

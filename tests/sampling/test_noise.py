@@ -67,7 +67,7 @@ def test_a_seeds_noise_as_a_function_of_the_draw() -> None:
     np.testing.assert_array_equal(noise(6), normal(2**40 + 3, [4, 2**32 - 1, 9], 6, (3, 5)))
     np.testing.assert_array_equal(noise.of(slice(1, 3))(6), noise(6)[1:])
     np.testing.assert_array_equal(noise.of(np.array([2, 2]))(6), noise(6)[[2, 2]])
-    assert noise.origin.tolist() == [3, 2**8, 4, 2**32 - 1, 9]
+    assert noise.origin.tolist() == [[3, 2**8, 4], [3, 2**8, 2**32 - 1], [3, 2**8, 9]]
     assert noise.origin.dtype == np.uint32
 
 
@@ -138,3 +138,24 @@ def test_labels_are_uniform_and_do_not_depend_on_their_batch() -> None:
 def test_what_the_counter_cannot_hold_is_refused(call: Callable[[], object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         call()
+
+
+def test_rows_of_seeds_of_their_own() -> None:
+    seeds, images = np.array([7, 2**64 - 1, 7, 0], np.uint64), np.array([3, 0, 2**32 - 1, 3])
+    for draw in (0, 9):
+        found = normal(seeds, images, draw, (3, 5, 7))
+        alone = [normal(int(seed), [image], draw, (3, 5, 7)) for seed, image in zip(seeds, images, strict=True)]
+        np.testing.assert_array_equal(found, np.concatenate(alone))
+    drawn = labels(seeds, images, 1000)
+    each = [labels(int(seed), [image], 1000)[0] for seed, image in zip(seeds, images, strict=True)]
+    assert drawn.tolist() == each
+    noise = SeededNoise(seeds, images, (2, 3))
+    np.testing.assert_array_equal(noise.of(np.array([1, 3]))(4), normal(seeds[[1, 3]], images[[1, 3]], 4, (2, 3)))
+    assert noise.origin.tolist()[1] == [2**32 - 1, 2**32 - 1, 0]
+
+
+def test_more_rows_than_are_worked_on_at_once() -> None:
+    """Each chunk takes its own seeds."""
+    seeds = np.arange(40, dtype=np.uint64)
+    found = normal(seeds, np.zeros(40, int), 0, (3, 64, 64))
+    np.testing.assert_array_equal(found[39:], normal(39, [0], 0, (3, 64, 64)))

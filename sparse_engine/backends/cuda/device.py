@@ -236,4 +236,4 @@ class CudaDevice(abc.ABC):
 def tensors(buffers: StepBuffers[Buffer]) -> dict[str, Buffer]:
     """The step graph's name of each buffer."""
     named = {name: getattr(buffers, name) for name in _TENSORS}
-    return named if buffers.labels is None else named | {"y": buffers.labels, "guidance": buffers.guidance}
+    return named | {**buffers.conditioning, "guidance": buffers.guidance} if buffers.conditioning else named

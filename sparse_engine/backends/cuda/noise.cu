@@ -30,8 +30,8 @@ __device__ static void box_muller(unsigned radius, unsigned angle, float* pair) 
   pair[1] = r * sinf(a);
 }
 
-// z [images, elements], float32; origin: the seed's low and high word, then the number of each image; draw: one word.
-// Seed, images and draw are read from memory, so that a recorded launch serves any of them. A thread makes up to four
+// z [images, elements], float32; origin [images, 3]: the seed's low and high word, and the image; draw: one word.
+// Seeds, images and draw are read from memory, so that a recorded launch serves any of them. A thread makes up to four
 // elements of one image.
 extern "C" __global__ void normal(float* z, const unsigned* origin, const unsigned* draw, unsigned elements,
                                   unsigned images) {
@@ -42,8 +42,9 @@ extern "C" __global__ void normal(float* z, const unsigned* origin, const unsign
     return;
   }
   const unsigned counter = (unsigned)(thread % counters);
-  unsigned words[4] = {counter, *draw, origin[2 + row], 0u};
-  philox4x32_10(origin[0], origin[1], words);
+  const unsigned* own = origin + 3ull * row;
+  unsigned words[4] = {counter, *draw, own[2], 0u};
+  philox4x32_10(own[0], own[1], words);
   float normals[4];
   box_muller(words[0], words[1], normals);
   box_muller(words[2], words[3], normals + 2);

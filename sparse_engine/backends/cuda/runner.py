@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from sparse_engine.backends.base import NoiseSource, StepCallback
-from sparse_engine.backends.device_loop import DeviceLoop, noise_of
+from sparse_engine.backends.device_loop import DeviceLoop, noise_of, part_of
 from sparse_engine.backends.device_noise import DeviceNoise
 from sparse_engine.errors import EngineClosedError, UnsupportedError
 from sparse_engine.sampling import Trajectory
@@ -72,7 +72,7 @@ class CudaRunner:
         trajectory: Trajectory,
         x: np.ndarray | DeviceArray,
         *,
-        labels: np.ndarray | None,
+        conditioning: Mapping[str, np.ndarray],
         guidance: np.ndarray,
         noise: NoiseSource,
         callback: StepCallback | None = None,
@@ -97,7 +97,7 @@ class CudaRunner:
             return loop.run(
                 trajectory,
                 x[rows],
-                labels=None if labels is None else labels[:, rows],
+                conditioning=part_of(conditioning, rows),
                 guidance=guidance,
                 noise=noise_of(noise, rows),
                 callback=None if callback is None else tell,
@@ -110,14 +110,19 @@ class CudaRunner:
             return np.concatenate([part(loop, rows, count)[:count] for rows, count in self._parts(len(x))])
 
     def network(
-        self, x: np.ndarray | DeviceArray, t: np.ndarray, *, labels: np.ndarray | None, guidance: np.ndarray
+        self,
+        x: np.ndarray | DeviceArray,
+        t: np.ndarray,
+        *,
+        conditioning: Mapping[str, np.ndarray],
+        guidance: np.ndarray,
     ) -> np.ndarray:
         """See ``StepRunner.network``."""
         with self._lane() as loop:
             results = []
             for rows, count in self._parts(len(x)):
-                own = None if labels is None else labels[:, rows]
-                results.append(loop.network(x[rows], t[rows], labels=own, guidance=guidance)[:count])
+                told = part_of(conditioning, rows)
+                results.append(loop.network(x[rows], t[rows], conditioning=told, guidance=guidance)[:count])
             return np.concatenate(results)
 
     def describe(self) -> dict[str, Any]:

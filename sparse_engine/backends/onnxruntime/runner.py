@@ -12,6 +12,7 @@ import numpy as np
 
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.base import IDENTITY_ROW, NO_CLIP, NoiseSource, StepCallback
+from sparse_engine.backends.onnx_graph import STEP_INPUTS
 from sparse_engine.ending import stop_if_ending
 from sparse_engine.errors import BackendError, EngineClosedError, EngineFileError, SparseEngineError
 from sparse_engine.sampling import StepFunction, Trajectory, walk
@@ -39,7 +40,6 @@ if hasattr(os, "register_at_fork"):
 
 
 TYPES = {"int64": "int64", "float32": "float"}  # NumPy's name -> ONNX Runtime's
-STEP_INPUTS = {"x", "t", "guidance", "coef", "clip", "base", "h1", "h2", "z"}
 
 
 class OnnxRuntimeRunner:

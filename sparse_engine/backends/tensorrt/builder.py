@@ -20,7 +20,7 @@ from .libraries import Library
 
 log = logging.getLogger(__name__)
 
-GUIDANCE = {"y": (1, 2, 2), "guidance": (1, 2, 2)}  # passes: smallest, usual, largest
+PASSES = (1, 2, 2)  # of guidance: smallest, usual, largest
 DYNAMIC = -1
 
 
@@ -156,9 +156,9 @@ def _configure(trt: Any, library: Library, builder: Any, network: Any, options: 
 
 
 def _sized(name: str, shape: tuple[int, ...], batch: int, which: int) -> tuple[int, ...]:
-    """A shape of the profile: the batch is dynamic, and before it the number of passes where there is one."""
-    passes = GUIDANCE[name][which] if name in GUIDANCE else None
-    sizes = iter((batch,) if passes is None else (passes, batch))
+    """A shape of the profile: the batch is dynamic, and before it the number of passes of what guidance differs in."""
+    dynamic = shape.count(DYNAMIC)
+    sizes = iter((PASSES[which],) if name == "guidance" else (batch,) if dynamic == 1 else (PASSES[which], batch))
     return tuple(next(sizes) if size == DYNAMIC else size for size in shape)
 
 

@@ -33,7 +33,7 @@ class TensorRTDevice(CudaDevice):
         self._engine, self._settings, self._owner = engine, settings, owner
         self._scratch_bytes = max(int(engine.device_memory_size_v2), 1)
         self._scratch: int | None = None
-        self._contexts: collections.OrderedDict[tuple[int, ...], Any] = collections.OrderedDict()
+        self._contexts: collections.OrderedDict[tuple[tuple[int, ...], ...], Any] = collections.OrderedDict()
         self._names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
 
     def step(self, buffers: StepBuffers[Buffer]) -> None:
@@ -57,7 +57,7 @@ class TensorRTDevice(CudaDevice):
 
     def _context(self, named: dict[str, Buffer]) -> Any:
         """The execution context of a step's shapes."""
-        key = (*named["x"].shape, *(named["y"].shape if "y" in named else ()))
+        key = tuple(buffer.shape for buffer in named.values())
         context = self._contexts.get(key)
         if context is None:
             context = self._contexts[key] = self._create_context(named)

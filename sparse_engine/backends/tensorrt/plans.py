@@ -16,6 +16,7 @@ from sparse_engine.backends.base import IDENTITY_ROW, NO_CLIP, StepGraph, weight
 from sparse_engine.backends.cuda.device import Buffer
 from sparse_engine.backends.cuda.runtime import Cuda, Gpu
 from sparse_engine.backends.device_loop import StepBuffers
+from sparse_engine.backends.onnx_graph import conditions_of, dtype_of, sizes
 from sparse_engine.backends.options import LINEAR_FORMS, BuildOptions
 from sparse_engine.errors import BackendError, SparseEngineError
 from sparse_engine.tactics import fastest
@@ -227,8 +228,8 @@ def _timed_run(
 
     for release in (device.close, free, device.synchronize):  # the last is the first to run
         held.callback(release)
-    inputs = {value.name: value.type.tensor_type.shape for value in built.graph.proto.graph.input}
-    shape = (options.batch[1], *(dim.dim_value for dim in inputs["x"].dim[1:]))
+    x = next(value for value in built.graph.proto.graph.input if value.name == "x")
+    shape = (options.batch[1], *sizes(x)[1:])
 
     def buffer(shape: tuple[int, ...], dtype: type[np.generic] = np.float32, value: Any = 0) -> Buffer:
         made.append(device.allocate(shape, dtype))
@@ -237,7 +238,10 @@ def _timed_run(
 
     buffers = StepBuffers(
         t=buffer(shape[:1]),
-        labels=buffer((1, shape[0]), np.int64) if "y" in inputs else None,
+        conditioning={
+            value.name: buffer((1, shape[0], *sizes(value)[2:]), dtype_of(value))
+            for value in conditions_of(built.graph.proto)
+        },
         guidance=buffer((1,), value=1),
         coef=buffer((8,), value=IDENTITY_ROW),
         clip=buffer((2,), value=NO_CLIP),

@@ -67,11 +67,19 @@ def ready_products(
     return candidates
 
 
-def ready_attentions(module: Any, shape: torch.Size, dtype: torch.dtype, recorder: Recorder) -> Ready:
-    """The forms of an attention ``module`` over q, k and v [B, H, L, D] that lie as one projection leaves them."""
-    batch, heads, length, width = shape
-    qkv = torch.randn(batch, length, 3 * heads * width, device=recorder.device, dtype=dtype)
-    q, k, v = (part.unflatten(-1, (heads, width)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+def ready_attentions(module: Any, shape: torch.Size, length: int, dtype: torch.dtype, recorder: Recorder) -> Ready:
+    """The forms of an attention ``module``.
+
+    q is [B, H, L, D], k and v are of ``length`` in place of L; they lie as one projection leaves them where L is the
+    same, and else as one for q and one for k and v do.
+    """
+    batch, heads, queries, width = shape
+
+    def projected(tokens: int, parts: int) -> list[torch.Tensor]:
+        whole = torch.randn(batch, tokens, parts * heads * width, device=recorder.device, dtype=dtype)
+        return [part.unflatten(-1, (heads, width)).transpose(1, 2) for part in whole.chunk(parts, dim=-1)]
+
+    q, k, v = projected(queries, 3) if length == queries else (*projected(queries, 1), *projected(length, 2))
     count = repeats(4 * shape.numel() * length)
     candidates: Ready = {}
     for name, fused in (("fused", True), ("plain", False)):

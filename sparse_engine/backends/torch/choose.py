@@ -117,16 +117,16 @@ class Chooser:
                 log.warning("%s is not timed: %s", key, error)
         return measured
 
-    def attention(self, module: nn.Module, shape: torch.Size) -> Choice:
-        """ "fused" or "plain" for an attention over [H, L, D]: fused kernels are not made for heads of any size."""
+    def attention(self, module: nn.Module, shape: torch.Size, length: int) -> Choice:
+        """ "fused" or "plain" for an attention of q [H, L, D] over ``length``: fused kernels do not take any heads."""
         if not self._autotune:
             return Choice("fused", {})
         dtype, whole = next(module.parameters()).dtype, torch.Size((self._usual, *shape))
         try:
             with self._current():
                 return self._cache.choose(
-                    f"{dtype} attention {tuple(whole)}",
-                    lambda: ready_attentions(module, whole, dtype, self._recorder()),
+                    f"{dtype} attention {tuple(whole)}{'' if length == shape[-2] else f' over {length}'}",
+                    lambda: ready_attentions(module, whole, length, dtype, self._recorder()),
                 )
         except RuntimeError as error:
             log.warning("attention over %s is not timed: %s", tuple(whole), error)

@@ -174,7 +174,7 @@ class TorchDevice:
     @contextlib.contextmanager
     def _compiling(self, buffers: StepBuffers[Tensor]) -> Iterator[None]:
         """Let PyTorch compile for a batch that has not come before; raising its limit takes 0.1 ms, so only then."""
-        key = (buffers.x.shape, None if buffers.labels is None else buffers.labels.shape)
+        key = (buffers.x.shape, buffers.guidance.shape)
         if key in self._compiled_for:
             yield
             return
@@ -245,7 +245,7 @@ def _writing(step: nn.Module) -> Callable[..., None]:
     def write(
         x: Tensor,
         t: Tensor,
-        labels: Tensor | None,
+        conditioning: dict[str, Tensor],
         guidance: Tensor,
         coef: Tensor,
         clip: Tensor,
@@ -256,8 +256,8 @@ def _writing(step: nn.Module) -> Callable[..., None]:
         x_next: Tensor,
         m: Tensor,
     ) -> None:
-        conditioning = () if labels is None else (labels, guidance)
-        following, prediction = step(x, t, *conditioning, coef, clip, base, h1, h2, z)
+        told = (conditioning, guidance) if conditioning else ()
+        following, prediction = step(x, t, *told, coef, clip, base, h1, h2, z)
         x_next.copy_(following)
         m.copy_(prediction)
 

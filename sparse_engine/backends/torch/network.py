@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from .choose import Chooser, nearest
 from .codes import QuantisedWeight
 from .layers import FloatLayer, Layer, QuantisedLayer
 from .payload import StoredNetwork
+
+if TYPE_CHECKING:
+    from sparse_engine.export.families import FamilyConfig
 
 
 def rebuild(manifest: Manifest, stored: StoredNetwork, where: str) -> nn.Module:
@@ -36,7 +39,7 @@ def rebuild(manifest: Manifest, stored: StoredNetwork, where: str) -> nn.Module:
     values = {f"{layer}.weight": weight.dequantised(DTYPES[precision]) for layer, weight in stored.quantised.items()}
     state = {**stored.state, **values}
     with torch.device("meta"):
-        network = family.network(family.config_from_dict(manifest.config))
+        network = family.network(config_of(manifest))
     expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
     wrong = [name for name in expected.keys() | state.keys() if name not in expected or name not in state]
     wrong += [name for name in expected.keys() & state.keys() if expected[name].numel() != state[name].numel()]
@@ -47,6 +50,14 @@ def rebuild(manifest: Manifest, stored: StoredNetwork, where: str) -> nn.Module:
         )
     network.load_state_dict({name: state[name].reshape(shape) for name, shape in expected.items()}, assign=True)
     return lower(network.eval().requires_grad_(False), family.float32_layers, precision)
+
+
+def config_of(manifest: Manifest) -> FamilyConfig:
+    """What fixes the graph of an engine's network."""
+    from sparse_engine.export.families import family_named
+
+    config: FamilyConfig = family_named(manifest.family).config_from_dict(manifest.config)
+    return config
 
 
 def choose_products(
@@ -91,35 +102,38 @@ def _layer(module: Any, quantised: QuantisedWeight | None, sparse: bool) -> Laye
     return QuantisedLayer(quantised.to(weight.device), bias, weight.dtype, sparse)
 
 
-def choose_attention(network: nn.Module, inputs: tuple[Tensor, ...], chooser: Chooser) -> dict[str, dict[str, Any]]:
+def choose_attention(network: nn.Module, inputs: Mapping[str, Tensor], chooser: Chooser) -> dict[str, dict[str, Any]]:
     """Set how each attention of a network runs; one is a module with a method ``attend`` and an attribute ``fused``.
 
     Args:
         network: on its device.
-        inputs: of one call with one sample; it is run once, for the shapes.
+        inputs: of one call with one sample, by name; it is run once, for the shapes.
         chooser: picks.
 
     Returns:
-        Shape of q, [H, L, D] in words -> what was chosen, and the milliseconds of each form at the usual batch.
+        Shape of q, [H, L, D] in words, and the length of k and v where that is another -> what was chosen, and the
+        milliseconds of each form at the usual batch.
     """
-    shapes: dict[Any, torch.Size] = {}
+    shapes: dict[Any, tuple[torch.Size, int]] = {}
     modules = [module for module in network.modules() if hasattr(module, "attend") and hasattr(module, "fused")]
     for module in modules:
 
-        def note(q: Tensor, k: Tensor, v: Tensor, module: Any = module) -> Tensor:
-            shapes[module] = q.shape[1:]
-            return v
+        def note(q: Tensor, k: Tensor, v: Tensor, *others: Any, module: Any = module) -> Tensor:
+            shapes[module] = (q.shape[1:], k.shape[-2])
+            return q
 
         module.attend = note  # type: ignore[assignment]
     with torch.no_grad():
-        network(*inputs)
+        network(**inputs)
     report = {}
     for module in modules:
         del module.attend
         if module in shapes:
-            choice = chooser.attention(module, shapes[module])
+            shape, length = shapes[module]
+            choice = chooser.attention(module, shape, length)
             module.fused = choice.kernel == "fused"  # type: ignore[assignment]
-            report["x".join(map(str, shapes[module]))] = {"kernel": choice.kernel, "milliseconds": choice.milliseconds}
+            words = "x".join(map(str, shape)) + ("" if length == shape[-2] else f" over {length}")
+            report[words] = {"kernel": choice.kernel, "milliseconds": choice.milliseconds}
     return report
 
 

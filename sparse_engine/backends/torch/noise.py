@@ -22,7 +22,7 @@ def draw_noise(z: Tensor, origin: Tensor, number: Tensor) -> None:
 
     Args:
         z: float32 [B, C, H, W].
-        origin: uint32 [2 + B], ``SeededNoise.origin``.
+        origin: uint32 [B, 3], ``SeededNoise.origin``.
         number: uint32 [1], the draw's.
     """
     _fill(z, origin.view(torch.int32), number.view(torch.int32))
@@ -31,9 +31,10 @@ def draw_noise(z: Tensor, origin: Tensor, number: Tensor) -> None:
 @fused
 def _fill(z: Tensor, origin: Tensor, number: Tensor) -> None:
     words = origin.long() & _WORD
-    image = words[2:, None]
+    image = words[:, 2:]
     element = torch.arange(z[0].numel(), device=z.device).expand(len(z), -1)
-    first, second, third, fourth = _philox((element // 4, number.long() & _WORD, image, 0 * image), words)
+    counter = (element // 4, number.long() & _WORD, image, 0 * image)
+    first, second, third, fourth = _philox(counter, (words[:, :1], words[:, 1:2]))
     later = element % 4 >= 2
     uniform = ((torch.where(later, third, first) >> 8) + 1).float() * 2.0**-24  # in (0, 1], exact
     radius = torch.sqrt(-2.0 * torch.log(uniform))
@@ -43,7 +44,7 @@ def _fill(z: Tensor, origin: Tensor, number: Tensor) -> None:
     z.copy_(normals.view(z.shape))
 
 
-def _philox(words: tuple[Tensor, ...], key: Tensor) -> tuple[Tensor, ...]:
+def _philox(words: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Philox4x32-10 on 32-bit words in int64, whose products are right modulo 2^64: all that is needed of them."""
     c0, c1, c2, c3 = words
     for i in range(_ROUNDS):

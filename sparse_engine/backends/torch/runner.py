@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,10 +15,13 @@ from sparse_engine.manifest import Manifest
 
 from .choose import Chooser, device_facts, tactics_of
 from .device import TorchDevice
-from .network import choose_attention, choose_products, rebuild
+from .network import choose_attention, choose_products, config_of, rebuild
 from .payload import read_network
 from .plain import plain_defaults
 from .threads import pool_of, torch_threads
+
+if TYPE_CHECKING:
+    from sparse_engine.export.families import FamilyConfig
 
 
 class TorchRunner(DeviceLoop[torch.Tensor]):
@@ -26,7 +29,7 @@ class TorchRunner(DeviceLoop[torch.Tensor]):
 
     Args:
         network: in the engine's precision, on the device.
-        conditional: whether it takes labels.
+        config: of its family.
         device: where it runs.
         report: what was chosen, for ``describe``.
         threads: of PyTorch's pool within the engine's own work; None is the process's own, on no more than its cores.
@@ -35,15 +38,15 @@ class TorchRunner(DeviceLoop[torch.Tensor]):
     def __init__(
         self,
         network: nn.Module,
-        conditional: bool,
+        config: FamilyConfig,
         device: torch.device,
         report: dict[str, Any],
         threads: int | None = None,
     ) -> None:
-        from sparse_engine.export.step_graph import Step, UnconditionalStep
+        from sparse_engine.export.step_graph import step_of
 
         self._threads = pool_of(threads)
-        step = (Step if conditional else UnconditionalStep)(network)
+        step = step_of(network, config)
         cuda = device.type == "cuda"
         self._torch = TorchDevice(device, step, compiled=cuda)
         # On a CPU the definition itself draws, bit for bit.
@@ -66,6 +69,7 @@ class TorchRunner(DeviceLoop[torch.Tensor]):
             BackendError: PyTorch fails, for want of memory for one.
         """
         stored = read_network(engine)
+        config = config_of(engine.manifest)
         network = rebuild(engine.manifest, stored, str(engine.path))
         chooser = chooser_for(engine.manifest, device, autotune)
         try:
@@ -77,7 +81,7 @@ class TorchRunner(DeviceLoop[torch.Tensor]):
                 }
         except RuntimeError as error:
             raise BackendError(f"{engine.path} cannot be loaded on {device}: {error}") from error
-        return cls(network, bool(engine.manifest.num_classes), device, report, threads)
+        return cls(network, config, device, report, threads)
 
     def _enqueue(self, state: Any, chunk: Any) -> None:
         with torch_threads(self._threads):
@@ -99,10 +103,13 @@ def chooser_for(manifest: Manifest, device: torch.device, autotune: bool) -> Cho
     return Chooser(positions, manifest.batch, device, autotune)
 
 
-def _example(manifest: Manifest, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Inputs of one network call with one sample."""
-    x, t = torch.zeros(1, *manifest.data_shape, device=device), torch.zeros(1, device=device)
-    return (x, t, torch.zeros(1, dtype=torch.int64, device=device)) if manifest.num_classes else (x, t)
+def _example(manifest: Manifest, device: torch.device) -> dict[str, torch.Tensor]:
+    """Inputs of one network call with one sample, by name."""
+    told = {
+        each.name: torch.zeros(1, *each.shape, dtype=getattr(torch, each.dtype), device=device)
+        for each in manifest.conditions
+    }
+    return {"x": torch.zeros(1, *manifest.data_shape, device=device), "t": torch.zeros(1, device=device), **told}
 
 
 def find_device(name: str | None) -> torch.device:
