@@ -23,6 +23,7 @@ from sparse_engine.sampling import (
     default_sampler,
     make_trajectory,
 )
+from sparse_engine.sampling.trajectory import model_form
 
 SCHEDULES = [VPLinear(), VPCosine(), DiscreteBetas(), DiscreteBetas(betas="cosine"), StableDiffusion()]
 IDS = ["vp-linear", "vp-cosine", "discrete", "discrete-cosine", "stable-diffusion"]
@@ -105,6 +106,17 @@ def test_flow_matching_starts_where_alpha_is_zero(sampler: str, steps: int, pred
     assert np.all(np.isfinite(trajectory.coef))
     assert np.all(np.diff(trajectory.times) < 0)
     assert (trajectory.times[0], trajectory.network_times[0], trajectory.init) == (1.0, 1000.0, (0.0, 1.0))
+
+
+@pytest.mark.parametrize("t", [0.01, 0.5, 1.0])
+def test_what_a_flow_says_of_noise_and_image(t: float) -> None:
+    schedule = FlowMatching(shift=3.0)
+    x0, eps = np.random.default_rng(0).standard_normal((2, 50))
+    x = schedule.alpha(t) * x0 + schedule.sigma(t) * eps
+    for prediction, predicted in (("flow", eps - x0), ("x0", x0)):
+        for form, expected in (("eps", eps), ("x0", x0), ("flow", eps - x0)):
+            of_x, of_predicted = model_form(schedule, t, prediction, form)
+            np.testing.assert_allclose(of_x * x + of_predicted * predicted, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in ON_FLOW])
