@@ -25,6 +25,7 @@ from pathlib import Path
 
 SECONDS, BYTES = 5, 1 << 30  # of a case; the bytes beyond what the worker has when it is ready
 GRACE = 15  # seconds beyond its own alarm after which a worker is killed
+MAKING = 120  # seconds that a file may take to be damaged, or a worker to start
 Finding = tuple[str, str]  # (case, what happened)
 
 
@@ -59,11 +60,11 @@ def _work(seeds: Path, cases: list[str], pipe: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size + BYTES, resource.RLIM_INFINITY))
     for case in cases:
         pipe.send(("begin", case))
-        pipe.send(("end", _outcome(targets, seeds, case)))
+        pipe.send(("end", _outcome(targets, seeds, case, pipe)))
     pipe.close()
 
 
-def _outcome(targets: object, seeds: Path, case: str) -> str:
+def _outcome(targets: object, seeds: Path, case: str, pipe: Connection) -> str:
     """ "ok", "error" for one of ours, or what else happened."""
     from sparse_engine.errors import SparseEngineError
 
@@ -73,6 +74,7 @@ def _outcome(targets: object, seeds: Path, case: str) -> str:
         path = Path(folder) / target.file
         path.write_bytes(targets.damage(target, seeds, random.Random(f"{kind} {number}")))  # type: ignore[attr-defined]
         os.chdir(folder)
+        pipe.send(("made", case))
         signal.alarm(SECONDS)
         try:
             target.use(path, seeds)
@@ -105,10 +107,13 @@ def _supervise(seeds: Path, cases: list[str]) -> tuple[collections.Counter[str],
         theirs.close()
         running = None
         with contextlib.suppress(EOFError):
-            while ours.poll(120 if running is None else SECONDS + GRACE):
+            patience = MAKING
+            while ours.poll(patience):
                 word, what = ours.recv()
+                patience = SECONDS + GRACE if word == "made" else MAKING
                 if word == "begin":
                     running = what
+                if word != "end":
                     continue
                 counted[what.split(":")[0] if what not in ("ok", "error") else what] += 1
                 findings += [(running, what)] if what not in ("ok", "error") else []
