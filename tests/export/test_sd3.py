@@ -127,7 +127,7 @@ def test_another_size_takes_the_middle_of_the_positions(tmp_path: Path) -> None:
         load(tmp_path, image_size=7)
 
 
-def test_shards_and_half_weights_are_the_same_network(tmp_path: Path) -> None:
+def test_shards_are_the_same_network(tmp_path: Path) -> None:
     whole = saved(tmp_path / "whole", SIZES)
     whole.save_pretrained(tmp_path / "shards" / "transformer", max_shard_size=SHARD)
     assert len(list((tmp_path / "shards" / "transformer").glob("*.safetensors"))) > 2
