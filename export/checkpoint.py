@@ -55,7 +55,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
     Args:
         path: a ``.pth``/``.pt``/``.bin`` or ``.safetensors`` state dict, or one inside a training checkpoint's
-            dictionaries or under prefixes; the ``*.index.json`` of shards; a SparseDM ``N.ckpt/`` or a Hub's folder.
+            dictionaries or under prefixes; the ``*.index.json`` of shards; a SparseDM ``N.ckpt/`` or a Hub's folder; a
+            diffusers pipeline's folder, of which the network is taken, or that network's own.
 
     Raises:
         CheckpointError: not a checkpoint, unreadable, truncated, holding code, without tensors, with several networks

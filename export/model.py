@@ -13,13 +13,14 @@ from torch import nn
 
 from sparse_engine.conditioning import Condition
 from sparse_engine.errors import CheckpointError, OptionError, SparseEngineError
-from sparse_engine.sampling import SAMPLERS, normal, schedule_from_dict
+from sparse_engine.sampling import SAMPLERS, make_trajectory, normal, schedule_from_dict
 
 from .checkpoint import Checkpoint, load_checkpoint
-from .families import Family, FamilyConfig, Recipe, family_named, recognise
+from .diffusers_scheduler import scheduler_settings
+from .families import Family, FamilyConfig, Recipe, class_of, family_named, recognise
 from .names import listed
 
-PREDICTIONS = ("eps", "x0", "v")
+PREDICTIONS = ("eps", "x0", "v", "flow")
 # The settings that a configuration may hold, and what each has to be.
 KINDS: dict[str, tuple[type, ...]] = {
     "family": (str,),
@@ -97,9 +98,10 @@ def load_model(path: str | Path, family: str | None = None, **given: Any) -> Mod
 
     Args:
         path: as ``load_checkpoint`` takes it.
-        family: a family's name; read off the keys by default.
-        **given: settings that win over a stored configuration, which wins over defaults: a family's own (``heads``),
-            and ``schedule``, ``prediction``, ``value_range``, ``null_class``, ``sampler``. None counts as not given.
+        family: a family's name; by default what diffusers' ``_class_name`` says, or read off the keys.
+        **given: settings that win over a stored configuration (and what diffusers' scheduler beside the network says),
+            which wins over defaults: a family's own (``heads``), and ``schedule``, ``prediction``, ``value_range``,
+            ``null_class``, ``sampler``. None counts as not given.
 
     Raises:
         CheckpointError: the file is damaged, of no known family, or its weights contradict the configuration.
@@ -112,9 +114,10 @@ def load_model(path: str | Path, family: str | None = None, **given: Any) -> Mod
     check_settings(stored, f"the configuration of {where}", CheckpointError)
     wanted = {name: value for name, value in given.items() if value is not None}
     check_settings(wanted, "the given settings", OptionError)
-    settings = {**stored, **wanted}
+    trained, said = scheduler_settings(checkpoint.path, {**stored, **wanted}) if class_of(stored) else ({}, [])
+    settings = {**trained, **stored, **wanted}
     name = family or stored.get("family")
-    chosen = family_named(name) if name else recognise(checkpoint.shapes, where)
+    chosen = family_named(name) if name else recognise(checkpoint.shapes, where, stored)
     unknown = wanted.keys() - set(KINDS) - chosen.settings
     if unknown:
         raise OptionError(f"{', '.join(sorted(unknown))}: no setting of a {chosen.name} model")
@@ -122,7 +125,7 @@ def load_model(path: str | Path, family: str | None = None, **given: Any) -> Mod
     model = Model(checkpoint, chosen, config, *_recipe(chosen.recipe(config), config, settings, notes))
     _check_weights(model, where)
     remarks = chosen.remarks(config, checkpoint.state)
-    return dataclasses.replace(model, notes=[*checkpoint.notes, *model.notes, *remarks])
+    return dataclasses.replace(model, notes=[*checkpoint.notes, *said, *model.notes, *remarks])
 
 
 def check_settings(settings: Mapping[str, Any], where: str, kind: type[SparseEngineError]) -> None:
@@ -154,7 +157,10 @@ def _recipe(
         recipe = dataclasses.replace(recipe, value_range=(float(low), float(high)))
     if recipe.prediction not in PREDICTIONS:
         raise OptionError(f"prediction {recipe.prediction!r} is not known; expected one of {', '.join(PREDICTIONS)}")
-    schedule_from_dict(recipe.schedule if isinstance(recipe.schedule, Mapping) else {"name": recipe.schedule})
+    schedule = schedule_from_dict(
+        recipe.schedule if isinstance(recipe.schedule, Mapping) else {"name": recipe.schedule}
+    )
+    make_trajectory(recipe.sampler, schedule, 1, prediction=recipe.prediction)  # raises where they do not go together
     null, classes = recipe.null_class, _classes(config)
     if null is not None and not classes:
         raise OptionError(f"null class {null} is given, and the model has no labels", "leave it out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -13,10 +14,12 @@ from sparse_engine.artifact import SUFFIX
 from sparse_engine.errors import CheckpointError
 from sparse_engine.files import check_readable, parsed_json
 
+from . import diffusers_folder
+
 # A folder `N.ckpt/` of SparseDM and U-ViT holds these beside the optimizer's state.
 FOLDER_FILES = ("nnet_ema.pth", "nnet.pth")
-# What the Hub's libraries write into a folder.
-HUB_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")
+# What the Hub's libraries write into a folder, beside diffusers.
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")  # with a variant: model.safetensors.index.fp16.json
 SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)$")
 
@@ -71,7 +74,19 @@ def _in_folder(folder: Path) -> WeightFiles:
         if present[0] != FOLDER_FILES[0]:
             return WeightFiles(found.path, found.parts, notes=[f"{folder.name} has no nnet_ema.pth: using nnet.pth"])
         return found
+    network = diffusers_folder.network_folder(folder)
+    if network is not None:
+        found = find_weights(network)
+        diffusers_folder.check_config(network)
+        return dataclasses.replace(found, notes=[f"the network is {network.name}/ of {folder.name}", *found.notes])
+    saved = diffusers_folder.weights_in(folder)
+    if saved is not None:
+        found = find_weights(saved[0])
+        return dataclasses.replace(found, notes=[*saved[1], *found.notes])
     choices = _indices(folder) or [folder / name for name in HUB_FILES if (folder / name).is_file()]
+    shards = sorted(file for file in folder.iterdir() if SHARD.match(file.name))
+    if shards and not choices:
+        _refuse_lone_shard(shards[0])
     if len(choices) == 1:
         return find_weights(choices[0])
     if choices:

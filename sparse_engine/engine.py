@@ -306,7 +306,7 @@ class SparseEngine:
         guidance: float | None = None,
         allow_nonfinite: bool = False,
     ) -> np.ndarray:
-        """What the network itself predicts (eps, x0 or v); arguments and errors as ``denoise``, but any t."""
+        """What the network itself predicts (eps, x0, v or flow); arguments and errors as ``denoise``, but any t."""
         self._live()
         states = self._checked_images("x", x, None, stays=True)
         schedule_times = self._checked_times(t, len(states))
@@ -351,7 +351,7 @@ class SparseEngine:
         size = self.manifest.batch[1] if batch_size is None else batch_size
         told = {each.name: np.zeros(each.shape, each.dtype) for each in self.manifest.conditions if each.needed}
         options: dict[str, Any] = {"output": "float", "allow_nonfinite": True, "conditioning": told}
-        self.sample(size, steps=1, batch_size=size, sampler="ddim", **options)
+        self.sample(size, steps=1, batch_size=size, **options)
 
     def trajectory(
         self, steps: int, sampler: str | None = None, *, clip: bool | None = None, **options: Any

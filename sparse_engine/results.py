@@ -100,7 +100,7 @@ def check_prediction(predicted: np.ndarray, t: np.ndarray) -> None:
 def noise_seen(
     prediction: str, schedule: Schedule, x: np.ndarray, predicted: np.ndarray, times: np.ndarray
 ) -> np.ndarray:
-    """eps [B, C, H, W] of a network that predicts x0 or v at ``times`` above 0 (see ``sampling.model_form``)."""
+    """eps [B, C, H, W] of a network that predicts x0, v or flow at ``times`` above 0 (see ``sampling.model_form``)."""
     with np.errstate(over="ignore", invalid="ignore"):  # looked for by the caller
         of_x, of_prediction = (
             np.reshape(each, (-1, 1, 1, 1)) for each in model_form(schedule, times, prediction, "eps")

@@ -69,6 +69,7 @@ class Family:
         settings: the names that ``read_config`` understands in ``given``.
         remarks: (configuration, name -> array) -> notes on the weights themselves, for the user to read.
         positions: (configuration, layer name) -> how often a layer's weights are applied to one sample.
+        class_names: what diffusers calls the family's networks in ``config.json``, as ``class_of`` has it.
     """
 
     name: str
@@ -81,4 +82,5 @@ class Family:
     positions: Callable[[Any, str], int]
     float32_layers: tuple[str, ...]
     settings: frozenset[str]
+    class_names: frozenset[str] = frozenset()
     remarks: Callable[[Any, Mapping[str, np.ndarray]], list[str]] = lambda config, state: []

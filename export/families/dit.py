@@ -104,13 +104,13 @@ class DiTConfig:
         return self.guidance_channels
 
 
-def sincos_positions(dim: int, side: int) -> np.ndarray:
+def sincos_positions(dim: int, side: int, spacing: float = 1.0) -> np.ndarray:
     """The fixed embedding of a square of patches: float32 [1, side * side, dim], dim a multiple of 4.
 
     The first half of the channels says the column, the second the row; of each half, sines come before cosines.
     """
     quarter = dim // 4
-    angles = np.arange(side)[:, None] / 10000 ** (np.arange(quarter) / quarter)  # [side, dim / 4]
+    angles = np.arange(side)[:, None] * spacing / 10000 ** (np.arange(quarter) / quarter)  # [side, dim / 4]
     line = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     table = np.concatenate([np.tile(line, (side, 1)), np.repeat(line, side, axis=0)], axis=1)
     return table[None].astype(np.float32)

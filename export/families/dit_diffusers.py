@@ -121,9 +121,8 @@ class GELU(nn.Module):
 class FeedForward(nn.Module):
     """Two linears with a tanh-GELU between them."""
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        dim, hidden = config.embed_dim, config.mlp_hidden
         self.net = nn.Sequential(GELU(dim, hidden), nn.Identity(), nn.Linear(hidden, dim))  # a dropout in the middle
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,7 +138,7 @@ class Block(nn.Module):
         self.eps = config.norm_eps
         self.norm1 = Modulation(config)
         self.attn1 = Attention(config)
-        self.ff = FeedForward(config)
+        self.ff = FeedForward(config.embed_dim, config.mlp_hidden)
 
     def forward(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """h: [B, L, D]; t, y: [B] -> [B, L, D]."""
@@ -290,4 +289,5 @@ FAMILY = Family(
     positions=dit.positions_of,
     float32_layers=("pos_embed.*", "*.norm1.emb.*", "proj_out_*"),
     settings=dit.SETTINGS | frozenset(DIFFUSERS_NAMES) | {"norm_eps", "attention_head_dim", "num_embeds_ada_norm"},
+    class_names=frozenset({"DiTTransformer2DModel", "Transformer2DModel:ada_norm_zero"}),
 )

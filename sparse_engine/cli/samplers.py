@@ -19,12 +19,13 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
     if as_json:
         print_json(rows)
         return
-    table = make_table("sampler", "evaluations\nper step", "draws\nnoise", "own options", "source")
+    table = make_table("sampler", "evaluations\nper step", "draws\nnoise", "flow\nmatching", "own options", "source")
     for row in rows:
         table.add_row(
             row["name"],
             str(row["evaluations_per_step"]),
             "no" if row["deterministic"] else "yes",
+            "yes" if row["flow_matching"] else "no",
             ", ".join(option for option in row["options"] if option not in COMMON_OPTIONS),
             row["source"],
         )

@@ -4,6 +4,7 @@ from sparse_engine.sampling.loop import StepFunction, walk
 from sparse_engine.sampling.noise import labels, normal, philox4x32
 from sparse_engine.sampling.schedules import (
     DiscreteBetas,
+    FlowMatching,
     Schedule,
     StableDiffusion,
     VPCosine,
@@ -15,6 +16,7 @@ from sparse_engine.sampling.solvers import SAMPLERS, SamplerInfo, Trajectory, de
 __all__ = [
     "SAMPLERS",
     "DiscreteBetas",
+    "FlowMatching",
     "SamplerInfo",
     "Schedule",
     "StableDiffusion",

@@ -24,6 +24,11 @@ def _time_quadratic(schedule: Schedule, t_start: float, t_end: float, intervals:
 def _logsnr_uniform(schedule: Schedule, t_start: float, t_end: float, intervals: int) -> Float64:
     """Equal steps of lambda (Lu et al. 2022, arXiv:2206.00927, section 3.3)."""
     ends = schedule.lambda_([t_start, t_end])
+    if not np.isfinite(ends).all():
+        raise OptionError(
+            f"t_start is {t_start:g}, where the logsnr of spacing logsnr-uniform is infinite on {schedule.name}",
+            "start below it, or use time-uniform",
+        )
     return schedule.inverse_lambda(np.linspace(ends[0], ends[1], intervals + 1))
 
 

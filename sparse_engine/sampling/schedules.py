@@ -1,7 +1,8 @@
-"""Noise schedules: how much signal and noise a variance-preserving diffusion holds at each time.
+"""Noise schedules: how much signal and noise a diffusion holds at each time.
 
-At schedule time t a training image x0 has become ``alpha(t) * x0 + sigma(t) * noise`` with
-alpha² + sigma² = 1. Time runs from 0 (the image) to ``t_max`` (noise). Everything is float64.
+At schedule time t a training image x0 has become ``alpha(t) * x0 + sigma(t) * noise``. alpha² + sigma² is 1 (the
+variance is preserved) on all schedules but that of flow matching, where alpha + sigma is. Time runs from 0 (the image)
+to ``t_max`` (noise). Everything is float64.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from sparse_engine import arguments
 from sparse_engine.errors import OptionError
 
 Float64 = npt.NDArray[np.float64]
+LARGEST_SHIFT = 1e3  # of flow matching; published ones are 1 to 17
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(ABC):
-    """A variance-preserving noise schedule.
+    """A noise schedule; variance-preserving where a class does not say otherwise.
 
     Every method takes a time, or an array of times, in [0, t_max] and returns float64 of the same shape.
 
@@ -32,9 +34,11 @@ class Schedule(ABC):
         time_scale, time_shift: the network is given ``time_scale * t + time_shift``.
         t_min: the smallest time the network was trained at; 0 where training draws t from (0, t_max].
         t_max: the time sampling starts from.
+        predictions: what a network that was trained on it may predict; see ``trajectory.model_form``.
     """
 
     name: ClassVar[str]
+    predictions: ClassVar[tuple[str, ...]] = ("eps", "x0", "v")
     time_scale: float = 999.0
     time_shift: float = 0.0
 
@@ -77,7 +81,7 @@ class Schedule(ABC):
         return np.sqrt(-np.expm1(2.0 * self.log_alpha(t)))
 
     def lambda_(self, t: npt.ArrayLike) -> Float64:
-        """Half the log signal-to-noise ratio, log(alpha / sigma); infinite at t = 0."""
+        """Half the log signal-to-noise ratio, log(alpha / sigma); infinite where either is 0."""
         with np.errstate(divide="ignore"):
             return self.log_alpha(t) - np.log(self.sigma(t))
 
@@ -257,7 +261,65 @@ class StableDiffusion(DiscreteBetas):
     beta_end: float = 0.012
 
 
-_SCHEDULES: dict[str, type[Schedule]] = {cls.name: cls for cls in (VPLinear, VPCosine, DiscreteBetas, StableDiffusion)}
+@dataclass(frozen=True, kw_only=True)
+class FlowMatching(Schedule):
+    """The straight path of rectified flow, x = (1 - s) x0 + s noise (Liu et al. 2022, arXiv:2209.03003).
+
+    A schedule time t is that before the shift: s = shift t / (1 + (shift - 1) t) (Esser et al. 2024,
+    arXiv:2403.03206, eq. 23), which spends more of the steps in the noise. The network is given 1000 s. At t = 1
+    nothing of the image is left and alpha is 0: only samplers that do not divide by it are offered.
+
+    ``t_min`` is the s of the first of 1000 training steps, as a time before the shift, which so is shifted twice: where
+    the authors' own sampler (and diffusers') visits its last time before 0.
+    """
+
+    name: ClassVar[str] = "flow"
+    predictions: ClassVar[tuple[str, ...]] = ("flow", "x0")
+    time_scale: float = 1000.0
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.shift <= LARGEST_SHIFT:
+            raise OptionError(f"schedule flow: shift is {self.shift}, expected a number in (0, {LARGEST_SHIFT:g}]")
+
+    @property
+    def t_min(self) -> float:  # noqa: D102
+        return float(self.sigma(1e-3))
+
+    def sigma(self, t: npt.ArrayLike) -> Float64:  # noqa: D102
+        t = np.asarray(t, np.float64)
+        return np.asarray(self.shift * t / (1.0 + (self.shift - 1.0) * t))
+
+    def alpha(self, t: npt.ArrayLike) -> Float64:  # noqa: D102
+        t = np.asarray(t, np.float64)
+        return np.asarray((1.0 - t) / (1.0 + (self.shift - 1.0) * t))  # 1 - sigma without its cancellation
+
+    def log_alpha(self, t: npt.ArrayLike) -> Float64:  # noqa: D102
+        with np.errstate(divide="ignore"):
+            return np.log(self.alpha(t))
+
+    def inverse_log_alpha(self, log_alpha: npt.ArrayLike) -> Float64:  # noqa: D102
+        return self._before_shift(-np.expm1(np.asarray(log_alpha, np.float64)))
+
+    def beta(self, t: npt.ArrayLike) -> Float64:  # noqa: D102
+        t = np.asarray(t, np.float64)
+        with np.errstate(divide="ignore"):
+            return 2.0 * self.shift / ((1.0 + (self.shift - 1.0) * t) * (1.0 - t))
+
+    def inverse_lambda(self, l: npt.ArrayLike) -> Float64:  # noqa: D102, E741
+        return self._before_shift(np.exp(-np.logaddexp(0.0, np.asarray(l, np.float64))))
+
+    def network_time(self, t: npt.ArrayLike) -> Float64:  # noqa: D102
+        return self.time_scale * self.sigma(t) + self.time_shift
+
+    def _before_shift(self, s: Float64) -> Float64:
+        return s / (self.shift - (self.shift - 1.0) * s)
+
+
+_SCHEDULES: dict[str, type[Schedule]] = {
+    cls.name: cls for cls in (VPLinear, VPCosine, DiscreteBetas, StableDiffusion, FlowMatching)
+}
 
 
 def schedule_from_dict(data: Mapping[str, Any]) -> Schedule:

@@ -11,8 +11,8 @@ import numpy.typing as npt
 from sparse_engine.errors import OptionError
 from sparse_engine.sampling.schedules import Float64, Schedule
 
-PREDICTIONS = ("eps", "x0", "v")
-Form = Literal["eps", "x0"]
+PREDICTIONS = ("eps", "x0", "v", "flow")
+Form = Literal["eps", "x0", "flow"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,16 +74,34 @@ def model_form(schedule: Schedule, t: npt.ArrayLike, prediction: str, form: Form
     """Coefficients (of x, of the network's output) that give ``form`` from what the network predicts.
 
     x = alpha x0 + sigma eps and v = alpha eps - sigma x0 (Salimans and Ho 2022, arXiv:2202.00512,
-    appendix D), solved for eps or for x0.
+    appendix D), solved for eps or for x0. In flow matching, where alpha + sigma is 1, "flow" is eps - x0
+    (Esser et al. 2024, arXiv:2403.03206, eq. 13): x0 = x - sigma flow, eps = x + alpha flow.
+
+    Raises:
+        OptionError: no network of this schedule predicts that.
     """
+    check_prediction(schedule, prediction)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     if prediction == form:
         return np.zeros_like(alpha), np.ones_like(alpha)
+    if prediction == "flow":
+        return np.ones_like(alpha), alpha if form == "eps" else -sigma
+    if form == "flow":
+        return 1.0 / sigma, -1.0 / sigma  # of x0, the other that these schedules have
     if prediction == "v":
         return (sigma, alpha) if form == "eps" else (alpha, -sigma)
     if form == "eps":
         return 1.0 / sigma, -alpha / sigma
     return 1.0 / alpha, -sigma / alpha
+
+
+def check_prediction(schedule: Schedule, prediction: str) -> None:
+    """Refuse a prediction that no network of this schedule makes. Raises OptionError."""
+    if prediction not in schedule.predictions:
+        raise OptionError(
+            f"prediction {prediction!r} on schedule {schedule.name}, expected one of {', '.join(schedule.predictions)}",
+            "flow goes with flow alone: the step from noise to image is another elsewhere",
+        )
 
 
 def assemble(

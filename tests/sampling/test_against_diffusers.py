@@ -9,10 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from oracles import bent, relative_error, run
 
-from sparse_engine.sampling import DiscreteBetas, Schedule, StableDiffusion, Trajectory, VPLinear, make_trajectory
+from sparse_engine.sampling import (
+    DiscreteBetas,
+    FlowMatching,
+    Schedule,
+    StableDiffusion,
+    Trajectory,
+    VPLinear,
+    make_trajectory,
+)
 
 # Of diffusers itself, which is not asked for float64 nor for its first DPM-Solver any more.
 pytestmark = [
@@ -196,4 +210,48 @@ def test_singlestep(sampler: str, algorithm: str, steps: int, order: int, to_zer
     scheduler.order_list = [k + 1 for length in np.diff(starts) for k in range(length)]
     assert max(scheduler.order_list) == order
     expected = _dpm_sample(scheduler, _start(), stage=_authors_stages)
+    assert relative_error(_own(trajectory, schedule), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 28, 50])
+def test_euler_of_flow_matching_at_diffusers_own_times(steps: int, shift: float) -> None:
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    schedule = FlowMatching(shift=shift)
+    trajectory = make_trajectory("euler-ode", schedule, steps, prediction="flow")
+    np.testing.assert_allclose(trajectory.network_times, scheduler.timesteps.numpy(), rtol=2e-6)
+    # Sigmas at float64, which diffusers rounds.
+    scheduler.sigmas = torch.from_numpy(schedule.sigma(np.append(trajectory.times, 0.0)))
+    scheduler.timesteps = torch.from_numpy(trajectory.network_times)
+    x = torch.from_numpy(_start())
+    for n in scheduler.timesteps:
+        x = scheduler.step(bent(x, float(n)), n, x).prev_sample
+    assert relative_error(_own(trajectory, schedule), x.numpy()) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "algorithm, order",
+    [("dpmsolver++", 1), ("dpmsolver++", 2), ("dpmsolver++", 3), ("sde-dpmsolver++", 1), ("sde-dpmsolver++", 2)],
+)
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [5, 14, 15, 40])
+def test_multistep_of_flow_matching(steps: int, shift: float, order: int, algorithm: str) -> None:
+    scheduler: Any = DPMSolverMultistepScheduler(
+        algorithm_type=algorithm,
+        solver_order=order,
+        solver_type="midpoint",
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=shift,
+    )
+    scheduler.set_timesteps(steps)
+    schedule = FlowMatching(shift=shift)
+    sampler = algorithm.replace("dpmsolver", "dpm-solver")
+    trajectory = make_trajectory(sampler, schedule, steps, order=order, prediction="flow", t_start=0.999, t_end=0.0)
+    np.testing.assert_allclose(trajectory.network_times, scheduler.timesteps.numpy(), atol=1.0)  # cut to whole
+    scheduler.sigmas = torch.from_numpy(schedule.sigma(np.append(trajectory.times, 0.0)))
+    scheduler.timesteps = torch.from_numpy(trajectory.network_times)
+    scheduler._step_index = 0
+    expected = _dpm_sample(scheduler, _start(), _noise)
     assert relative_error(_own(trajectory, schedule), expected) < TOLERANCE

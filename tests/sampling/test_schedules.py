@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from sparse_engine.errors import OptionError
-from sparse_engine.sampling import DiscreteBetas, Schedule, StableDiffusion, VPCosine, VPLinear, schedule_from_dict
+from sparse_engine.sampling import (
+    DiscreteBetas,
+    FlowMatching,
+    Schedule,
+    StableDiffusion,
+    VPCosine,
+    VPLinear,
+    schedule_from_dict,
+)
 
 SCHEDULES = [
     VPLinear(),
@@ -16,6 +24,7 @@ SCHEDULES = [
     DiscreteBetas(betas="cosine", steps=400),
     StableDiffusion(),
 ]
+FLOWS = [FlowMatching(), FlowMatching(shift=3.0), FlowMatching(shift=0.5, time_scale=1.0)]
 IDS = [f"{schedule.name}-{i}" for i, schedule in enumerate(SCHEDULES)]
 
 
@@ -30,7 +39,22 @@ def test_alpha_and_sigma_are_variance_preserving_and_run_from_image_to_noise(sch
     assert schedule.sigma(schedule.t_max) > 0.99
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=IDS)
+@pytest.mark.parametrize("schedule", FLOWS)
+def test_flow_matching_is_a_straight_path_from_image_to_noise(schedule: FlowMatching) -> None:
+    t = np.linspace(0.0, 1.0, 1001)
+    s = schedule.shift * t / (1 + (schedule.shift - 1) * t)
+    np.testing.assert_allclose(schedule.sigma(t), s, rtol=1e-13)
+    np.testing.assert_allclose(schedule.alpha(t), 1 - s, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(schedule.network_time(t), schedule.time_scale * s, rtol=1e-13)
+    assert (schedule.alpha(0.0), schedule.sigma(0.0), schedule.alpha(1.0), schedule.sigma(1.0)) == (1, 0, 0, 1)
+    assert (schedule.lambda_(0.0), schedule.lambda_(1.0)) == (np.inf, -np.inf)
+    np.testing.assert_allclose(schedule.inverse_log_alpha(schedule.log_alpha(t[:-1])), t[:-1], rtol=1e-9, atol=1e-12)
+    inside = np.linspace(0.01, 0.99, 99)
+    slope = (schedule.log_alpha(inside + 1e-7) - schedule.log_alpha(inside - 1e-7)) / 2e-7
+    np.testing.assert_allclose(schedule.beta(inside), -2.0 * slope, rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", [*SCHEDULES, *FLOWS])
 def test_inverse_lambda_returns_the_time(schedule: Schedule) -> None:
     t = np.linspace(1e-4, schedule.t_max, 997)
     np.testing.assert_allclose(schedule.inverse_lambda(schedule.lambda_(t)), t, rtol=1e-9, atol=1e-12)
@@ -105,7 +129,7 @@ def test_the_cosine_schedule_starts_before_alpha_is_zero() -> None:
     assert np.isfinite(VPCosine().lambda_(VPCosine().t_max))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=IDS)
+@pytest.mark.parametrize("schedule", [*SCHEDULES, *FLOWS])
 def test_a_schedule_survives_json(schedule: Schedule) -> None:
     assert schedule_from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
 
@@ -132,6 +156,8 @@ def test_whole_numbers_are_taken_for_floats() -> None:
         ({"name": "discrete", "betas": "quadratic"}, "expected one of linear, scaled-linear, cosine"),
         ({"name": "discrete", "steps": 1}, "steps = 1; expected a whole number of 2 or more"),
         ({"name": "discrete", "steps": 10.5}, "steps is 10.5, expected a value of type int"),
+        ({"name": "flow", "shift": 0.0}, r"shift is 0.0, expected a number in \(0, 1000\]"),
+        ({"name": "flow", "shift": 1e9}, "shift is 1000000000.0"),
         ({"name": "discrete", "beta_end": 1.5}, "expected 0 < beta_start < beta_end < 1"),
     ],
 )

@@ -14,6 +14,7 @@ from sparse_engine.errors import OptionError
 from sparse_engine.sampling import (
     SAMPLERS,
     DiscreteBetas,
+    FlowMatching,
     SamplerInfo,
     Schedule,
     StableDiffusion,
@@ -22,6 +23,7 @@ from sparse_engine.sampling import (
     default_sampler,
     make_trajectory,
 )
+from sparse_engine.sampling.trajectory import model_form
 
 SCHEDULES = [VPLinear(), VPCosine(), DiscreteBetas(), DiscreteBetas(betas="cosine"), StableDiffusion()]
 IDS = ["vp-linear", "vp-cosine", "discrete", "discrete-cosine", "stable-diffusion"]
@@ -89,6 +91,55 @@ def test_the_listing_is_json() -> None:
 def test_the_default_sampler_is_the_authors() -> None:
     assert default_sampler(VPLinear()) == "dpm-solver"
     assert default_sampler(StableDiffusion()) == "dpm-solver++-singlestep"
+    assert default_sampler(FlowMatching()) == "euler-ode"
+
+
+ON_FLOW = ("euler-ode", "dpm-solver++", "sde-dpm-solver++")
+
+
+@pytest.mark.parametrize("prediction", ["flow", "x0"])
+@pytest.mark.parametrize("sampler", ON_FLOW)
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 28, 1000])
+def test_flow_matching_starts_where_alpha_is_zero(sampler: str, steps: int, prediction: str) -> None:
+    trajectory = make_trajectory(sampler, FlowMatching(shift=3.0), steps, prediction=prediction)
+    assert len(trajectory) == steps
+    assert np.all(np.isfinite(trajectory.coef))
+    assert np.all(np.diff(trajectory.times) < 0)
+    assert (trajectory.times[0], trajectory.network_times[0], trajectory.init) == (1.0, 1000.0, (0.0, 1.0))
+
+
+@pytest.mark.parametrize("t", [0.01, 0.5, 1.0])
+def test_what_a_flow_says_of_noise_and_image(t: float) -> None:
+    schedule = FlowMatching(shift=3.0)
+    x0, eps = np.random.default_rng(0).standard_normal((2, 50))
+    x = schedule.alpha(t) * x0 + schedule.sigma(t) * eps
+    for prediction, predicted in (("flow", eps - x0), ("x0", x0)):
+        for form, expected in (("eps", eps), ("x0", x0), ("flow", eps - x0)):
+            of_x, of_predicted = model_form(schedule, t, prediction, form)
+            np.testing.assert_allclose(of_x * x + of_predicted * predicted, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in ON_FLOW])
+def test_samplers_that_flow_matching_has_no_use_for_say_why(sampler: str) -> None:
+    why = SAMPLERS[sampler].not_flow
+    assert why is not None
+    with pytest.raises(OptionError, match=f"(?s)not offered on schedule flow: {why}.*use one of {ON_FLOW[0]}"):
+        make_trajectory(sampler, FlowMatching(), 10, prediction="flow")
+
+
+@pytest.mark.parametrize(
+    "schedule, prediction", [(FlowMatching(), "eps"), (FlowMatching(), "v"), (VPLinear(), "flow"), (VPCosine(), "flow")]
+)
+def test_predictions_that_a_schedule_does_not_have(schedule: Schedule, prediction: str) -> None:
+    with pytest.raises(OptionError, match=f"prediction '{prediction}' on schedule {schedule.name}, expected one of"):
+        make_trajectory("dpm-solver++", schedule, 10, prediction=prediction)
+
+
+def test_steps_of_logsnr_need_one_that_is_finite() -> None:
+    options = {"prediction": "flow", "spacing": "logsnr-uniform", "t_end": 1e-3}
+    with pytest.raises(OptionError, match="t_start is 1, where the logsnr of spacing logsnr-uniform is infinite"):
+        make_trajectory("dpm-solver++", FlowMatching(), 10, **options)
+    assert np.all(np.isfinite(make_trajectory("dpm-solver++", FlowMatching(), 10, t_start=0.999, **options).coef))
 
 
 @pytest.mark.parametrize("info", SAMPLERS.values(), ids=list(SAMPLERS))

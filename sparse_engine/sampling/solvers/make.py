@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from sparse_engine import arguments
 from sparse_engine.errors import OptionError
 from sparse_engine.sampling.grid import ENDING_AT_ZERO, SPACINGS
-from sparse_engine.sampling.schedules import Schedule
+from sparse_engine.sampling.schedules import FlowMatching, Schedule
 from sparse_engine.sampling.solvers.registry import SAMPLERS, SamplerInfo
-from sparse_engine.sampling.trajectory import PREDICTIONS, Options, Trajectory
+from sparse_engine.sampling.trajectory import PREDICTIONS, Options, Trajectory, check_prediction
 
 MOST_STEPS = 1_000_000
 
@@ -49,7 +49,7 @@ def make_trajectory(
         eta: DDIM's noise, 0 (none) to 1 (DDPM's).
         variance: DDPM's: ``small`` or ``large``.
         order: of the DPM-Solvers; by default theirs, or ``steps`` where that is less.
-        prediction: what the network predicts: ``eps``, ``x0`` or ``v``.
+        prediction: what the network predicts: ``eps``, ``x0`` or ``v``; on schedule ``flow``: ``flow`` or ``x0``.
         value_range: (low, high) to clip the predicted x0 to; None does not clip. Samplers that never form
             x0 (the Euler methods and ``dpm-solver``) have nothing to clip and ignore it.
         denoise_to_zero: the last of the steps goes from ``t_end`` to t = 0, by the sampler's own first-order
@@ -61,6 +61,8 @@ def make_trajectory(
     info = SAMPLERS[_known("sampler", sampler, tuple(SAMPLERS))]
     steps = arguments.whole_number("steps", steps, 1, MOST_STEPS)
     prediction = _known("prediction", prediction, PREDICTIONS)
+    check_prediction(schedule, prediction)
+    _check_flow(info, schedule)
     spacing = _spacing(info, spacing)
     start, end, to_zero = _times(info, schedule, spacing, t_start, t_end, denoise_to_zero)
     options = Options(
@@ -87,6 +89,14 @@ def _known(what: str, found: object, names: Sequence[str]) -> str:
     )
 
 
+def _check_flow(info: SamplerInfo, schedule: Schedule) -> None:
+    if info.not_flow is not None and isinstance(schedule, FlowMatching):
+        offered = ", ".join(name for name, other in SAMPLERS.items() if other.not_flow is None)
+        raise OptionError(
+            f"sampler {info.name} is not offered on schedule {schedule.name}: {info.not_flow}", f"use one of {offered}"
+        )
+
+
 def _has_no(info: SamplerInfo, option: str, owners: Sequence[str]) -> OptionError:
     return OptionError(
         f"{option}: sampler {info.name} has none, expected None", f"leave it out, or use {' or '.join(owners)}"
@@ -109,7 +119,8 @@ def _times(
     if not 0 < start <= schedule.t_max:
         raise OptionError(f"t_start is {start:g}, expected a time in (0, {schedule.t_max:g}] of {schedule.name}")
     if t_end is None:
-        ends_at_zero = info.t_end == 0 or spacing in ENDING_AT_ZERO
+        whole = isinstance(schedule, FlowMatching) and not info.denoise_to_zero  # equal steps all the way
+        ends_at_zero = info.t_end == 0 or spacing in ENDING_AT_ZERO or whole
         end = 0.0 if ends_at_zero and spacing != "logsnr-uniform" else schedule.t_min or info.t_end or CONTINUOUS_T_END
         to_zero = ends_at_zero or info.denoise_to_zero
     else:

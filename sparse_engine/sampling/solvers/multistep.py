@@ -17,6 +17,8 @@ def dpm_solver_pp(schedule: Schedule, steps: int, options: Options) -> Trajector
     The first steps have the order their history allows. Under 15 steps the last ones go down in order
     again, as the authors' code does to keep few steps stable; a step to t = 0 is of first order. 3M gives the
     second difference half of its Taylor weight, as that code and its descendants do: it converges with order 2.
+    In flow matching lambda is -inf at t = 1: the step from there is of first order, and so is the next, whose
+    differences reach back to it.
     """
     times = grid(schedule, options, steps)
     alpha, sigma, lambdas = schedule.alpha(times), schedule.sigma(times), schedule.lambda_(times)

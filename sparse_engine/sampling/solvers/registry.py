@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sparse_engine.sampling.schedules import DiscreteBetas, Schedule
+from sparse_engine.sampling.schedules import DiscreteBetas, FlowMatching, Schedule
 from sparse_engine.sampling.solvers.ancestral import ddim, ddpm
 from sparse_engine.sampling.solvers.euler import euler_ode, euler_sde
 from sparse_engine.sampling.solvers.multistep import dpm_solver_pp, sde_dpm_solver_pp
@@ -28,6 +28,7 @@ class SamplerInfo:
         clips_by_default: its authors clip pixels.
         t_end: where a continuous schedule ends; a discrete one ends after its first step, 1/N. 0 is 0 on both.
         orders: orders on offer, the default first; empty where there is no choice.
+        not_flow: why it is not offered in flow matching; None where it is.
     """
 
     name: str
@@ -43,6 +44,7 @@ class SamplerInfo:
     has_eta: bool = False
     has_variance: bool = False
     orders: tuple[int, ...] = ()
+    not_flow: str | None = None
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -65,6 +67,7 @@ class SamplerInfo:
             "options": list(self.options),
             "orders": list(self.orders),
             "spacing": self.spacing,
+            "flow_matching": self.not_flow is None,
         }
 
 
@@ -80,6 +83,7 @@ SAMPLERS: dict[str, SamplerInfo] = {
             clips_by_default=True,
             t_end=0.0,
             has_variance=True,
+            not_flow="its chain adds noise to a variance that is preserved",
         ),
         SamplerInfo(
             name="ddim",
@@ -89,6 +93,7 @@ SAMPLERS: dict[str, SamplerInfo] = {
             clips_by_default=True,
             t_end=0.0,
             has_eta=True,
+            not_flow="without noise it is euler-ode there, and its noise is of a variance that is preserved",
         ),
         SamplerInfo(
             name="euler-sde",
@@ -96,11 +101,12 @@ SAMPLERS: dict[str, SamplerInfo] = {
             source="Song et al. 2021, arXiv:2011.13456, eq. 6",
             deterministic=False,
             denoise_to_zero=True,
+            not_flow="the SDE's beta is infinite where sampling starts",
         ),
         SamplerInfo(
             name="euler-ode",
             function=euler_ode,
-            source="Song et al. 2021, arXiv:2011.13456, eq. 13",
+            source="Song et al. 2021, arXiv:2011.13456, eq. 13; Esser et al. 2024, arXiv:2403.03206, eq. 1",
             denoise_to_zero=True,
         ),
         SamplerInfo(
@@ -111,6 +117,7 @@ SAMPLERS: dict[str, SamplerInfo] = {
             t_end=1e-4,
             spacing="logsnr-uniform",
             orders=(3, 2, 1),
+            not_flow="it divides by alpha, which is 0 where sampling starts",
         ),
         SamplerInfo(
             name="dpm-solver++",
@@ -126,6 +133,7 @@ SAMPLERS: dict[str, SamplerInfo] = {
             evaluations_per_step=3,
             clips=True,
             orders=(3, 2, 1),
+            not_flow="its first step's length in logsnr is infinite",
         ),
         SamplerInfo(
             name="sde-dpm-solver++",
@@ -141,9 +149,11 @@ SAMPLERS: dict[str, SamplerInfo] = {
 
 
 def default_sampler(schedule: Schedule) -> str:
-    """The sampler that U-ViT's authors evaluate a model of this schedule with.
+    """The sampler that authors evaluate a model of this schedule with: U-ViT's, and for flow matching SD3's.
 
-    ``dpm-solver`` for continuous time (pixels, and the latents of L), ``dpm-solver++-singlestep`` for discrete
-    (the latents of H, and text-to-image).
+    ``euler-ode`` for flow matching, ``dpm-solver`` for other continuous time (pixels, and the latents of L),
+    ``dpm-solver++-singlestep`` for discrete (the latents of H, and text-to-image).
     """
+    if isinstance(schedule, FlowMatching):
+        return "euler-ode"
     return "dpm-solver++-singlestep" if isinstance(schedule, DiscreteBetas) else "dpm-solver"
