@@ -78,7 +78,7 @@ def test_a_calibration_file_with_a_member_that_is_no_array(tmp_path: Path) -> No
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("x", b"bytes")
     with pytest.raises(InputError, match="is incomplete: it holds no x"):
-        load_calibration(path, checkpoint_sha256="", data_shape=(3, 8, 8), classes=5)
+        load_calibration(path, checkpoint_sha256="", data_shape=(3, 8, 8), conditions=())
 
 
 def test_a_results_file_that_is_nested_without_end(tmp_path: Path) -> None:
