@@ -12,7 +12,7 @@ from sparse_engine.errors import BackendError
 from sparse_engine.export.bake import bake
 from sparse_engine.export.masks import is_n_of_m
 from sparse_engine.export.model import load_model
-from sparse_engine.export.step_graph import Step, UnconditionalStep, check_graph, export_step_graph
+from sparse_engine.export.step_graph import check_graph, export_step_graph, step_of
 from tests.conftest import TINY, TINY_CONDITIONAL, save_checkpoint
 
 
@@ -45,14 +45,15 @@ def test_graph_is_the_torch_step(
     }
     scalars = {"coef": rng.standard_normal(8).astype(np.float32), "clip": np.array([-1.5, 1.5], np.float32)}
     feed = {**state, **scalars, "t": rng.uniform(0, 999, batch).astype(np.float32)}
-    step: torch.nn.Module = UnconditionalStep(network)
-    order = ["x", "t", "coef", "clip", "base", "h1", "h2", "z"]
+    order, told = ["x", "t", "coef", "clip", "base", "h1", "h2", "z"], {}
     if config.num_classes:
         feed["y"] = rng.integers(0, config.num_classes, (passes, batch))
         feed["guidance"] = np.array([2.0, -1.0][:passes], np.float32)
-        step, order = Step(network), ["x", "t", "y", "guidance", *order[2:]]
+        order = ["x", "t", "y", "guidance", *order[2:]]
+        told = {"conditioning": {"y": torch.from_numpy(feed["y"])}}
+    given = {name: torch.from_numpy(array) for name, array in feed.items() if name != "y"}
     with torch.no_grad():
-        expected = step(*(torch.from_numpy(feed[name]) for name in order))
+        expected = step_of(network, config)(**given, **told)
     session = session_of(graph, tmp_path)
     assert [entry.name for entry in session.get_inputs()] == order
     found = session.run(["x_next", "m"], feed)
