@@ -4,7 +4,9 @@
 
 builds an engine of each, draws 2,000 samples (200 of each digit) with and without guidance, and prints, for every
 one, the accuracy of a classifier trained on the real digits and the Fréchet distance to them in pixel space.
-``--write`` puts the table into this folder's README.md and the numbers into results.json.
+``--write`` puts the table into the folder's README.md and the numbers into results.json. ``--models FOLDER`` is
+another folder with a ``dense.pth`` and a ``sparsedm.pth``, such as examples/digits_text; ``--weights FOLDER`` says
+that the weights lie elsewhere; ``--picture FILE`` draws ten of each digit by the 2:4 model.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ import numpy as np
 from sparse_engine import SparseEngine, __version__
 from sparse_engine.backends import BuildOptions
 from sparse_engine.bench.quality import frechet_distance
+from sparse_engine.export.assets import AssetOptions
 from sparse_engine.export.build import build_engine
+from sparse_engine.images import write_samples
+from sparse_engine.manifest import Manifest
 
 HERE = Path(__file__).parent
 MODELS = {
@@ -45,16 +50,33 @@ def classifier() -> tuple[Any, float]:
     return machine.fit(pixels, labels), float(cross_val_score(machine, pixels, labels, cv=5).mean())
 
 
-def evaluate(samples: int) -> dict[str, Any]:
-    """Measure each model. Returns what results.json holds."""
+def told(folder: Path, labels: np.ndarray) -> dict[str, Any]:
+    """What a model is told so that it draws these digits: the labels, or the contexts that lie beside its weights."""
+    contexts = folder / "contexts.npz"
+    if not contexts.exists():
+        return {"labels": labels}
+    return {"conditioning": {"context": np.load(contexts)["context"][labels]}}
+
+
+def build(folder: Path, checkpoint: str, options: BuildOptions, output: Path) -> tuple[Path, Manifest]:
+    """An engine of a model that lies in a folder, with the null context beside it where there is one."""
+    null = folder / "null_context.npy"
+    assets = AssetOptions(null_context=null if null.exists() else None)
+    return build_engine(folder / checkpoint, output, options=options, assets=assets)
+
+
+def evaluate(
+    samples: int, folder: Path = HERE, command: str = "python examples/digits/evaluate.py --write"
+) -> dict[str, Any]:
+    """Measure each model of a folder. Returns what results.json holds."""
     real = data.load()[0].reshape(-1, 64)
     machine, unseen = classifier()
     labels = np.resize(np.arange(data.NUM_DIGITS), samples)
     halves = np.random.default_rng(0).permutation(len(real))
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as scratch:
         for name, (checkpoint, options) in MODELS.items():
-            path, manifest = build_engine(HERE / checkpoint, Path(folder) / "model.sengine", options=options)
+            path, manifest = build(folder, checkpoint, options, Path(scratch) / "model.sengine")
             masked = [layer["energy_removed"] for layer in manifest.layers if layer["masked"]]
             row = {"model": name, "energy_removed": max(masked, default=0.0)}
             with SparseEngine.load(path) as engine:
@@ -63,17 +85,17 @@ def evaluate(samples: int) -> dict[str, Any]:
                         samples,
                         steps=STEPS,
                         sampler=SAMPLER,
-                        labels=labels,
                         guidance=guidance,
                         batch_size=100,
                         output="float",
+                        **told(folder, labels),
                     )
                     pixels = drawn.clip(-1, 1).reshape(samples, 64)
                     row[f"accuracy_w{guidance:g}"] = float((machine.predict(pixels) == labels).mean())
                     row[f"frechet_w{guidance:g}"] = frechet_distance(pixels, real)
             rows.append(row)
     return {
-        "command": "python examples/digits/evaluate.py --write",
+        "command": command,
         "tool_version": __version__,
         "samples": samples,
         "sampler": SAMPLER,
@@ -117,12 +139,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--models", type=Path, default=HERE)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
-    results = evaluate(options.samples)
+    weights = options.weights or options.models
+    other = "" if options.models == HERE else f" --models examples/{options.models.resolve().name}"
+    results = evaluate(options.samples, weights, f"python examples/digits/evaluate.py{other} --write")
     print(table(results))
+    if options.picture:
+        draw(weights, options.picture)
     if options.write:
-        (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        write_table(HERE / "README.md", BEGIN, table(results))
+        (options.models / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_table(options.models / "README.md", BEGIN, table(results))
+
+
+def draw(folder: Path, picture: Path) -> None:
+    """Ten of each digit by the 2:4 model, guided, one digit a column."""
+    labels = np.resize(np.arange(data.NUM_DIGITS), 10 * data.NUM_DIGITS)
+    with tempfile.TemporaryDirectory() as scratch:
+        path, _ = build(folder, *MODELS["SparseDM, 2:4"], Path(scratch) / "model.sengine")
+        with SparseEngine.load(path) as engine:
+            drawn = engine.sample(len(labels), steps=STEPS, sampler=SAMPLER, guidance=2.0, **told(folder, labels))
+    write_samples(picture, [drawn])
 
 
 if __name__ == "__main__":
