@@ -110,8 +110,8 @@ bool run_pair_case(const Case& shape, const char* tier) {
   return good;
 }
 
-// Against the definition, in double: keys of another length, k with heads outermost, and a bias of one row for all queries
-// (bias_rows = 1), of a row each, or none.
+// Against the definition, in double: keys of another length, k with heads outermost, and a bias of one row for all
+// queries (bias_rows = 1), of a row each, or none.
 bool run_attention_case(const char* tier, int queries, int keys, int head_dim, int bias_rows, double tolerance) {
   const int batch = 2, heads = 3, width = heads * head_dim;
   std::mt19937 random(queries * 1000 + keys);
@@ -165,8 +165,8 @@ bool run_attention_case(const char* tier, int queries, int keys, int head_dim, i
     }
   }
   if (error <= tolerance) return true;
-  std::printf("%s attention of %d tokens to %d, heads of %d, %d rows of bias: error %g\n", tier, queries, keys, head_dim,
-              bias_rows, error);
+  std::printf("%s attention of %d tokens to %d, heads of %d, %d rows of bias: error %g\n", tier, queries, keys,
+              head_dim, bias_rows, error);
   return false;
 }
 

@@ -299,7 +299,7 @@ def test_a_bias_is_added_to_the_scores(tier, head_dim, rows):
 @pytest.mark.parametrize("masked", [-1e4, -np.inf])
 @pytest.mark.parametrize("whole_block", [False, True])
 def test_keys_that_a_bias_masks_have_no_weight(tier, masked, whole_block):
-    """None that shows: at most 2^-126 of the largest weight, also where the online softmax sees only such keys first."""
+    """None that shows: at most 2^-126 of the largest, also where the online softmax sees only such keys first."""
     told, bias = three(2, 50, 200, 24), np.zeros((2, 1, 1, 200), np.float32)
     bias[..., :150] = masked
     if not whole_block:
@@ -369,7 +369,10 @@ def test_the_shape_of_heads_first_is_inferred_with_its_names():
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"q": (1, 4, 15)}, r"Attention: q has shape \[1, 4, 15\], expected \[B, L, D\] with D a multiple of heads = 2"),
+        (
+            {"q": (1, 4, 15)},
+            r"Attention: q has shape \[1, 4, 15\], expected \[B, L, D\] with D a multiple of heads = 2",
+        ),
         ({"q": (1, 3, 4, 8)}, r"q has shape \[1, 3, 4, 8\], expected .* or \[B, 2, L, D / 2\]"),
         ({"k": (2, 6, 16)}, r"k has shape \[2, 6, 16\], expected the batch and the heads of q, \[1, 4, 16\]"),
         ({"k": (1, 0, 16), "v": (1, 0, 16)}, r"k has shape \[1, 0, 16\], expected .* and 1 token or more"),

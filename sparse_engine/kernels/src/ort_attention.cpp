@@ -3,9 +3,9 @@
 #include <cmath>
 #include <limits>
 
+#include "attention_loop.h"
 #include "dispatch.h"
 #include "ort_support.h"
-#include "attention_loop.h"
 
 namespace sparse_engine::ort {
 namespace {
@@ -183,8 +183,7 @@ class AttentionNode {
 
   static Bias bias_of(const Tensor& tensor, const Attention& attention) {
     const Shape& shape = tensor.shape;
-    const Shape full = {int64_t(attention.batch), attention.heads, int64_t(attention.queries),
-                        int64_t(attention.keys)};
+    const Shape full = {int64_t(attention.batch), attention.heads, int64_t(attention.queries), int64_t(attention.keys)};
     bool fits = shape.size() == 4 && shape[3] == full[3];
     for (size_t i = 0; fits && i < 3; ++i) fits = shape[i] == 1 || shape[i] == full[i];
     if (!fits) {

@@ -1,5 +1,5 @@
-// The operators sparse_engine::SelfAttention and sparse_engine::Attention, version 1. Everything about them that a graph
-// can see:
+// The operators sparse_engine::SelfAttention and sparse_engine::Attention, version 1. Everything about them that a
+// graph can see:
 //
 //   SelfAttention: Y = softmax(scale * q k^T) v, of each head
 //   input       qkv      float32 [B, L, 3 D]   q, k and v side by side, heads outermost within each

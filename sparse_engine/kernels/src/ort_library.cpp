@@ -17,9 +17,8 @@ namespace {
 // The domain and its operators, for one runtime. They must outlive every session, so they are never freed.
 struct Registration {
   explicit Registration(FunctionTable table)
-      : api(table),
-        operators{matmul24(table), matmul_bf16(table), mlp24(table), mlp_bf16(table), self_attention(table),
-                  attention(table)} {
+      : api(table), operators{matmul24(table), matmul_bf16(table),    mlp24(table),
+                              mlp_bf16(table), self_attention(table), attention(table)} {
     check(api, api.CreateCustomOpDomain("sparse_engine", &domain));
     for (Operator& op : operators) check(api, api.CustomOpDomain_Add(domain, &op));
   }
