@@ -134,15 +134,10 @@ class _Graph:
     """What the search asks of a graph, which it does not change."""
 
     def __init__(self, model: ModelProto) -> None:
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
         self.proto = model.graph
         self.producers = {output: node for node in model.graph.node for output in node.output}
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._sizes = {
-            value.name: sizes(value)
-            for value in (*inferred.value_info, *inferred.input, *inferred.output)
-            if value.type.tensor_type.HasField("shape")
-        } | {name: tuple(tensor.dims) for name, tensor in self.constants.items()}
+        self._sizes = _sizes_of(model) | {name: tuple(tensor.dims) for name, tensor in self.constants.items()}
 
     def sizes(self, name: str) -> tuple[int, ...]:
         """Of a tensor's axes, 0 where one is dynamic; empty where nothing is known."""
@@ -162,6 +157,19 @@ class _Graph:
         """Whether one node, and nothing else, reads what another makes."""
         found = only_consumer(self.proto, node.output[0])
         return found is not None and found.output[0] == after.output[0]
+
+
+def _sizes_of(model: ModelProto) -> dict[str, tuple[int, ...]]:
+    """Of every value: as the exporter said, else as ONNX infers.
+
+    Inferred without what the exporter said, which weights that were laid out anew since then contradict.
+    """
+    bare = ModelProto()
+    bare.CopyFrom(model)
+    bare.graph.ClearField("value_info")
+    inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
+    values = (*inferred.value_info, *model.graph.value_info, *model.graph.input, *model.graph.output)
+    return {value.name: sizes(value) for value in values if value.type.tensor_type.HasField("shape")}
 
 
 Match = tuple[Attention, list[NodeProto], list[NodeProto]]
