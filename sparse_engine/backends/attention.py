@@ -2,116 +2,330 @@
 
 The exporter writes attention out in its plain form, which every runtime reads. The pattern:
 
-    Split -> q -> Reshape -> Transpose -> Mul(scale) -> MatMul -> Softmax -> MatMul -> Transpose -> Reshape
-             k -> Reshape -> Transpose ---------------/                     /
-             v -> Reshape -> Transpose ------------------------------------/
+    q [B, H, L, D/H] -> Mul(scale) -> MatMul -> Add(bias) -> Softmax -> MatMul -> Transpose -> Reshape
+    k [B, H, S, D/H] -> Transpose ---/                                /
+    v [B, H, S, D/H] ------------------------------------------------/
 
-with a Cast before and after the Softmax where the rest is in a lower precision.
+with a Cast before the Add and after the Softmax where the rest is in a lower precision, and no Add where there is no
+bias. q, k and v may come from anywhere. Where they are a Reshape and a Transpose of [B, L, D], the two go; where all
+three are parts of one product [B, L, 3D], their Split goes too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+import numpy as np
+import onnx
+from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
-from .onnx_graph import only_consumer
+from .onnx_graph import only_consumer, sizes
+
+Layout = Literal["tokens", "tokens-heads", "heads"]
+SPLIT_HEADS, TURNED_KEYS, SPLIT_AND_TURNED = [0, 2, 1, 3], [0, 1, 3, 2], [0, 2, 3, 1]  # permutations
+
+
+class Operand(NamedTuple):
+    """q, k or v: a tensor [B, L, D] ("tokens"), [B, L, H, D/H] ("tokens-heads") or [B, H, L, D/H] ("heads")."""
+
+    name: str
+    layout: Layout
+
+    def as_tokens(self, name: str, width: int) -> tuple[str, list[NodeProto]]:
+        """It as [B, L, D], and the nodes that make it so, named after ``name``."""
+        source, nodes = self.name, list[NodeProto]()
+        if self.layout == "heads":
+            source = f"{name}.turned"
+            nodes.append(helper.make_node("Transpose", [self.name], [source], name=source, perm=SPLIT_HEADS))
+        if self.layout != "tokens":
+            shape = numpy_helper.from_array(np.array([0, 0, width], np.int64))  # 0: as it is
+            nodes.append(helper.make_node("Constant", [], [f"{name}.shape"], name=f"{name}.shape", value=shape))
+            nodes.append(helper.make_node("Reshape", [source, f"{name}.shape"], [name], name=name))
+            source = name
+        return source, nodes
 
 
 class Attention(NamedTuple):
-    """One attention: softmax(scale q k^T) v over the heads of qkv [B, L, 3D], q first."""
+    """One attention: softmax(scale q k^T + bias) v of each head -> ``output`` [B, L, D].
 
-    qkv: str
+    Attributes:
+        qkv: where q, k and v are parts, in this order, of one tensor [B, L, 3D]: its name.
+        q, k, v: what is read where they are not; named after the parts where they are.
+        output: name of the result.
+        queries, keys: tokens.
+        scale: of the scores.
+        bias: name of a tensor that is added to the scores, or None.
+        bias_sizes: its shape, [1 or B, 1 or H, 1 or L, S], 0 where an axis is dynamic; empty without one.
+        lowered: the products are in a lower precision than scores and softmax.
+    """
+
+    qkv: str | None
+    q: Operand
+    k: Operand
+    v: Operand
     output: str
-    tokens: int
+    queries: int
+    keys: int
     heads: int
     head_dim: int
     scale: float
+    bias: str | None
+    bias_sizes: tuple[int, ...]
+    lowered: bool
 
-    def nodes(self, operator: str, domain: str = "", **attributes: Any) -> list[NodeProto]:
-        """A split into q, k and v, and an operator that takes the three."""
-        name = f"{self.output}.attention"
-        parts = [f"{name}.{part}" for part in "qkv"]
-        split = helper.make_node("Split", [self.qkv], parts, name=f"{name}.split", axis=-1, num_outputs=3)
-        fused = helper.make_node(operator, parts, [self.output], name=name, domain=domain, **attributes)
-        return [split, fused]
+    @property
+    def name(self) -> str:
+        """Of the node that it becomes."""
+        return f"{self.output}.attention"
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.heads * self.head_dim
+
+    def inputs(self) -> tuple[list[str], list[NodeProto]]:
+        """q, k and v as [B, L, D], and the nodes that make them so."""
+        if self.qkv is not None:
+            parts = [f"{self.name}.{part}" for part in "qkv"]
+            return parts, [
+                helper.make_node("Split", [self.qkv], parts, name=f"{self.name}.split", axis=-1, num_outputs=3)
+            ]
+        made = [
+            each.as_tokens(f"{self.name}.{part}", self.width)
+            for part, each in zip("qkv", (self.q, self.k, self.v), strict=True)
+        ]
+        return [name for name, _ in made], [node for _, nodes in made for node in nodes]
+
+    def nodes(self, operator: str, domain: str = "", bias: Sequence[str] = (), **attributes: Any) -> list[NodeProto]:
+        """An operator that takes q, k and v as [B, L, D], and ``bias`` after them; with the nodes that it needs."""
+        inputs, nodes = self.inputs()
+        fused = helper.make_node(operator, [*inputs, *bias], [self.output], name=self.name, domain=domain, **attributes)
+        return [*nodes, fused]
 
 
-def fuse_attention(model: ModelProto, replace: Callable[[Attention], Sequence[NodeProto]]) -> int:
+def fuse_attention(model: ModelProto, replace: Callable[[Attention], Sequence[NodeProto] | None]) -> int:
     """Replace each attention in place by ``replace``'s nodes; return how many were replaced.
 
-    The domains of the new nodes are imported. Anything that only resembles an attention is left alone.
+    Those for which ``replace`` returns None are left as they are. The domains of the new nodes are imported. Anything
+    that only resembles an attention is left alone.
     """
-    graph = model.graph
-    found = [match for node in graph.node if node.op_type == "Softmax" and (match := _match(graph, node))]
-    for attention, nodes in found:
-        position = list(graph.node).index(nodes[-1])
-        for offset, node in enumerate(replace(attention)):
-            graph.node.insert(position + offset, node)
+    graph = _Graph(model)
+    found = [match for node in model.graph.node if node.op_type == "Softmax" and (match := _match(graph, node))]
+    replaced = 0
+    for attention, inner, before in found:
+        nodes = replace(attention)
+        if nodes is None:
+            continue
+        replaced += 1
+        position = list(model.graph.node).index(inner[-1])
+        for offset, node in enumerate(nodes):
+            model.graph.node.insert(position + offset, node)
             if node.domain not in {entry.domain for entry in model.opset_import}:
                 model.opset_import.append(helper.make_opsetid(node.domain, 1))
-        for node in nodes:
-            graph.node.remove(node)
-    return len(found)
+        for node in inner:
+            model.graph.node.remove(node)
+        _drop_unread(model.graph, before)
+    return replaced
 
 
-def _match(graph: GraphProto, softmax: NodeProto) -> tuple[Attention, list[NodeProto]] | None:
-    """The attention around a Softmax, and the nodes that make it up, in an order that ends with the last."""
-    producers = {output: node for node in graph.node for output in node.output}
-    raised = _of_type(producers.get(softmax.input[0]), "Cast")
-    lowered = _of_type(only_consumer(graph, softmax.output[0]), "Cast")
-    casts = [node for node in (raised, lowered) if node is not None]
-    probabilities = lowered.output[0] if lowered is not None else softmax.output[0]
-    scores = _of_type(producers.get(raised.input[0] if raised is not None else softmax.input[0]), "MatMul")
-    context = _of_type(only_consumer(graph, probabilities), "MatMul")
-    if scores is None or context is None or context.input[0] != probabilities or len(casts) == 1:
-        return None
-    scaled = _of_type(producers.get(scores.input[0]), "Mul")
-    merged = _of_type(only_consumer(graph, context.output[0]), "Transpose")
-    out = _of_type(only_consumer(graph, merged.output[0]), "Reshape") if merged is not None else None
-    if scaled is None or merged is None or out is None or _permutation(merged) != [0, 2, 1, 3]:
-        return None
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    if scaled.input[1] not in constants:
-        return None
-    q = _split_heads(producers, constants, scaled.input[0], [0, 2, 1, 3])
-    k = _split_heads(producers, constants, scores.input[1], [0, 2, 3, 1])
-    v = _split_heads(producers, constants, context.input[1], [0, 2, 1, 3])
-    if q is None or k is None or v is None or not q.dims == k.dims == v.dims:
-        return None
-    split = _of_type(producers.get(q.input), "Split")
-    if split is None or list(split.output) != [q.input, k.input, v.input]:
-        return None
-    scale = float(numpy_helper.to_array(constants[scaled.input[1]]).reshape(()))
-    _, tokens, heads, head_dim = q.dims
-    attention = Attention(split.input[0], out.output[0], tokens, heads, head_dim, scale)
-    return attention, [split, *q.nodes, scaled, *k.nodes, scores, *casts, softmax, *v.nodes, context, merged, out]
+class _Graph:
+    """What the search asks of a graph, which it does not change."""
+
+    def __init__(self, model: ModelProto) -> None:
+        self.proto = model.graph
+        self.producers = {output: node for node in model.graph.node for output in node.output}
+        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._sizes = _sizes_of(model) | {name: tuple(tensor.dims) for name, tensor in self.constants.items()}
+
+    def sizes(self, name: str) -> tuple[int, ...]:
+        """Of a tensor's axes, 0 where one is dynamic; empty where nothing is known."""
+        return self._sizes.get(name, ())
+
+    def producer(self, name: str, kind: str) -> NodeProto | None:
+        """The node that makes a value, if it is of this kind."""
+        node = self.producers.get(name)
+        return node if node is not None and node.op_type == kind else None
+
+    def consumer(self, node: NodeProto | None, kind: str) -> NodeProto | None:
+        """The one node that reads what another makes, if it is of this kind."""
+        found = only_consumer(self.proto, node.output[0]) if node is not None else None
+        return found if found is not None and found.op_type == kind else None
+
+    def feeds(self, node: NodeProto, after: NodeProto) -> bool:
+        """Whether one node, and nothing else, reads what another makes."""
+        found = only_consumer(self.proto, node.output[0])
+        return found is not None and found.output[0] == after.output[0]
 
 
-class Heads(NamedTuple):
-    """A tensor [B, L, D] split into heads: where it came from, [?, L, H, D/H], and the nodes."""
+def _sizes_of(model: ModelProto) -> dict[str, tuple[int, ...]]:
+    """Of every value: as the exporter said, else as ONNX infers.
 
-    input: str
-    dims: tuple[int, ...]
+    Inferred without what the exporter said, which weights that were laid out anew since then contradict.
+    """
+    bare = ModelProto()
+    bare.CopyFrom(model)
+    bare.graph.ClearField("value_info")
+    inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
+    values = (*inferred.value_info, *model.graph.value_info, *model.graph.input, *model.graph.output)
+    return {value.name: sizes(value) for value in values if value.type.tensor_type.HasField("shape")}
+
+
+Match = tuple[Attention, list[NodeProto], list[NodeProto]]
+
+
+def _match(graph: _Graph, softmax: NodeProto) -> Match | None:
+    """The attention around a Softmax; the nodes that make it up, the last at the end; those that made its inputs."""
+    front = _scores(graph, softmax)
+    if front is None:
+        return None
+    scaled, scores, raised, add, bias = front
+    lowered = graph.consumer(softmax, "Cast")
+    context = graph.consumer(lowered if lowered is not None else softmax, "MatMul")
+    merged = graph.consumer(context, "Transpose")
+    out = graph.consumer(merged, "Reshape")
+    if context is None or merged is None or out is None or _permutation(merged) != SPLIT_HEADS:
+        return None
+    if (raised is None) != (lowered is None) or context.input[0] != (lowered or softmax).output[0]:
+        return None
+    q, k, v = _operand(graph, scaled.input[0]), _keys(graph, scores.input[1]), _operand(graph, context.input[1])
+    if q is None or k is None or v is None or k.sizes != v.sizes or not _fit(q.sizes, k.sizes):
+        return None
+    _, queries, heads, head_dim = q.sizes
+    keys = k.sizes[1]
+    if graph.sizes(out.output[0])[1:] not in ((), (queries, heads * head_dim)):
+        return None
+    if bias and not _bias_fits(graph.sizes(bias), q.sizes, keys):
+        return None
+    split = _split(graph, q, k, v)
+    scale = float(numpy_helper.to_array(graph.constants[scaled.input[1]]).reshape(()))
+    attention = Attention(
+        qkv=split.input[0] if split is not None else None,
+        q=q.operand,
+        k=k.operand,
+        v=v.operand,
+        output=out.output[0],
+        queries=queries,
+        keys=keys,
+        heads=heads,
+        head_dim=head_dim,
+        scale=scale,
+        bias=bias,
+        bias_sizes=graph.sizes(bias) if bias else (),
+        lowered=raised is not None,
+    )
+    inner = [node for node in (scaled, scores, raised, add, softmax, lowered, context, merged, out) if node is not None]
+    before = [*q.nodes, *k.nodes, *v.nodes, *([split] if split is not None else [])]
+    return attention, inner, before
+
+
+class _Scores(NamedTuple):
+    """What comes before a Softmax: scale, product, Cast, Add, and the name of what is added."""
+
+    scaled: NodeProto
+    product: NodeProto
+    raised: NodeProto | None
+    add: NodeProto | None
+    bias: str | None
+
+
+def _scores(graph: _Graph, softmax: NodeProto) -> _Scores | None:
+    axis = next((entry.i for entry in softmax.attribute if entry.name == "axis"), -1)
+    if axis not in (-1, 3):
+        return None
+    add = graph.producer(softmax.input[0], "Add")
+    sides = [(add.input[0], add.input[1]), (add.input[1], add.input[0])] if add is not None else []
+    for scores, bias in sides or [(softmax.input[0], None)]:
+        raised = graph.producer(scores, "Cast")
+        product = graph.producer(raised.input[0] if raised is not None else scores, "MatMul")
+        scaled = graph.producer(product.input[0], "Mul") if product is not None else None
+        if product is None or scaled is None or not _is_number(graph, scaled.input[1]):
+            continue
+        chain = [node for node in (scaled, product, raised, add, softmax) if node is not None]
+        if all(graph.feeds(node, after) for node, after in pairwise(chain)):
+            return _Scores(scaled, product, raised, add, bias)
+    return None
+
+
+def _is_number(graph: _Graph, name: str) -> bool:
+    constant = graph.constants.get(name)
+    return constant is not None and int(np.prod(constant.dims)) == 1
+
+
+class _Heads(NamedTuple):
+    """q, k or v: what to read, [B, L, H, D/H] (0 where B is dynamic), and the nodes that came after what is read."""
+
+    operand: Operand
+    sizes: tuple[int, ...]
     nodes: list[NodeProto]
 
 
-def _split_heads(
-    producers: dict[str, NodeProto], constants: dict[str, TensorProto], name: str, permutation: list[int]
-) -> Heads | None:
-    transpose = _of_type(producers.get(name), "Transpose")
-    reshape = _of_type(producers.get(transpose.input[0]), "Reshape") if transpose is not None else None
-    if transpose is None or reshape is None or _permutation(transpose) != permutation:
+def _keys(graph: _Graph, name: str) -> _Heads | None:
+    """k, of which the product reads [B, H, D/H, L]."""
+    turned = graph.producer(name, "Transpose")
+    if turned is None or _permutation(turned) not in (TURNED_KEYS, SPLIT_AND_TURNED):
         return None
-    shape = constants.get(reshape.input[1])
-    dims = tuple(int(size) for size in numpy_helper.to_array(shape)) if shape is not None else ()
-    return Heads(reshape.input[0], dims, [reshape, transpose]) if len(dims) == 4 and min(dims[1:]) > 0 else None
+    if _permutation(turned) == SPLIT_AND_TURNED:
+        return _unmerged(graph, turned.input[0], [turned])
+    found = _operand(graph, turned.input[0])
+    return found._replace(nodes=[turned, *found.nodes]) if found is not None else None
 
 
-def _of_type(node: NodeProto | None, kind: str) -> NodeProto | None:
-    return node if node is not None and node.op_type == kind else None
+def _operand(graph: _Graph, name: str) -> _Heads | None:
+    """q or v, of which the product reads [B, H, L, D/H]."""
+    transpose = graph.producer(name, "Transpose")
+    if transpose is not None and _permutation(transpose) == SPLIT_HEADS:
+        return _unmerged(graph, transpose.input[0], [transpose])
+    found = graph.sizes(name)
+    if len(found) != 4 or min(found[1:]) < 1:
+        return None
+    batch, heads, tokens, head_dim = found
+    return _Heads(Operand(name, "heads"), (batch, tokens, heads, head_dim), [])
+
+
+def _unmerged(graph: _Graph, name: str, after: list[NodeProto]) -> _Heads | None:
+    """From [B, L, H, D/H], or from [B, L, D] where that is what it was."""
+    found = graph.sizes(name)
+    if len(found) != 4 or min(found[1:]) < 1:
+        return None
+    _, tokens, heads, head_dim = found
+    reshape = graph.producer(name, "Reshape")
+    if reshape is not None and graph.sizes(reshape.input[0])[1:] == (tokens, heads * head_dim):
+        return _Heads(Operand(reshape.input[0], "tokens"), found, [*after, reshape])
+    return _Heads(Operand(name, "tokens-heads"), found, after)
+
+
+def _fit(q: tuple[int, ...], k: tuple[int, ...]) -> bool:
+    """Of one batch and of the same heads: a batch of 1 would be repeated, which fused operators do not do."""
+    return q[0] == k[0] and q[2:] == k[2:]
+
+
+def _bias_fits(bias: tuple[int, ...], q: tuple[int, ...], keys: int) -> bool:
+    batch, queries, heads, _ = q
+    if len(bias) != 4 or bias[3] != keys:
+        return False
+    return all(size in (1, full) for size, full in zip(bias, (batch, heads, queries), strict=False))
+
+
+def _split(graph: _Graph, *parts: _Heads) -> NodeProto | None:
+    """The node that cuts one tensor [B, L, 3D] into q, k and v, in this order; None where there is none."""
+    split = graph.producer(parts[0].operand.name, "Split")
+    if split is None or list(split.output) != [each.operand.name for each in parts]:
+        return None
+    axis = next((entry.i for entry in split.attribute if entry.name == "axis"), 0)
+    whole = all(each.operand.layout == "tokens" for each in parts) and len({each.sizes for each in parts}) == 1
+    return split if whole and axis in (-1, 2) else None
 
 
 def _permutation(transpose: NodeProto) -> list[int]:
     return next((list(entry.ints) for entry in transpose.attribute if entry.name == "perm"), [])
+
+
+def _drop_unread(graph: GraphProto, nodes: Sequence[NodeProto]) -> None:
+    """Take out those whose outputs nobody reads any more; each comes after those that read it."""
+    outputs = {value.name for value in graph.output}
+    for node in nodes:
+        read = outputs.union(*(each.input for each in graph.node))
+        if node in graph.node and not read.intersection(node.output):
+            graph.node.remove(node)

@@ -8,9 +8,9 @@
 #include <string>
 #include <vector>
 
+#include "../../sparse_engine/kernels/src/attention_loop.h"
 #include "../../sparse_engine/kernels/src/c_api.h"
 #include "../../sparse_engine/kernels/src/dispatch.h"
-#include "../../sparse_engine/kernels/src/self_attention.h"
 
 namespace {
 
@@ -110,38 +110,63 @@ bool run_pair_case(const Case& shape, const char* tier) {
   return good;
 }
 
-// Keys that are all alike: every query attends to the mean of the values.
-bool run_attention_case(const char* tier, int tokens, int head_dim, double tolerance) {
+// Against the definition, in double: keys of another length, k with heads outermost, and a bias of one row for all
+// queries (bias_rows = 1), of a row each, or none.
+bool run_attention_case(const char* tier, int queries, int keys, int head_dim, int bias_rows, double tolerance) {
   const int batch = 2, heads = 3, width = heads * head_dim;
-  std::mt19937 random(tokens);
+  std::mt19937 random(queries * 1000 + keys);
   std::normal_distribution<float> normal;
-  std::vector<float> qkv(size_t(batch) * tokens * 3 * width), y(size_t(batch) * tokens * width);
-  for (float& value : qkv) value = normal(random);
-  for (size_t row = 0; row < size_t(batch) * tokens; ++row) {
-    for (int i = 0; i < width; ++i) qkv[(row * 3 + 1) * width + i] = 0.5f;
-  }
+  const auto floats = [&](size_t count) {
+    std::vector<float> values(count);
+    for (float& value : values) value = std::round(normal(random) * 16) / 16;  // exact in bfloat16
+    return values;
+  };
+  const std::vector<float> q = floats(size_t(batch) * queries * width), k = floats(size_t(batch) * keys * width);
+  const std::vector<float> v = floats(size_t(batch) * keys * width), bias = floats(size_t(heads) * bias_rows * keys);
+  std::vector<float> y(q.size());
   sparse_engine::Attention attention;
   attention.batch = batch;
-  attention.tokens = tokens;
+  attention.queries = queries;
+  attention.keys = keys;
   attention.heads = heads;
   attention.head_dim = head_dim;
   attention.scale = 0.25f;
-  attention.qkv = qkv.data();
+  attention.q = {q.data(), size_t(queries) * width, size_t(width), size_t(head_dim)};
+  attention.k = {k.data(), size_t(keys) * width, size_t(head_dim), size_t(keys) * head_dim};
+  attention.v = {v.data(), size_t(keys) * width, size_t(width), size_t(head_dim)};
+  if (bias_rows > 0) {
+    attention.bias = {bias.data(), 0, size_t(bias_rows) * keys, size_t(bias_rows == 1 ? 0 : keys)};
+  }
   attention.output = y.data();
   sparse_engine::run_attention(attention, sparse_engine::parse_tier(tier), 1,
                                [](int, const std::function<void()>& work) { work(); });
   double error = 0;
+  std::vector<double> weights(keys);
   for (int b = 0; b < batch; ++b) {
-    for (int i = 0; i < width; ++i) {
-      double mean = 0;
-      for (int t = 0; t < tokens; ++t) mean += qkv[((size_t(b) * tokens + t) * 3 + 2) * width + i] / double(tokens);
-      for (int t = 0; t < tokens; ++t) {
-        error = std::fmax(error, std::fabs(y[(size_t(b) * tokens + t) * width + i] - mean));
+    for (int h = 0; h < heads; ++h) {
+      for (int i = 0; i < queries; ++i) {
+        const size_t row = (size_t(b) * queries + i) * width + h * head_dim;
+        double total = 0;
+        for (int j = 0; j < keys; ++j) {
+          double score = bias_rows > 0 ? bias[(size_t(h) * bias_rows + (bias_rows == 1 ? 0 : i)) * keys + j] : 0.0;
+          for (int d = 0; d < head_dim; ++d) {
+            score += 0.25 * q[row + d] * k[((size_t(b) * heads + h) * keys + j) * head_dim + d];
+          }
+          total += weights[j] = std::exp(score);
+        }
+        for (int d = 0; d < head_dim; ++d) {
+          double sum = 0;
+          for (int j = 0; j < keys; ++j) {
+            sum += weights[j] / total * v[(size_t(b) * keys + j) * width + h * head_dim + d];
+          }
+          error = std::fmax(error, std::fabs(y[row + d] - sum));
+        }
       }
     }
   }
   if (error <= tolerance) return true;
-  std::printf("%s attention of %d tokens, heads of %d: error %g\n", tier, tokens, head_dim, error);
+  std::printf("%s attention of %d tokens to %d, heads of %d, %d rows of bias: error %g\n", tier, queries, keys,
+              head_dim, bias_rows, error);
   return false;
 }
 
@@ -164,8 +189,14 @@ int main() {
     }
     for (const Case& shape : cases) good &= std::string(tier) == "scalar" || run_pair_case(shape, tier);
     const double tolerance = std::string(tier) == "avx512-bf16" ? 2e-2 : 1e-5;
-    for (const int tokens : {1, 5, 97, 257}) {
-      for (const int head_dim : {4, 20, 64}) good &= run_attention_case(tier, tokens, head_dim, tolerance);
+    for (const int queries : {1, 5, 97}) {
+      for (const int keys : {1, 7, 96, 257}) {
+        for (const int head_dim : {4, 20, 64}) {
+          for (const int bias_rows : {0, 1, queries}) {
+            good &= run_attention_case(tier, queries, keys, head_dim, bias_rows, tolerance);
+          }
+        }
+      }
     }
     std::printf("%s ran\n", tier);
   }

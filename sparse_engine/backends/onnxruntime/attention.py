@@ -1,37 +1,78 @@
-"""ONNX Runtime's ways to run an attention: our own SelfAttention, or its MultiHeadAttention.
+"""ONNX Runtime's ways to run an attention: our own SelfAttention and Attention, or its MultiHeadAttention.
 
 Its own optimiser does not recognise attention in graphs that come from ``torch.export``.
 """
 
 from __future__ import annotations
 
-from onnx import NodeProto, helper
+from typing import Any
 
-from sparse_engine.backends.attention import Attention
+import numpy as np
+from onnx import NodeProto, helper, numpy_helper
+
+from sparse_engine.backends.attention import Attention, Operand
 
 from .layers import DOMAIN
 
 MICROSOFT = "com.microsoft"
 
 
-def own_node(attention: Attention, compute: str, threads: int) -> list[NodeProto]:
-    """Our kernel, which reads qkv as it lies."""
-    name = f"{attention.output}.attention"
-    return [
-        helper.make_node(
-            "SelfAttention",
-            [attention.qkv],
-            [attention.output],
-            name=name,
-            domain=DOMAIN,
-            heads=attention.heads,
-            scale=attention.scale,
-            compute=compute,
-            threads=threads,
-        )
+def own_nodes(attention: Attention, compute: str, threads: int) -> list[NodeProto]:
+    """Our kernel, which reads q, k and v as they lie: in one tensor, or tokens or heads first."""
+    if attention.qkv is not None and attention.bias is None:
+        operator, inputs, nodes = "SelfAttention", [attention.qkv], list[NodeProto]()
+    else:
+        operator, (inputs, nodes) = "Attention", _own_inputs(attention)
+    fused = helper.make_node(
+        operator,
+        inputs,
+        [attention.output],
+        name=attention.name,
+        domain=DOMAIN,
+        heads=attention.heads,
+        scale=attention.scale,
+        compute=compute,
+        threads=threads,
+    )
+    return [*nodes, fused]
+
+
+def _own_inputs(attention: Attention) -> tuple[list[str], list[NodeProto]]:
+    bias = [attention.bias] if attention.bias is not None else []
+    if attention.qkv is not None:
+        inputs, nodes = attention.inputs()
+        return [*inputs, *bias], nodes
+    inputs, nodes = [], []
+    for part, operand in zip("qkv", (attention.q, attention.k, attention.v), strict=True):
+        name, made = _own_operand(operand, f"{attention.name}.{part}", attention.width)
+        inputs.append(name)
+        nodes += made
+    return [*inputs, *bias], nodes
+
+
+def _own_operand(operand: Operand, name: str, width: int) -> tuple[str, list[NodeProto]]:
+    return (operand.name, []) if operand.layout == "heads" else operand.as_tokens(name, width)
+
+
+def runtime_nodes(attention: Attention) -> list[NodeProto] | None:
+    """ONNX Runtime's kernel, over [B, L, D] each; None where it would have to round the bias."""
+    settings: dict[str, Any] = {"num_heads": attention.heads, "scale": attention.scale}
+    if attention.bias is None:
+        return attention.nodes("MultiHeadAttention", MICROSOFT, **settings)
+    if attention.lowered:  # its bias is of the type of q
+        return None
+    bias, nodes = _bias_of_each_query(attention, attention.bias)
+    optional = ["", "", bias]  # without a bias of the projections, and a mask of padding
+    return [*nodes, *attention.nodes("MultiHeadAttention", MICROSOFT, bias=optional, **settings)]
+
+
+def _bias_of_each_query(attention: Attention, bias: str) -> tuple[str, list[NodeProto]]:
+    """[B, H, L, S]: MultiHeadAttention repeats a bias over batch and heads, and not over queries."""
+    if attention.bias_sizes[2] == attention.queries:
+        return bias, []
+    name = f"{attention.name}.bias"
+    shape = numpy_helper.from_array(np.array([1, 1, attention.queries, 1], np.int64))
+    return name, [
+        helper.make_node("Constant", [], [f"{name}.shape"], name=f"{name}.shape", value=shape),
+        helper.make_node("Expand", [bias, f"{name}.shape"], [name], name=name),
     ]
-
-
-def runtime_nodes(attention: Attention) -> list[NodeProto]:
-    """ONNX Runtime's kernel, after a split."""
-    return attention.nodes("MultiHeadAttention", MICROSOFT, num_heads=attention.heads, scale=attention.scale)

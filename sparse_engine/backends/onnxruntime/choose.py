@@ -16,7 +16,7 @@ from sparse_engine.cores import pool_size
 from sparse_engine.manifest import Manifest
 from sparse_engine.tactics import Choice, TacticCache
 
-from .attention import MICROSOFT, own_node, runtime_nodes
+from .attention import MICROSOFT, own_nodes, runtime_nodes
 from .compute import attention_in, products_in
 from .layers import DOMAIN, FusedLayer
 from .library import load_onnxruntime
@@ -136,24 +136,21 @@ class Chooser:
             return None
         if not self._autotune:
             return Choice(ATTENTION_RULE[self._attention_compute], {})
-        batch = max(1, min(self._batch, ENOUGH_TOKENS // attention.tokens))
-        shape = f"{attention.tokens} tokens {attention.heads} heads of {attention.head_dim}"
+        batch = max(1, min(self._batch, ENOUGH_TOKENS // max(attention.queries, attention.keys)))
         return self._cache.choose(
-            f"{self._attention_compute} attention batch {batch} {shape}",
+            f"{self._attention_compute} attention batch {batch} {shape_of(attention)}",
             lambda: self._attention_candidates(attention, batch),
             ("own", "onnxruntime"),
         )
 
     def _attention_candidates(self, attention: Attention, batch: int) -> Mapping[str, Callable[[], object]]:
-        width = attention.heads * attention.head_dim
-        rng = np.random.default_rng(0)
-        feed = {attention.qkv: rng.standard_normal((batch, attention.tokens, 3 * width), np.float32)}
-        output = {attention.output: (batch, attention.tokens, width)}
+        feed = _attention_feed(attention, batch)
+        output = {attention.output: (batch, attention.queries, attention.width)}
         nodes = {
-            "own": own_node(attention, self._attention_compute, pool_size(self._threads)),
+            "own": own_nodes(attention, self._attention_compute, pool_size(self._threads)),
             "onnxruntime": runtime_nodes(attention),
         }
-        return {name: _alone(each, feed, output, {}, self._threads) for name, each in nodes.items()}
+        return {name: _alone(each, feed, output, {}, self._threads) for name, each in nodes.items() if each is not None}
 
     def _tokens(self, layer: FusedLayer) -> int:
         return min(self._batch * self._positions[layer.name], ENOUGH_TOKENS)
@@ -162,6 +159,45 @@ class Chooser:
         residual = "residual" if layer.residual else "no residual"
         weights = "2:4" if layer.is_sparse else "dense"
         return f"{self._compute} {weights} {layer.rows}x{layer.depth} {layer.activation} {residual} tokens {tokens}"
+
+
+def shape_of(attention: Attention) -> str:
+    """What an attention's time depends on, in words."""
+    tokens = f"{attention.queries} tokens"
+    if attention.qkv is None:
+        tokens += f" to {attention.keys}"
+    words = [tokens, f"{attention.heads} heads of {attention.head_dim}"]
+    if attention.bias is not None:
+        words.append(f"bias {'x'.join(str(size) if size else 'B' for size in attention.bias_sizes)}")
+    if attention.qkv is None:
+        first = "".join(part for part in "qkv" if getattr(attention, part).layout == "heads")
+        words += [f"heads first in {first}"] if first else []
+    return " ".join(words)
+
+
+def _attention_feed(attention: Attention, batch: int) -> dict[str, np.ndarray]:
+    """Random q, k and v, laid out as the graph has them, and no bias to speak of."""
+    rng = np.random.default_rng(0)
+    heads, head_dim, width = attention.heads, attention.head_dim, attention.width
+    feed = {}
+    if attention.qkv is not None:
+        feed[attention.qkv] = rng.standard_normal((batch, attention.queries, 3 * width), np.float32)
+    else:
+        for operand, tokens in (
+            (attention.q, attention.queries),
+            (attention.k, attention.keys),
+            (attention.v, attention.keys),
+        ):
+            shape = {
+                "tokens": (batch, tokens, width),
+                "tokens-heads": (batch, tokens, heads, head_dim),
+                "heads": (batch, heads, tokens, head_dim),
+            }[operand.layout]
+            feed[operand.name] = rng.standard_normal(shape, np.float32)
+    if attention.bias is not None:
+        first, *others = attention.bias_sizes
+        feed[attention.bias] = np.zeros((first if first == 1 else batch, *others), np.float32)
+    return feed
 
 
 def _candidates(layer: FusedLayer, tokens: int) -> tuple[str, ...]:

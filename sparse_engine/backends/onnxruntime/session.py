@@ -18,8 +18,8 @@ from sparse_engine.backends.base import GRAPH_FILE, WEIGHTS_FILE
 from sparse_engine.backends.onnx_graph import only_consumer
 from sparse_engine.cores import pool_size
 
-from .attention import own_node, runtime_nodes
-from .choose import Chooser, LayerChoice
+from .attention import own_nodes, runtime_nodes
+from .choose import Chooser, LayerChoice, shape_of
 from .compute import EXACT_PRODUCTS, attention_in, products_in
 from .layers import DOMAIN, LAYER_OPS, FusedLayer, from_nibbles
 from .library import load_onnxruntime
@@ -33,7 +33,7 @@ class Prepared:
         model: with external references into the engine file.
         overrides: initializer name -> array in memory that takes its place.
         report: layer -> what was chosen.
-        attention: how many attentions were fused, and into what.
+        attention: how many attentions were fused, and into what; of each shape too.
     """
 
     model: ModelProto
@@ -134,13 +134,23 @@ def _join_pairs(
 
 
 def _fuse_attentions(prepared: Prepared, chooser: Chooser, threads: int | None, compute: str) -> None:
-    def replace(attention: Attention) -> list[NodeProto]:
+    shapes: dict[str, dict[str, Any]] = {}
+
+    def replace(attention: Attention) -> list[NodeProto] | None:
         choice = chooser.attention(attention)
         kernel = choice.kernel if choice else "onnxruntime"
-        prepared.attention = {"kernel": kernel, "milliseconds": choice.milliseconds if choice else {}}
-        return own_node(attention, compute, pool_size(threads)) if kernel == "own" else runtime_nodes(attention)
+        nodes = own_nodes(attention, compute, pool_size(threads)) if kernel == "own" else runtime_nodes(attention)
+        if nodes is not None:
+            timed = choice.milliseconds if choice else {}
+            report = shapes.setdefault(shape_of(attention), {"kernel": kernel, "milliseconds": timed, "fused": 0})
+            report["fused"] += 1
+        return nodes
 
     fused = fuse_attention(prepared.model, replace)
+    if shapes:
+        used = sorted({each["kernel"] for each in shapes.values()})
+        largest = max(shapes.values(), key=lambda each: each["fused"])
+        prepared.attention = {"kernel": " and ".join(used), "milliseconds": largest["milliseconds"], "shapes": shapes}
     prepared.attention["fused"] = fused
 
 

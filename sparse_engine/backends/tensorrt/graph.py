@@ -82,12 +82,15 @@ def with_attention_nodes(graph: StepGraph) -> tuple[StepGraph, int]:
     """The step graph with each attention as ONNX's Attention, and how many there are.
 
     None is where a head is larger than fused kernels take: the node would be taken apart again, with its softmax in
-    the type of q and k, where the plain form has it in float32.
+    the type of q and k, where the plain form has it in float32. One with a bias stays plain: the node's would be of the
+    type of q and k, where the plain form adds it in float32.
     """
     proto, heads = ModelProto(), list[int]()
     proto.CopyFrom(graph.proto)
 
-    def nodes(attention: Attention) -> list[NodeProto]:
+    def nodes(attention: Attention) -> list[NodeProto] | None:
+        if attention.bias is not None:
+            return None
         heads.append(attention.head_dim)
         count = attention.heads
         return attention.nodes("Attention", q_num_heads=count, kv_num_heads=count, scale=attention.scale)

@@ -1,18 +1,40 @@
-// The words of self-attention: Y = softmax(scale * q k^T) v of each head, where q, k and v are one tensor.
+// The words of attention: Y = softmax(scale * q k^T + bias) v of each head.
 #pragma once
 
 #include "matmul24.h"
 
 namespace sparse_engine {
 
+// q, k or v: where the head_dim numbers of a token and a head begin. Strides in floats.
+struct HeadVectors {
+  const float* data = nullptr;
+  size_t batch_stride = 0, token_stride = 0, head_stride = 0;
+
+  SPARSE_ENGINE_INLINE const float* head(size_t batch, int head) const {
+    return data + batch * batch_stride + size_t(head) * head_stride;
+  }
+};
+
+// Added to the scores: [batch, heads, queries, keys], the keys side by side. A stride of 0: one for all.
+struct Bias {
+  const float* data = nullptr;  // null: none
+  size_t batch_stride = 0, head_stride = 0, query_stride = 0;
+
+  // The row of a query; null where there is none.
+  SPARSE_ENGINE_INLINE const float* row(size_t batch, int head, size_t query) const {
+    return data ? data + batch * batch_stride + size_t(head) * head_stride + query * query_stride : nullptr;
+  }
+};
+
 struct Attention {
   size_t batch = 0;
-  size_t tokens = 0;  // L
+  size_t queries = 0, keys = 0;  // tokens; at least one key
   int heads = 0;
   int head_dim = 0;
-  float scale = 0.0f;          // finite, above zero
-  const float* qkv = nullptr;  // [batch, tokens, 3, heads, head_dim]
-  float* output = nullptr;     // [batch, tokens, heads, head_dim]
+  float scale = 0.0f;  // finite, above zero
+  HeadVectors q, k, v;
+  Bias bias;
+  float* output = nullptr;  // [batch, queries, heads, head_dim]
 
   SPARSE_ENGINE_INLINE size_t width() const { return size_t(heads) * head_dim; }
 };
@@ -23,12 +45,12 @@ struct QueryBlock {
   int head = 0;
   size_t begin = 0, end = 0;
 
-  // The head's q of token 0; its k and v are one and two widths further.
-  SPARSE_ENGINE_INLINE const float* queries(const Attention& attention) const {
-    return attention.qkv + batch * attention.tokens * 3 * attention.width() + size_t(head) * attention.head_dim;
+  SPARSE_ENGINE_INLINE const float* of(const HeadVectors& vectors) const { return vectors.head(batch, head); }
+  SPARSE_ENGINE_INLINE const float* bias(const Attention& attention, size_t query) const {
+    return attention.bias.row(batch, head, query);
   }
-  SPARSE_ENGINE_INLINE float* output(const Attention& attention, size_t token) const {
-    return attention.output + (batch * attention.tokens + token) * attention.width() +
+  SPARSE_ENGINE_INLINE float* output(const Attention& attention, size_t query) const {
+    return attention.output + (batch * attention.queries + query) * attention.width() +
            size_t(head) * attention.head_dim;
   }
 };

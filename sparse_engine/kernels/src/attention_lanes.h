@@ -1,4 +1,4 @@
-// Self-attention with queries in the lanes: the softmax of a query never leaves its lane.
+// Attention with queries in the lanes: the softmax of a query never leaves its lane.
 //
 //     q tile, transposed     one key                  scores of the tile       one d of v
 //     d=0 | q0 q1 ... q47 |  k[0] k[1] ... k[63]      key 0 | q0 q1 ... q47 |  v[0][d] v[1][d] ...
@@ -51,8 +51,8 @@ struct QueriesInLanes {
     explicit Layout(const Attention& attention)
         : key_stride(Format::padded_steps(attention.head_dim)),
           value_stride(round_up(attention.head_dim, V::kLanes)),
-          values(round_up(attention.tokens * key_stride, 16)),
-          queries(values + round_up(attention.tokens, 2) / Format::kKeysPerOperand * value_stride),
+          values(round_up(attention.keys * key_stride, 16)),
+          queries(values + round_up(attention.keys, 2) / Format::kKeysPerOperand * value_stride),
           scores(queries + key_stride * kTileQueries),
           sums(scores + size_t(kBlockKeys) * kTileQueries),
           end(sums + value_stride * kTileQueries) {}
@@ -65,27 +65,26 @@ struct QueriesInLanes {
   static void run(const Attention& attention, const QueryBlock& block, void* scratch) {
     const Layout layout(attention);
     float* const base = static_cast<float*>(scratch);
-    const float* const q = block.queries(attention);
-    const size_t row = 3 * attention.width();
-    Format::pack_keys(q + attention.width(), row, attention.tokens, attention.head_dim, base);
-    Format::pack_values(q + 2 * attention.width(), row, attention.tokens, attention.head_dim, base + layout.values);
+    const HeadVectors &k = attention.k, &v = attention.v;
+    Format::pack_keys(block.of(k), k.token_stride, attention.keys, attention.head_dim, base);
+    Format::pack_values(block.of(v), v.token_stride, attention.keys, attention.head_dim, base + layout.values);
     for (size_t query = block.begin; query < block.end; query += kTileQueries) {
       const size_t left = block.end - query;
       const int count = left < size_t(kTileQueries) ? int(left) : kTileQueries;
-      run_tile(attention, layout, q + query * row, count, block.output(attention, query), base);
+      run_tile(attention, layout, block, query, count, base);
     }
   }
 
   // Picks the kernel that is as wide as the tile has queries.
   template <int Vectors = kVectors>
-  static void run_tile(const Attention& attention, const Layout& layout, const float* q, int count, float* y,
-                       float* base) {
+  static void run_tile(const Attention& attention, const Layout& layout, const QueryBlock& block, size_t query,
+                       int count, float* base) {
     if constexpr (Vectors > 1) {
       if (count <= (Vectors - 1) * V::kLanes) {
-        return run_tile<Vectors - 1>(attention, layout, q, count, y, base);
+        return run_tile<Vectors - 1>(attention, layout, block, query, count, base);
       }
     }
-    Tile<Vectors>::run(attention, layout, q, count, y, base);
+    Tile<Vectors>::run(attention, layout, block, query, count, base);
   }
 
   template <int Vectors>
@@ -99,13 +98,16 @@ struct QueriesInLanes {
       Vector rescale[Vectors];  // what the last block made of earlier exponentials
     };
 
-    static void run(const Attention& attention, const Layout& layout, const float* q, int count, float* y,
+    static void run(const Attention& attention, const Layout& layout, const QueryBlock& block, size_t query, int count,
                     float* base) {
       float* const queries = base + layout.queries;
       float* const scores = base + layout.scores;
       float* const sums = base + layout.sums;
-      const Vector exponent = V::set(attention.scale * kLog2E);
-      Format::template pack_queries<Vectors>(q, 3 * attention.width(), count, attention.head_dim, queries);
+      const size_t q_stride = attention.q.token_stride;
+      const float* const q = block.of(attention.q) + query * q_stride;
+      const float* const bias = block.bias(attention, query);
+      const Vector exponent = V::set(bias ? kLog2E : attention.scale * kLog2E);
+      Format::template pack_queries<Vectors>(q, q_stride, count, attention.head_dim, queries);
       Statistics statistics;
 #pragma GCC unroll 8
       for (int v = 0; v < Vectors; ++v) {
@@ -113,18 +115,27 @@ struct QueriesInLanes {
         statistics.sum[v] = V::zero();
       }
       for (size_t i = 0; i < layout.value_stride * Vectors; ++i) V::store(sums + i * V::kLanes, V::zero());
-      for (size_t key = 0; key < attention.tokens; key += kBlockKeys) {
-        const size_t left = attention.tokens - key;
+      for (size_t key = 0; key < attention.keys; key += kBlockKeys) {
+        const size_t left = attention.keys - key;
         const int keys = left < size_t(kBlockKeys) ? int(left) : kBlockKeys;
         const float* const values = base + layout.values + key / Format::kKeysPerOperand * layout.value_stride;
         Vector raised[Vectors];
 #pragma GCC unroll 8
         for (int v = 0; v < Vectors; ++v) raised[v] = statistics.largest[v];
-        compute_scores(base + key * layout.key_stride, layout.key_stride, keys, queries, scores, raised);
+        const float* const block_keys = base + key * layout.key_stride;
+        if (bias) {
+          Vector products[Vectors];  // the largest of them, which nobody asks for
+#pragma GCC unroll 8
+          for (int v = 0; v < Vectors; ++v) products[v] = V::zero();
+          compute_scores(block_keys, layout.key_stride, keys, queries, scores, products);
+          add_bias(bias + key, attention.bias.query_stride, count, keys, V::set(attention.scale), scores, raised);
+        } else {
+          compute_scores(block_keys, layout.key_stride, keys, queries, scores, raised);
+        }
         exponentiate(scores, keys, exponent, raised, statistics);
         add_values(values, layout.value_stride, keys, scores, statistics, sums);
       }
-      store(statistics, sums, attention.head_dim, count, y, attention.width());
+      store(statistics, sums, attention.head_dim, count, block.output(attention, query), attention.width());
     }
 
     // sum[row][v] += weights[row * row_stride + step * step_stride] * lines[step][v], over the steps.
@@ -170,6 +181,37 @@ struct QueriesInLanes {
         for (int v = 0; v < Vectors; ++v) {
           V::store(scores + r * kLine + v * V::kLanes, sum[r][v]);
           largest[v] = V::max(sum[r][v], largest[v]);
+        }
+      }
+    }
+
+    // scores = scale * scores + bias; `largest` is raised as above. Rows of the bias, one a query, are turned into
+    // lines of a key each, as many at a time as a vector has lanes.
+    static void add_bias(const float* bias, size_t query_stride, int count, int keys, Vector scale, float* scores,
+                         Vector (&largest)[Vectors]) {
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) {
+        float* const column = scores + v * V::kLanes;
+        const auto add = [&](int key, Vector term) __attribute__((always_inline)) {
+          const Vector score = V::multiply_add(V::load(column + key * kLine), scale, term);
+          V::store(column + key * kLine, score);
+          largest[v] = V::max(score, largest[v]);
+        };
+        if (query_stride == 0) {
+          for (int key = 0; key < keys; ++key) add(key, V::set(bias[key]));
+          continue;
+        }
+        const float* const rows = bias + size_t(v) * V::kLanes * query_stride;
+        for (int key = 0; key < keys; key += V::kLanes) {
+          const int width = keys - key < V::kLanes ? keys - key : V::kLanes;
+          Vector square[V::kLanes];
+#pragma GCC unroll 16
+          for (int i = 0; i < V::kLanes; ++i) {
+            const bool there = v * V::kLanes + i < count;
+            square[i] = there ? V::load_first(rows + size_t(i) * query_stride + key, width) : V::zero();
+          }
+          V::transpose(square);
+          for (int i = 0; i < width; ++i) add(key + i, square[i]);
         }
       }
     }

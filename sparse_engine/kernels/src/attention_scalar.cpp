@@ -6,7 +6,7 @@
 namespace sparse_engine {
 namespace {
 
-size_t scratch_bytes(const Attention& attention) { return attention.tokens * sizeof(float); }
+size_t scratch_bytes(const Attention& attention) { return attention.keys * sizeof(float); }
 
 float dot(const float* a, const float* b, int count) {
   float sum = 0.0f;
@@ -29,19 +29,20 @@ float exponentials(float* scores, size_t count, float scale) {
 void run(const Attention& attention, const QueryBlock& block, void* scratch) {
   float* const scores = static_cast<float*>(scratch);
   const int dim = attention.head_dim;
-  const size_t width = attention.width();
-  const float* const q = block.queries(attention);
-  const float* const k = q + width;
-  const float* const v = k + width;
+  const float* const q = block.of(attention.q);
+  const float* const k = block.of(attention.k);
+  const float* const v = block.of(attention.v);
   for (size_t query = block.begin; query < block.end; ++query) {
-    for (size_t key = 0; key < attention.tokens; ++key) {
-      scores[key] = dot(q + query * 3 * width, k + key * 3 * width, dim);
+    for (size_t key = 0; key < attention.keys; ++key) {
+      scores[key] = dot(q + query * attention.q.token_stride, k + key * attention.k.token_stride, dim);
     }
-    const float sum = exponentials(scores, attention.tokens, attention.scale);
+    const float* const bias = block.bias(attention, query);
+    for (size_t key = 0; bias && key < attention.keys; ++key) scores[key] = attention.scale * scores[key] + bias[key];
+    const float sum = exponentials(scores, attention.keys, bias ? 1.0f : attention.scale);
     float* const y = block.output(attention, query);
     for (int d = 0; d < dim; ++d) y[d] = 0.0f;
-    for (size_t key = 0; key < attention.tokens; ++key) {
-      for (int d = 0; d < dim; ++d) y[d] += scores[key] * v[key * 3 * width + d];
+    for (size_t key = 0; key < attention.keys; ++key) {
+      for (int d = 0; d < dim; ++d) y[d] += scores[key] * v[key * attention.v.token_stride + d];
     }
     for (int d = 0; d < dim; ++d) y[d] /= sum;
   }

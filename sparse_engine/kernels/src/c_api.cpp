@@ -68,7 +68,7 @@ const MatMul24& as_product(const void* product) { return *static_cast<const MatM
 
 }  // namespace
 
-int sparse_engine_abi_version() { return 3; }
+int sparse_engine_abi_version() { return 4; }
 
 int sparse_engine_has_tier(const char* tier) {
   bool has = false;

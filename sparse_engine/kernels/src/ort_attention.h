@@ -1,9 +1,18 @@
-// The operator sparse_engine::SelfAttention, version 1. Everything about it that a graph can see:
+// The operators sparse_engine::SelfAttention and sparse_engine::Attention, version 1. Everything about them that a
+// graph can see:
 //
-//   Y = softmax(scale * q k^T) v, of each head
+//   SelfAttention: Y = softmax(scale * q k^T) v, of each head
 //   input       qkv      float32 [B, L, 3 D]   q, k and v side by side, heads outermost within each
 //   output      Y        float32 [B, L, D]
-//   attributes  heads    int     divides D
+//
+//   Attention: Y = softmax(scale * q k^T + bias) v, of each head
+//   inputs      q        float32 [B, L, D] or [B, heads, L, D / heads]
+//               k, v     float32 [B, S, D] or [B, heads, S, D / heads]; S is 1 or more
+//               bias     float32 [1 or B, 1 or heads, 1 or L, S], optional
+//   output      Y        float32 [B, L, D]
+//
+//   attributes of both
+//               heads    int     divides D
 //               scale    float   of the scores, finite and above 0; default: 1 / sqrt(D / heads)
 //               compute  string  fp32 (default), bf16: the precision of the products; softmax and sums are float32
 //               threads  int     how many of the session's threads to use at most; 0 (default): the machine's
@@ -14,5 +23,6 @@
 namespace sparse_engine::ort {
 
 Operator self_attention(FunctionTable table);
+Operator attention(FunctionTable table);
 
 }  // namespace sparse_engine::ort

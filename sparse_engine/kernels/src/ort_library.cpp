@@ -17,14 +17,14 @@ namespace {
 // The domain and its operators, for one runtime. They must outlive every session, so they are never freed.
 struct Registration {
   explicit Registration(FunctionTable table)
-      : api(table),
-        operators{matmul24(table), matmul_bf16(table), mlp24(table), mlp_bf16(table), self_attention(table)} {
+      : api(table), operators{matmul24(table), matmul_bf16(table),    mlp24(table),
+                              mlp_bf16(table), self_attention(table), attention(table)} {
     check(api, api.CreateCustomOpDomain("sparse_engine", &domain));
     for (Operator& op : operators) check(api, api.CustomOpDomain_Add(domain, &op));
   }
   const Api api;
   CustomOpDomain* domain = nullptr;
-  std::array<Operator, 5> operators;
+  std::array<Operator, 6> operators;
 };
 
 // A process may hold two runtimes, for instance one inside another library.

@@ -124,14 +124,21 @@ int64_t int_attribute(const Api& api, const ShapeInferContext* context, const ch
 }
 
 void infer_last_dimension(const Api& api, ShapeInferContext* context, const std::function<int64_t(int64_t)>& last) {
+  infer_from_first(api, context, [&](Shape& shape, std::vector<const char*>& names) {
+    shape.back() = last(shape.back());
+    names.back() = "";
+  });
+}
+
+void infer_from_first(const Api& api, ShapeInferContext* context,
+                      const std::function<void(Shape&, std::vector<const char*>&)>& rewrite) {
   TensorTypeAndShapeInfo* x = nullptr;
   check(api, api.ShapeInferContext_GetInputTypeShape(context, 0, &x));
   Shape shape = shape_of(api, x);
   if (shape.empty()) return;
   std::vector<const char*> names(shape.size());
   check(api, api.GetSymbolicDimensions(x, names.data(), names.size()));
-  shape.back() = last(shape.back());
-  names.back() = "";
+  rewrite(shape, names);
 
   TensorTypeAndShapeInfo* y = nullptr;
   check(api, api.CreateTensorTypeAndShapeInfo(&y));

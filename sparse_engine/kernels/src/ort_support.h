@@ -63,8 +63,11 @@ std::string string_attribute(const Api& api, const KernelInfo* info, const char*
 // machine's.
 int threads_attribute(const Api& api, const KernelInfo* info);
 
-// Shape inference: the output has the shape of the first input but for the last dimension, which becomes last(size).
-// Dimensions that have names keep them; where the rank is unknown there is nothing to say.
+// Shape inference: the output has the shape of the first input but for what rewrite() changes, or but for the last
+// dimension, which becomes last(size). Dimensions that have names keep them; where the rank is unknown there is nothing
+// to say.
+void infer_from_first(const Api& api, ShapeInferContext* context,
+                      const std::function<void(Shape&, std::vector<const char*>& names)>& rewrite);
 void infer_last_dimension(const Api& api, ShapeInferContext* context, const std::function<int64_t(int64_t)>& last);
 int64_t int_attribute(const Api& api, const ShapeInferContext* context, const char* name);
 

@@ -1,4 +1,4 @@
-#include "self_attention.h"
+#include "attention_loop.h"
 
 #include <algorithm>
 #include <atomic>
@@ -43,10 +43,10 @@ size_t parts_per_head(size_t heads, size_t tiles, size_t threads) {
 
 void run_attention(const Attention& attention, Tier tier, int threads, const ParallelFor& parallel_for) {
   const size_t heads = attention.batch * attention.heads;
-  if (heads == 0 || attention.tokens == 0) return;
+  if (heads == 0 || attention.queries == 0) return;
   const AttentionKernel& kernel = find_kernel(tier);
   const size_t scratch_bytes = kernel.scratch_bytes(attention);
-  const size_t tiles = divide_up(attention.tokens, kernel.tile_queries);
+  const size_t tiles = divide_up(attention.queries, kernel.tile_queries);
   const size_t most_threads = size_t(std::max(1, threads));
   const size_t parts = parts_per_head(heads, tiles, most_threads);
 
@@ -60,7 +60,7 @@ void run_attention(const Attention& attention, Tier tier, int threads, const Par
       block.batch = head / attention.heads;
       block.head = int(head % attention.heads);
       block.begin = tiles * part / parts * kernel.tile_queries;
-      block.end = std::min(attention.tokens, tiles * (part + 1) / parts * kernel.tile_queries);
+      block.end = std::min(attention.queries, tiles * (part + 1) / parts * kernel.tile_queries);
       kernel.run(attention, block, scratch.data());
     }
   };

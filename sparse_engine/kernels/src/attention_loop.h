@@ -1,4 +1,4 @@
-// Self-attention on the threads of a runtime.
+// Attention on the threads of a runtime.
 #pragma once
 
 #include "attention.h"
