@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from sparse_engine.errors import InputError, OptionError
 from sparse_engine.files import check_readable
 
 from .model import Model
+
+if TYPE_CHECKING:
+    from .text_encoder import TextEncoderFiles
 
 LARGEST_ROW = 1 << 28  # bytes of a .npy file: SD3's context is 2.7 million floats
 
@@ -74,15 +77,42 @@ def asset_files(model: Model, options: AssetOptions) -> AssetFiles:
     Raises:
         OptionError: the model has no use for one of them.
         InputError: a file cannot be read, or holds something else.
+        MissingDependencyError: a text encoder is given, and ``tokenizers`` is not installed.
+        BackendError: torch cannot export one of them.
     """
     rows: dict[str, np.ndarray] = {}
+    more: list[PayloadFile] = []
+    entries: dict[str, dict[str, Any]] = {}
     if options.null_context is not None:
         rows[CONTEXT] = read_row(Path(options.null_context), _context_of(model, "--null-context"))
+    if options.text_encoder is not None:
+        context = _context_of(model, "--text-encoder")
+        encoder = _text_encoder(Path(options.text_encoder), context)
+        more += encoder.files
+        entries["text"] = encoder.entry
+        if context.null is None:
+            rows.setdefault(CONTEXT, encoder.null)
     conditions = tuple(
         dataclasses.replace(each, null="stored") if each.name in rows else each for each in model.conditions
     )
     files = [_row_file(each.stored, rows[each.name]) for each in conditions if each.name in rows]
-    return AssetFiles(conditions, files)
+    return AssetFiles(conditions, [*files, *more], entries)
+
+
+def _text_encoder(folder: Path, context: Condition) -> TextEncoderFiles:
+    from .text_encoder import text_encoder_files
+
+    encoder = text_encoder_files(folder)
+    found = (encoder.length, encoder.width)
+    if found != context.shape:
+        only_length = found[1:] == context.shape[1:]
+        raise InputError(
+            f"{folder} makes {list(found)} of a text, and the model's context is {list(context.shape)}",
+            f"build with --context-length {encoder.length}, where the model allows it"
+            if only_length
+            else "name the text encoder that the model was trained with",
+        )
+    return encoder
 
 
 def _context_of(model: Model, option: str) -> Condition:

@@ -120,15 +120,32 @@ def export_step_graph(network: nn.Module, config: FamilyConfig) -> StepGraph:
     step = step_of(network, config)
     inputs, dynamic = _example_inputs(config)
     names = [inner for name, value in inputs.items() for inner in (value if isinstance(value, dict) else [name])]
+    return to_graph(trace(step, inputs, dynamic, names, ["x_next", "m"]))
+
+
+def trace(
+    module: nn.Module, inputs: dict[str, Any], dynamic: dict[str, Any], names: list[str], outputs: list[str]
+) -> onnx_ir.Model:
+    """Trace a module into ONNX.
+
+    Args:
+        module: in evaluation mode.
+        inputs: argument of its ``forward`` -> an example.
+        dynamic: argument -> which of its axes are dynamic, as ``torch.export`` takes them.
+        names, outputs: what the graph calls what goes in and comes out.
+
+    Raises:
+        BackendError: torch cannot export it.
+    """
     try:
         with _quiet(), torch.no_grad(), process.fragile():  # an exception through torch's dispatch modes aborts
             program = torch.onnx.export(
-                step,
+                module,
                 tuple(inputs.values()),
                 dynamo=True,
                 dynamic_shapes=dynamic,
                 input_names=names,
-                output_names=["x_next", "m"],
+                output_names=outputs,
                 opset_version=OPSET,
                 verbose=False,
             )
@@ -137,7 +154,7 @@ def export_step_graph(network: nn.Module, config: FamilyConfig) -> StepGraph:
         raise BackendError(f"torch {torch.__version__} cannot export the network: {cause}") from error
     if program is None:
         raise BackendError("torch.onnx.export returned no program")
-    return _to_step_graph(program.model)
+    return program.model
 
 
 def _example_inputs(config: FamilyConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -175,8 +192,8 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _to_step_graph(model: onnx_ir.Model) -> StepGraph:
-    """Name layers after their modules, move weights out of the graph, and check what is left."""
+def to_graph(model: onnx_ir.Model, weights_file: str = WEIGHTS_FILE) -> StepGraph:
+    """Name layers after their modules, and move weights out of the graph, to a file of the name that it refers to."""
     import onnx_ir
 
     layers = _name_layers(model)
@@ -189,7 +206,7 @@ def _to_step_graph(model: onnx_ir.Model) -> StepGraph:
         value = model.graph.initializers[name]
         kind = onnx_ir.DataType.from_numpy(array.dtype)
         value.const_value = onnx_ir.ExternalTensor(
-            WEIGHTS_FILE, offsets[name], array.nbytes, kind, shape=onnx_ir.Shape(array.shape), name=name
+            weights_file, offsets[name], array.nbytes, kind, shape=onnx_ir.Shape(array.shape), name=name
         )
     _drop_metadata(model)
     proto = onnx_ir.to_proto(model)
@@ -247,14 +264,19 @@ def check_graph(graph: StepGraph, state: Mapping[str, np.ndarray]) -> None:
 
     Raises BackendError where the graph is invalid, or a layer's initializer is not the weight that was baked.
     """
-    try:
-        onnx.checker.check_model(_without_weights(graph.proto), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise BackendError(f"the exported step graph is not valid ONNX: {error}") from error
+    check_valid(graph.proto, "step graph")
     for layer, (initializer, axis) in graph.layers.items():
         stored, baked = graph.weights[initializer], state[f"{layer}.weight"]
         if not np.array_equal(stored if axis else stored.T, baked.astype(stored.dtype)):
             raise BackendError(f"{layer}: the exported graph does not hold the weight that was baked")
+
+
+def check_valid(proto: onnx.ModelProto, name: str) -> None:
+    """Hold a graph against the ONNX standard. Raises BackendError."""
+    try:
+        onnx.checker.check_model(_without_weights(proto), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise BackendError(f"the exported {name} is not valid ONNX: {error}") from error
 
 
 def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -158,8 +158,8 @@ def weight_offsets(weights: Mapping[str, np.ndarray]) -> tuple[dict[str, int], i
     return offsets, end
 
 
-def weights_payload(weights: dict[str, np.ndarray]) -> PayloadFile:
-    """``weights.bin`` as a payload file."""
+def weights_payload(weights: dict[str, np.ndarray], name: str = WEIGHTS_FILE) -> PayloadFile:
+    """``weights.bin``, or weights of another name, as a payload file."""
     offsets, size = weight_offsets(weights)
 
     def chunks() -> Iterable[bytes | memoryview]:
@@ -169,7 +169,7 @@ def weights_payload(weights: dict[str, np.ndarray]) -> PayloadFile:
             yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data  # bytes of any type, bf16 too
             position = offsets[name] + array.nbytes
 
-    return PayloadFile(WEIGHTS_FILE, size, chunks, aligned=True)
+    return PayloadFile(name, size, chunks, aligned=True)
 
 
 def bytes_payload(name: str, data: bytes) -> PayloadFile:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,27 +14,9 @@ from sparse_engine.ending import stop_if_ending
 from sparse_engine.errors import BackendError, EngineClosedError, EngineFileError, SparseEngineError
 from sparse_engine.sampling import StepFunction, Trajectory, walk
 
+from .forks import outlive_forks
 from .library import load_onnxruntime
 from .session import create_session, prepare
-
-# A fork has none of its parent's threads, and ONNX Runtime waits for them when a session is destroyed, and again when
-# the process exits. A child that was forked while sessions were open gives each a reference that is never taken back,
-# and leaves through ``_exit`` once Python has finished, before the C++ runtime takes ONNX Runtime apart.
-_open_sessions: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-def _outlive_fork() -> None:
-    sessions = list(_open_sessions)
-    for session in sessions:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
-    libc = ctypes.CDLL(None)
-    if sessions and hasattr(libc, "on_exit"):  # glibc: called with the exit status, the last registered first
-        libc.on_exit(libc._exit, None)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_outlive_fork)
-
 
 TYPES = {"int64": "int64", "float32": "float"}  # NumPy's name -> ONNX Runtime's
 
@@ -56,7 +35,7 @@ class OnnxRuntimeRunner:
         except Exception as error:  # ONNX Runtime's own exceptions have no common public base
             engine.verify()  # bytes that were altered are the likelier cause, and the clearer message
             raise BackendError(f"{engine.path}: ONNX Runtime {onnxruntime.__version__} refuses it: {error}") from error
-        _open_sessions.add(self._session)
+        outlive_forks(self._session)
         inputs = {entry.name: (entry.type, entry.shape) for entry in self._session.get_inputs()}
         self._guided = "guidance" in inputs
         _check_fit(engine, inputs)

@@ -154,9 +154,9 @@ def _fuse_attentions(prepared: Prepared, chooser: Chooser, threads: int | None, 
     prepared.attention["fused"] = fused
 
 
-def weights_in_place(model: ModelProto, engine: EngineFile) -> dict[str, tuple[int, int]]:
-    """Turn references into ``weights.bin`` to its place inside the engine file; return (offset, bytes) of each."""
-    start, _ = engine.span(WEIGHTS_FILE)
+def weights_in_place(model: ModelProto, engine: EngineFile, member: str = WEIGHTS_FILE) -> dict[str, tuple[int, int]]:
+    """Turn references into a file of weights to its place inside the engine file; return (offset, bytes) of each."""
+    start, _ = engine.span(member)
     spans = {}
     for tensor in model.graph.initializer:
         entries = {entry.key: entry for entry in tensor.external_data}
