@@ -24,6 +24,7 @@ from .model import Model
 
 if TYPE_CHECKING:
     from .text_encoder import TextEncoderFiles
+    from .vae import DecoderFiles
 
 LARGEST_ROW = 1 << 28  # bytes of a .npy file: SD3's context is 2.7 million floats
 
@@ -92,6 +93,10 @@ def asset_files(model: Model, options: AssetOptions) -> AssetFiles:
         entries["text"] = encoder.entry
         if context.null is None:
             rows.setdefault(CONTEXT, encoder.null)
+    if options.vae is not None:
+        decoder = _decoder(model, Path(options.vae), options.vae_scale)
+        more += decoder.files
+        entries["vae"] = decoder.entry
     conditions = tuple(
         dataclasses.replace(each, null="stored") if each.name in rows else each for each in model.conditions
     )
@@ -113,6 +118,14 @@ def _text_encoder(folder: Path, context: Condition) -> TextEncoderFiles:
             else "name the text encoder that the model was trained with",
         )
     return encoder
+
+
+def _decoder(model: Model, folder: Path, scale: float | None) -> DecoderFiles:
+    from .vae import decoder_files
+
+    if model.recipe.value_range is not None:
+        raise OptionError("--vae is given, but the model draws pixels: there is nothing to decode", "leave it out")
+    return decoder_files(folder, model.config.data_shape, scale)
 
 
 def _context_of(model: Model, option: str) -> Condition:

@@ -346,6 +346,25 @@ class SparseEngine:
         with library_call():
             return self._live().network(x, times, conditioning=told.arrays, guidance=told.weights)
 
+    def decode(self, latents: Any) -> np.ndarray:
+        """What the engine's own decoder makes of latents.
+
+        Args:
+            latents: float32 [B, C, H, W], as ``sample`` returns them with ``output="float"``.
+
+        Returns:
+            float32 pixels [B, 3, H', W'], in -1..1 but for what the decoder overshoots.
+
+        Raises:
+            OptionError: the engine holds no decoder, or the latents do not fit.
+            EngineClosedError: as ``sample``.
+        """
+        self._live()
+        decoder = self._assets.decoder
+        if decoder is None:
+            raise OptionError("the engine holds no decoder", "rebuild it with --vae FOLDER")
+        return decoder(self._checked_images("latents", latents, None))
+
     def warmup(self, batch_size: int | None = None) -> None:
         """Run one step at a batch size, so that the first sample is not slower than the next."""
         size = self.manifest.batch[1] if batch_size is None else batch_size

@@ -83,6 +83,14 @@ class Manifest:
         nulls = (each.null for each in self.conditions if each.classes is not None)
         return next((null for null in nulls if isinstance(null, int)), None)
 
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of a picture: what the engine's decoder makes of a sample, or the sample itself."""
+        if "vae" not in self.assets:
+            return self.data_shape
+        channels, height, width = self.assets["vae"]["picture"]
+        return channels, height, width
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         return dataclasses.asdict(self)
@@ -148,6 +156,7 @@ def _well_formed(values: dict[str, Any]) -> bool:
         and all(isinstance(why, str) for why in values["excluded_samplers"].values())
         and isinstance(values["assets"], dict)
         and all(isinstance(entry, dict) for entry in values["assets"].values())
+        and ("vae" not in values["assets"] or _are_numbers(values["assets"]["vae"].get("picture"), 3, int, least=1))
         and _are_numbers(values["data_shape"], 3, int, least=1)
         and _are_numbers(values["batch"], 3, int, least=1)
         and values["batch"] == sorted(values["batch"])

@@ -96,7 +96,7 @@ def command(
             clip=clip,
             callback=(lambda *_: display.advance(task)) if errors.is_terminal else None,  # it costs a GPU its pace
         )
-        check_output(output, n, manifest.data_shape, latents=latents)  # nothing has been drawn yet
+        check_output(output, n, manifest.picture_shape, latents=latents)  # nothing has been drawn yet
         written = write_samples(output, batches)
     errors.print(f"{written} samples: {output}", highlight=False, markup=False)
 
