@@ -158,12 +158,15 @@ def _special_tokens(
     roles = dict(ROLES)
     flags: dict[str, dict[str, bool]] = {}
     said = [entry for entry in added if isinstance(entry, dict)]
+    known = [entry.get("content") for entry in said]
     for source in (special, settings):
         for role in ROLES:
             entry = source.get(role)
             if isinstance(entry, dict):
                 said.append(entry)
                 entry = entry.get("content")
+            elif isinstance(entry, str) and entry not in known:
+                said.append({"content": entry})
             if isinstance(entry, str):
                 roles[role] = entry
     decoder = settings.get("added_tokens_decoder")
