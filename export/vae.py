@@ -56,21 +56,9 @@ class DecoderConfig:
         return 2 ** (len(self.channels) - 1)
 
 
-class Norm(nn.Module):
-    """Group norm, written as a layer norm over each group: exact, and one node in a graph."""
-
-    def __init__(self, groups: int, channels: int) -> None:
-        super().__init__()
-        self.groups = groups
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> the same."""
-        channels, height, width = x.shape[1:]
-        rows = x.reshape(-1, self.groups, channels // self.groups * height * width)
-        normed = F.layer_norm(rows, rows.shape[-1:], eps=EPS).reshape(-1, channels, height, width)
-        return normed * self.weight[:, None, None] + self.bias[:, None, None]
+def group_norm(groups: int, channels: int) -> nn.GroupNorm:
+    """Exported as an instance norm over each group: a layer norm's scale would be as large as the map, in the file."""
+    return nn.GroupNorm(groups, channels, EPS)
 
 
 class Resnet(nn.Module):
@@ -78,7 +66,7 @@ class Resnet(nn.Module):
 
     def __init__(self, groups: int, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = Norm(groups, inputs), Norm(groups, outputs)
+        self.norm1, self.norm2 = group_norm(groups, inputs), group_norm(groups, outputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
@@ -94,7 +82,7 @@ class Attention(nn.Module):
 
     def __init__(self, groups: int, channels: int) -> None:
         super().__init__()
-        self.group_norm = Norm(groups, channels)
+        self.group_norm = group_norm(groups, channels)
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
@@ -163,7 +151,7 @@ class Body(nn.Module):
         self.up_blocks = nn.ModuleList(
             UpBlock(config, widths[max(index - 1, 0)], width, index < last) for index, width in enumerate(widths)
         )
-        self.conv_norm_out = Norm(config.groups, widths[-1])
+        self.conv_norm_out = group_norm(config.groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

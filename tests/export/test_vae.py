@@ -12,8 +12,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from sparse_engine.decoder import WEIGHTS
 from sparse_engine.errors import CheckpointError, InputError
-from sparse_engine.export.vae import read_decoder
+from sparse_engine.export.vae import decoder_files, read_decoder
 
 SMALL: dict[str, Any] = {"block_out_channels": (4, 8), "norm_num_groups": 2}
 LARGE: dict[str, Any] = {"block_out_channels": (16, 32, 32), "norm_num_groups": 8, "layers_per_block": 2}
@@ -52,6 +53,14 @@ def test_pixels_are_those_of_diffusers(tmp_path: Path, settings: dict[str, Any],
     assert found.shape == (3, 3, 6 * config.upscale, 6 * config.upscale)
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
     assert entry["scaling_factor"] == vae.config.scaling_factor
+
+
+def test_a_large_picture_makes_no_larger_file(tmp_path: Path) -> None:
+    save_vae(tmp_path, **SMALL)
+    sizes = [
+        {file.name: file.size for file in decoder_files(tmp_path, (4, side, side)).files}[WEIGHTS] for side in (8, 32)
+    ]
+    assert sizes[0] == sizes[1]
 
 
 def test_an_old_file_names_its_attention_otherwise(tmp_path: Path, rng: np.random.Generator) -> None:
