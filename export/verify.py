@@ -18,6 +18,7 @@ from sparse_engine.images import psnr
 from sparse_engine.manifest import Manifest
 
 from .bake import bake
+from .families import family_named
 from .masks import Pattern
 from .model import load_model
 from .step_graph import solver_lines
@@ -126,7 +127,9 @@ class Reference:
     """The torch network that an engine has to agree with."""
 
     def __init__(self, manifest: Manifest, checkpoint: str | Path, seed: int = 0) -> None:
-        settings = {**manifest.config, "null_class": manifest.null_class, "prediction": manifest.prediction}
+        known = family_named(manifest.family).settings
+        settings = {name: value for name, value in manifest.config.items() if name in known}
+        settings |= {"null_class": manifest.null_class, "prediction": manifest.prediction}
         model = load_model(checkpoint, manifest.family, schedule=manifest.schedule, **settings)
         mask = manifest.mask
         baked = bake(model, mask["rule"], Pattern.parse(mask["pattern"]), mask["layers"])

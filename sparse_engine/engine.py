@@ -378,7 +378,7 @@ class SparseEngine:
         """The table of coefficients that ``sample`` would walk; arguments and errors as there."""
         name = self.manifest.sampler if sampler is None else sampler
         info = sampling.SAMPLERS.get(name) if isinstance(name, str) else None
-        if name in self.manifest.excluded_samplers:
+        if info is not None and name in self.manifest.excluded_samplers:
             why = self.manifest.excluded_samplers[name]
             raise OptionError(f"sampler {name} is not offered for this model: {why}", "see `sparse-engine samplers`")
         pixels = self.manifest.value_range

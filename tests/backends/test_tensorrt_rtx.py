@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sparse_engine.artifact import EngineFile
@@ -50,7 +51,7 @@ def test_plans_are_built_so_that_their_steps_can_be_recorded() -> None:
 
 
 def test_contexts_use_our_memory_and_wait_for_the_kernels_of_a_shape() -> None:
-    settings = RTX.context_settings(trt, RtxEngine(FakeCuda(), step, labels=True))
+    settings = RTX.context_settings(trt, RtxEngine(FakeCuda(), step, {"y": np.int64}))
     assert isinstance(settings, RuntimeConfig)
     assert dict(settings.set) == {
         "execution_context_allocation_strategy": trt.ExecutionContextAllocationStrategy.USER_MANAGED,
@@ -66,7 +67,7 @@ def test_contexts_use_our_memory_and_wait_for_the_kernels_of_a_shape() -> None:
 @pytest.mark.parametrize("capturable,how", [(True, "recorded"), (False, "one by one: TensorRT cannot record")])
 def test_steps_are_recorded_only_where_the_context_says_that_they_can_be(capturable: bool, how: str) -> None:
     cuda, table, inputs = FakeCuda(), trajectory(), draws(4)
-    engine = RtxEngine(cuda, step, labels=True)
+    engine = RtxEngine(cuda, step, {"y": np.int64})
     engine.capturable = capturable
     runner = CudaRunner([TensorRTDevice(cuda, engine, 0, RTX.context_settings(trt, engine))], (1, 4, 16), {})
     for _ in range(3):

@@ -38,7 +38,7 @@ def test_an_engine_can_be_calibrated(tmp_path: Path, tiny_engine: Path) -> None:
     [
         (["--images", "1"], "1 images of 20 steps leave fewer than 32 calibration samples"),
         (["--guidance", "two"], "--guidance 'two': expected numbers"),
-        (["--guidance", "2", *QUICK], "guidance = 2.0, but the model has no labels"),
+        (["--guidance", "2", *QUICK], "guidance = 2.0, but the model is told nothing"),
         (["-o", "no/such/folder/calib.npz"], "the folder no/such/folder does not exist"),
         (["--plot", "no/such/folder/x.png"], "the folder no/such/folder does not exist"),
         (["--sampler", "none"], "none"),

@@ -55,7 +55,9 @@ def test_it_draws_what_the_float_engine_draws(
     int8_engine: Path, conditional_engine: Path, data: CalibrationData
 ) -> None:
     with SparseEngine.load(int8_engine) as engine, SparseEngine.load(conditional_engine) as reference:
-        found, expected = (each.predict(data.x, data.times, labels=data.labels) for each in (engine, reference))
+        found, expected = (
+            each.predict(data.x, data.times, conditioning=data.conditioning) for each in (engine, reference)
+        )
         assert 0.001 < relative_error(found, expected) < 0.05
         assert engine.sample(2, steps=2, labels=1, guidance=2.0).shape == (2, 8, 8, 3)
 
@@ -136,7 +138,7 @@ def test_the_torch_backend_has_both(
     assert (manifest.precision, manifest.backend["name"]) == (precision, "torch")
     assert sum(layer["quantised"] == precision for layer in manifest.layers) == INNER
     with SparseEngine.load(path, device="cpu") as engine:
-        assert engine.predict(data.x, data.times, labels=data.labels).shape == data.x.shape
+        assert engine.predict(data.x, data.times, conditioning=data.conditioning).shape == data.x.shape
 
 
 def test_a_quantised_engine_is_not_calibrated_on(int8_engine: Path) -> None:

@@ -36,8 +36,12 @@ def test_json_of_anybodys(text: str | bytes, message: str) -> None:
 @pytest.mark.parametrize(
     "changes, kind, message",
     [
-        ({"data_shape": [3, 2**31, 8]}, EngineFileError, r"takes samples of \[3, 8, 8\] and y \[\], its manifest says"),
-        ({"conditioning": []}, EngineFileError, r"and y \[\], its manifest says .* and nothing else"),
+        (
+            {"data_shape": [3, 2**31, 8]},
+            EngineFileError,
+            r"samples of \[3, 8, 8\] and y int64 \[\], its manifest says",
+        ),
+        ({"conditioning": []}, EngineFileError, r"and y int64 \[\], its manifest says .* and nothing else"),
         ({"backend": {"name": "onnxruntime"}}, UnsupportedError, "was built for onnxruntime on None"),
         ({"backend": {"name": "onnxruntime", "device": 7}}, EngineFileError, "its manifest is damaged"),
         ({"value_range": [0, 0]}, EngineFileError, "its manifest is damaged"),
