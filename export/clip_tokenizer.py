@@ -134,7 +134,8 @@ def _byte_pairs(folder: Path, tokenizers: Any) -> tuple[dict[str, int], list[tup
             vocabulary, merges = tokenizers.models.BPE.read_file(str(folder / VOCABULARY), str(folder / MERGES))
         except Exception as error:  # as above
             raise InputError(f"{folder}: {VOCABULARY} or {MERGES} is damaged: {error}", DOWNLOAD) from error
-        return vocabulary, merges, []
+        beside = read_json(folder / WHOLE).get("added_tokens") if (folder / WHOLE).is_file() else None
+        return vocabulary, merges, beside if isinstance(beside, list) else []
     whole = read_json(folder / WHOLE)
     model, added = whole.get("model"), whole.get("added_tokens")
     if not isinstance(model, dict) or model.get("type") != "BPE" or model.get("end_of_word_suffix") != END_OF_WORD:
@@ -154,25 +155,20 @@ def _byte_pairs(folder: Path, tokenizers: Any) -> tuple[dict[str, int], list[tup
 def _special_tokens(
     settings: Mapping[str, Any], special: Mapping[str, Any], added: list[Any]
 ) -> tuple[dict[str, str], dict[str, dict[str, bool]]]:
-    """(role -> token, token -> how it is looked for in a text); what is said in more detail counts."""
+    """(role -> token, token -> how it is looked for in a text); a list of all tokens counts more than their roles."""
     roles = dict(ROLES)
-    flags: dict[str, dict[str, bool]] = {}
-    said = [entry for entry in added if isinstance(entry, dict)]
-    known = [entry.get("content") for entry in said]
+    said: list[Any] = []
     for source in (special, settings):
         for role in ROLES:
             entry = source.get(role)
-            if isinstance(entry, dict):
+            entry = {"content": entry} if isinstance(entry, str) else entry
+            if isinstance(entry, dict) and isinstance(entry.get("content"), str):
+                roles[role] = entry["content"]
                 said.append(entry)
-                entry = entry.get("content")
-            elif isinstance(entry, str) and entry not in known:
-                said.append({"content": entry})
-            if isinstance(entry, str):
-                roles[role] = entry
     decoder = settings.get("added_tokens_decoder")
-    said += [entry for entry in decoder.values() if isinstance(entry, dict)] if isinstance(decoder, dict) else []
-    for content in roles.values():
-        flags[content] = dict.fromkeys(FLAGS, False)
+    listed = list(decoder.values()) if isinstance(decoder, dict) and decoder else added
+    said += [entry for entry in listed if isinstance(entry, dict)]
+    flags = {content: dict.fromkeys(FLAGS, False) for content in roles.values()}
     for entry in said:
         if isinstance(entry.get("content"), str):
             flags[entry["content"]] = {name: bool(entry.get(name, False)) for name in FLAGS}

@@ -71,6 +71,11 @@ class Assets:
         rows = encoder(texts)
         return {**(told or {}), CONTEXT: rows if len(rows) == n else rows[0]}
 
+    def close(self) -> None:
+        """Drop what was loaded; calls under way finish on their own reference."""
+        with self._lock:
+            self._loaded.clear()
+
     def _no_encoder(self) -> str:
         family, told = self._manifest.family, [each.name for each in self._manifest.conditions]
         if CONTEXT not in told:

@@ -419,6 +419,7 @@ class SparseEngine:
         if runner is not None and os.getpid() == self._process:
             with library_call():
                 runner.close()
+                self._assets.close()
 
     def __reduce__(self) -> NoReturn:
         raise UnsupportedError(

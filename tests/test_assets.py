@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,16 @@ import pytest
 from sparse_engine import SparseEngine
 from sparse_engine.artifact import EngineFile
 from sparse_engine.cli.main import run
-from sparse_engine.errors import InputError, OptionError
+from sparse_engine.errors import (
+    EngineClosedError,
+    EngineFileError,
+    InputError,
+    MissingDependencyError,
+    OptionError,
+)
 from sparse_engine.export.assets import AssetOptions
 from sparse_engine.export.families.uvit_t2i import UViTT2I, UViTT2IConfig
+from sparse_engine.text import TextEncoder
 from tests.clip import save_text_model, save_tokenizer
 from tests.conftest import save_network
 from tests.export.test_vae import SMALL, decoded, save_vae
@@ -107,8 +116,11 @@ def test_a_prompt_that_is_too_long_is_cut_aloud(engine: SparseEngine) -> None:
 def test_threads_share_encoder_and_decoder(engine_file: Path) -> None:
     with SparseEngine.load(engine_file, threads=1) as engine:
         found: list[np.ndarray] = []
-        threads = [threading.Thread(target=lambda: found.append(engine.sample(1, prompt="a cat", **FAST)))] * 1
-        threads += [threading.Thread(target=lambda: found.append(engine.sample(1, prompt="a cat", **FAST)))]
+
+        def draw() -> None:
+            found.append(engine.sample(1, prompt="a cat", **FAST))
+
+        threads = [threading.Thread(target=draw) for _ in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -129,6 +141,44 @@ with SparseEngine.load(sys.argv[1]) as engine:
         [sys.executable, "-c", script, str(engine_file)], capture_output=True, text=True, timeout=120, cwd=tmp_path
     )
     assert done.stdout.strip() == "(1, 16, 16, 3)", done.stderr
+
+
+def test_without_the_tokenizers_library(engine_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with SparseEngine.load(engine_file, threads=1) as engine:
+        with pytest.raises(MissingDependencyError, match=r"needs tokenizers.*\n.*pip install 'sparse-engine\[text\]'"):
+            engine.sample(1, prompt="a cat", **FAST)
+        context = np.zeros((LENGTH, WIDTH), np.float32)
+        assert engine.sample(1, conditioning={"context": context}, **FAST).shape == (1, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    "changed,message",
+    [
+        ({"pad": -1}, "its text encoder's pad is -1"),
+        ({"length": None}, "its text encoder's length is None"),
+        ({"width": 17}, r"its manifest says \[7\] -> \[7, 17\]"),
+    ],
+)
+def test_an_encoder_that_its_manifest_does_not_describe(
+    engine_file: Path, changed: dict[str, Any], message: str
+) -> None:
+    file = EngineFile(engine_file)
+    file.manifest.assets["text"] |= changed
+    with pytest.raises(EngineFileError, match=message):
+        TextEncoder(file, 1)
+
+
+def test_a_closed_engine_lets_its_sessions_go(engine_file: Path) -> None:
+    engine = SparseEngine.load(engine_file, threads=1)
+    engine.sample(1, prompt="a cat", **FAST)
+    sessions = [weakref.ref(each) for each in engine._assets._loaded.values()]
+    assert len(sessions) == 2
+    engine.close()
+    gc.collect()
+    assert [each() for each in sessions] == [None, None]
+    with pytest.raises(EngineClosedError):
+        engine.sample(1, prompt="a cat", **FAST)
 
 
 def test_on_the_command_line(engine_file: Path, folder: Path, vae: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -50,15 +51,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-@pytest.mark.parametrize("whole", [False, True], ids=["vocab.json", "tokenizer.json"])
+@pytest.mark.parametrize("form", ["vocab.json", "tokenizer.json", "both"])
 @pytest.mark.filterwarnings("ignore:a prompt has")
-def test_tokens_are_those_of_transformers(settings: dict[str, Any], whole: bool, tmp_path: Path) -> None:
+def test_tokens_are_those_of_transformers(settings: dict[str, Any], form: str, tmp_path: Path) -> None:
     folder = save_tokenizer(tmp_path / "files", **settings)
     reference = CLIPTokenizer.from_pretrained(folder)
-    if whole:
+    if form != "vocab.json":
         folder = tmp_path / "whole"
         reference.save_pretrained(folder)
         assert not (folder / "vocab.json").exists()
+    if form == "both":
+        save_tokenizer(folder, **settings)
+        reference = CLIPTokenizer.from_pretrained(folder)
     expected = reference(TEXTS, padding="max_length", truncation=True, max_length=77).input_ids
     found = read_tokenizer(folder)
     assert (found.length, found.size) == (77, len(vocabulary()))
@@ -67,6 +71,18 @@ def test_tokens_are_those_of_transformers(settings: dict[str, Any], whole: bool,
         assert row.tolist() == numbers, text
     pad = vocabulary()["!" if settings.get("pad") == "!" else EOS]
     assert rows[0].tolist() == [vocabulary()[BOS], vocabulary()[EOS], *[pad] * 75]
+
+
+@pytest.mark.parametrize("first,second", list(itertools.permutations(SETTINGS, 2)))
+@pytest.mark.filterwarnings("ignore:a prompt has")
+def test_files_that_disagree_are_read_as_transformers_does(first: str, second: str, tmp_path: Path) -> None:
+    CLIPTokenizer.from_pretrained(save_tokenizer(tmp_path / "a", **SETTINGS[first])).save_pretrained(tmp_path / "b")
+    save_tokenizer(tmp_path / "b", **SETTINGS[second])
+    expected = CLIPTokenizer.from_pretrained(tmp_path / "b")(
+        TEXTS, padding="max_length", truncation=True, max_length=77
+    ).input_ids
+    found = read_tokenizer(tmp_path / "b")
+    assert token_rows(text_tokenizer(found.json), TEXTS, 77, found.pad).tolist() == expected
 
 
 def test_a_longer_text_is_cut_aloud(tmp_path: Path) -> None:

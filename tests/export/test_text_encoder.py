@@ -9,10 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
 from sparse_engine.errors import CheckpointError, InputError
 from sparse_engine.export.text_encoder import read_clip_text, text_encoder_files
-from tests.clip import save_text_model, save_tokenizer, vocabulary
+from tests.clip import fill, save_text_model, save_tokenizer, text_config, vocabulary
+
+VISION = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "image_size": 8,
+    "patch_size": 4,
+}
 
 
 @pytest.mark.parametrize("settings", [{}, {"hidden_act": "gelu", "num_attention_heads": 2}], ids=["quick", "gelu"])
@@ -40,6 +50,31 @@ def test_weights_of_16_bits_are_widened(tmp_path: Path) -> None:
     save_text_model(tmp_path, 7).half().save_pretrained(tmp_path)
     network, _, _ = read_clip_text(tmp_path)
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("form", ["whole CLIP", "with a projection", "pytorch_model.bin", "shards"])
+def test_the_forms_that_it_is_published_in(tmp_path: Path, form: str) -> None:
+    if form == "whole CLIP":
+        config = CLIPConfig(text_config=text_config(7).to_dict(), vision_config=VISION, projection_dim=8)
+        model = CLIPModel(config).eval()
+    elif form == "with a projection":
+        model = CLIPTextModelWithProjection(text_config(7, projection_dim=8)).eval()
+    else:
+        model = CLIPTextModel(text_config(7)).eval()
+    fill(model)
+    model.save_pretrained(tmp_path, max_shard_size="4KB" if form == "shards" else "1GB")
+    if form == "pytorch_model.bin":
+        (tmp_path / "model.safetensors").unlink()
+        old = {f"text_model.{name}": tensor for name, tensor in model.state_dict().items()}
+        old["text_model.embeddings.position_ids"] = torch.arange(7)[None]  # as transformers before 4.31 saved
+        torch.save(old, tmp_path / "pytorch_model.bin")
+    assert (tmp_path / "model.safetensors.index.json").exists() == (form == "shards")
+    network, config, _ = read_clip_text(tmp_path)
+    tokens = torch.randint(0, config.vocabulary, (2, 7), generator=torch.Generator().manual_seed(0))
+    reference = model if form in ("pytorch_model.bin", "shards", "with a projection") else model.text_model
+    with torch.no_grad():
+        expected = reference(input_ids=tokens).last_hidden_state
+    assert float((network(tokens) - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
 
 
 def test_what_a_folder_says_of_its_encoder(tmp_path: Path) -> None:
