@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from torch import nn
@@ -31,6 +31,36 @@ class FamilyConfig(Protocol):
     def guided_channels(self) -> int | None:
         """How many of x's channels guidance acts on, the first; None is all. The others take the first pass's."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class SquareConfig:
+    """What the configurations of networks over the patches of a square image share."""
+
+    image_size: int
+    patch_size: int
+    channels: int
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read a configuration from a mapping; keys that are not its own are left alone."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in names})
+
+    @property
+    def data_shape(self) -> tuple[int, int, int]:
+        """Shape of one sample, [C, H, W]."""
+        return (self.channels, self.image_size, self.image_size)
+
+    @property
+    def patches(self) -> int:
+        """Tokens of the image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def guided_channels(self) -> int | None:
+        """See ``FamilyConfig``."""
+        return None
 
 
 @dataclasses.dataclass(frozen=True)

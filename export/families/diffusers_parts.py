@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparse_engine.errors import CheckpointError
 
 from .base import Shapes
-from .uvit import PublishedHeads, settle, timestep_embedding
+from .uvit import Attends, PublishedHeads, settle, timestep_embedding
 
 TIME_DIM = 256  # sinusoids of a time, and of other numbers
 BLOCKS = "transformer_blocks"
@@ -37,12 +37,37 @@ class TwoLinears(nn.Module):
 class NumberEmbedder(TwoLinears):
     """A time, or another number of a row, as a vector: sinusoids, then two linears."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, freq_shift: int = 0) -> None:
         super().__init__(TIME_DIM, dim)
+        self.freq_shift = freq_shift
 
     def forward(self, t: Tensor) -> Tensor:
         """[B] -> [B, D]."""
-        return super().forward(timestep_embedding(t, TIME_DIM))
+        return super().forward(timestep_embedding(t, TIME_DIM, freq_shift=self.freq_shift))
+
+
+class GELU(nn.Module):
+    """A linear, then a tanh-GELU."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, hidden]."""
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """Two linears with a tanh-GELU between them."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GELU(dim, hidden), nn.Identity(), nn.Linear(hidden, dim))  # a dropout in the middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        return self.net(x)
 
 
 class Heads(nn.Module):
@@ -59,6 +84,25 @@ class Heads(nn.Module):
         """[B, H, L, D/H] -> [B, L, D]."""
         length, width = x.shape[2:]
         return x.transpose(1, 2).reshape(-1, length, self.heads * width)
+
+
+class SelfAttention(Heads, Attends):
+    """Multi-head attention of an image to itself, with three projections."""
+
+    def __init__(self, dim: int, heads: int, bias: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=bias) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        return self.to_out[0](self.merged(self.attend(*self.split_image(x))))
+
+    def split_image(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, L, D] -> q, k, v [B, H, L, D/H]."""
+        q, k, v = (self.split(part(x)) for part in (self.to_q, self.to_k, self.to_v))
+        return q, k, v
 
 
 class RMSNorm(nn.Module):
@@ -114,11 +158,11 @@ def settled_heads(
     return heads, notes
 
 
-def side_of(given: Any, name: str, patch: int) -> int:
+def side_of(given: Any, patch: int, name: str = "the size of the image") -> int:
     """The side of what is denoised, which the weights do not say. Raises CheckpointError where nothing does."""
     if given is None:
         raise CheckpointError(
-            f"{name} cannot be read off the weights, and no config.json of diffusers says it",
+            "the size of the image cannot be read off the weights, and no config.json of diffusers says it",
             "keep config.json beside the weights (its sample_size), or say --image-size N, in latents",
         )
     return positive(given, name, patch)

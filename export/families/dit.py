@@ -11,7 +11,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from sparse_engine.conditioning import Condition, class_condition
 from sparse_engine.errors import CheckpointError, OptionError
 
 from . import uvit
-from .base import Family, Recipe, Shapes
+from .base import Family, Recipe, Shapes, SquareConfig
 from .uvit import LATENT_CHANNELS, PublishedHeads, settle, shape_of, timestep_embedding, unpatchify
 
 TIME_DIM = 256  # of the sinusoidal embedding, in every published size
@@ -53,7 +53,7 @@ BY_ANALOGY = "by analogy with U-ViT, since SparseDM published no DiT; say others
 
 
 @dataclasses.dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(SquareConfig):
     """Everything that fixes a DiT's graph.
 
     ``image_size`` is the side of what is denoised, latents or pixels. ``out_channels`` is that of the prediction:
@@ -61,9 +61,6 @@ class DiTConfig:
     label table; where ``null_row``, the last one stands for "no label". ``guidance_channels``: None is all.
     """
 
-    image_size: int
-    patch_size: int
-    channels: int
     embed_dim: int
     depth: int
     heads: int
@@ -76,22 +73,6 @@ class DiTConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "out_channels", self.out_channels or self.channels)
         object.__setattr__(self, "mlp_hidden", self.mlp_hidden or 4 * self.embed_dim)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read a configuration from a mapping; keys that are not its own are left alone."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in names})
-
-    @property
-    def patches(self) -> int:
-        """Length of the sequence."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def data_shape(self) -> tuple[int, int, int]:
-        """Shape of one sample, [C, H, W]."""
-        return (self.channels, self.image_size, self.image_size)
 
     @property
     def conditions(self) -> tuple[Condition, ...]:

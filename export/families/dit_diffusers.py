@@ -9,7 +9,6 @@ the positions are not stored. So the same weights give slightly other pictures t
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,8 +20,17 @@ from sparse_engine.errors import CheckpointError
 
 from . import dit, uvit
 from .base import Family, Shapes
+from .diffusers_parts import (
+    FeedForward,
+    NumberEmbedder,
+    SelfAttention,
+    check_fixed,
+    depth_of,
+    settled_heads,
+    side_of,
+)
 from .dit import DiTConfig, modulated, norm
-from .uvit import settle, shape_of, timestep_embedding, unpatchify
+from .uvit import shape_of, unpatchify
 
 KIND = "diffusers' DiT"
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
@@ -47,25 +55,12 @@ class DiffusersDiTConfig(DiTConfig):
     norm_eps: float = NORM_EPS
 
 
-class TimestepEmbedder(nn.Module):
-    """Sinusoids of the time, then two linears."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(dit.TIME_DIM, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-
-    def forward(self, t: Tensor) -> Tensor:
-        """t: [B], in the network's own units -> [B, D]."""
-        return self.linear_2(F.silu(self.linear_1(timestep_embedding(t, dit.TIME_DIM, freq_shift=1))))
-
-
 class Embedding(nn.Module):
     """Time and class as one vector."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.timestep_embedder = TimestepEmbedder(config.embed_dim)
+        self.timestep_embedder = NumberEmbedder(config.embed_dim, freq_shift=1)
         self.class_embedder = dit.LabelEmbedding(config.num_classes, config.embed_dim)
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
@@ -86,50 +81,6 @@ class Modulation(nn.Module):
         return self.linear(F.silu(self.emb(t, y))).float()[:, None].chunk(6, dim=-1)
 
 
-class Attention(uvit.Attends):
-    """Multi-head self-attention with three projections."""
-
-    def __init__(self, config: DiffusersDiTConfig) -> None:
-        super().__init__()
-        dim = config.embed_dim
-        self.heads = config.heads
-        self.to_q = nn.Linear(dim, dim, bias=config.attention_bias)
-        self.to_k = nn.Linear(dim, dim, bias=config.attention_bias)
-        self.to_v = nn.Linear(dim, dim, bias=config.attention_bias)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D]."""
-        length, dim = x.shape[1:]
-        split = (-1, length, self.heads, dim // self.heads)
-        q, k, v = (part(x).reshape(split).transpose(1, 2) for part in (self.to_q, self.to_k, self.to_v))
-        return self.to_out[0](self.attend(q, k, v).transpose(1, 2).reshape(-1, length, dim))
-
-
-class GELU(nn.Module):
-    """A linear, then a tanh-GELU."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, hidden]."""
-        return F.gelu(self.proj(x), approximate="tanh")
-
-
-class FeedForward(nn.Module):
-    """Two linears with a tanh-GELU between them."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(GELU(dim, hidden), nn.Identity(), nn.Linear(hidden, dim))  # a dropout in the middle
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D]."""
-        return self.net(x)
-
-
 class Block(nn.Module):
     """A transformer block whose norms are shifted and scaled, and whose branches are gated, by time and class."""
 
@@ -137,7 +88,7 @@ class Block(nn.Module):
         super().__init__()
         self.eps = config.norm_eps
         self.norm1 = Modulation(config)
-        self.attn1 = Attention(config)
+        self.attn1 = SelfAttention(config.embed_dim, config.heads, config.attention_bias)
         self.ff = FeedForward(config.embed_dim, config.mlp_hidden)
 
     def forward(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -194,8 +145,7 @@ def _read_config(shapes: Shapes, given: Mapping[str, Any]) -> tuple[DiffusersDiT
     notes, eps = [], given.get("norm_eps")
     if eps is None:
         notes.append(f"norm_eps = {NORM_EPS}: not in the weights; taken from diffusers' default")
-    heads, of_heads = settle(given, read, dit.PUBLISHED_HEADS, KIND)
-    _check_head_dim(given.get("attention_head_dim"), heads, read["embed_dim"])
+    heads, of_heads = settled_heads(given, read, dit.PUBLISHED_HEADS, KIND)
     config = DiffusersDiTConfig(
         heads=heads,
         null_row=True,  # diffusers' table always has a row more than there are classes
@@ -215,25 +165,10 @@ def _check_kind(given: Mapping[str, Any]) -> None:
     name = given.get("_class_name")
     if name is not None and name not in CLASSES:
         raise CheckpointError(f"_class_name is {name!r} in the given configuration; expected {' or '.join(CLASSES)}")
-    for option, expected in FIXED.items():
-        value = given.get(option)
-        if value is not None and value != expected:
-            raise CheckpointError(
-                f"{option} is {value!r} in the given configuration; expected {expected!r}, as in the published DiT",
-                "no other is offered; correct the configuration if the weights were not trained so",
-            )
+    check_fixed(given, FIXED, "DiT")
     eps = given.get("norm_eps")
     if eps is not None and (isinstance(eps, bool) or not isinstance(eps, int | float) or eps <= 0):
         raise CheckpointError(f"norm_eps is {eps!r} in the given configuration; expected a number above 0")
-
-
-def _check_head_dim(head_dim: Any, heads: int, embed_dim: int) -> None:
-    if head_dim is not None and head_dim * heads != embed_dim:
-        raise CheckpointError(
-            f"attention_head_dim is {head_dim!r} in the given configuration, which {heads} heads make "
-            f"{head_dim * heads}, but the weights have embed_dim {embed_dim}",
-            "correct the configuration, or leave that entry out: it follows from the number of heads",
-        )
 
 
 def _read_sizes(shapes: Shapes, given: dict[str, Any]) -> dict[str, Any]:
@@ -242,11 +177,11 @@ def _read_sizes(shapes: Shapes, given: dict[str, Any]) -> dict[str, Any]:
     rows = shape_of(shapes, LABELS, 2, KIND)[0]
     _check_classes(given, rows)
     return {
-        "image_size": _image_size(given.pop("image_size", None), patch_size),
+        "image_size": side_of(given.pop("image_size", None), patch_size, "image_size"),
         "patch_size": patch_size,
         "channels": channels,
         "embed_dim": dit.width_of(embed_dim),
-        "depth": len({match[1] for key in shapes if (match := re.match(r"transformer_blocks\.(\d+)\.", key))}),
+        "depth": depth_of(shapes),
         "mlp_hidden": shape_of(shapes, "transformer_blocks.0.ff.net.0.proj.weight", 2, KIND)[0],
         "num_classes": rows,
         "out_channels": dit.out_channels_of(shapes, "proj_out_2.weight", patch_size, channels),
@@ -262,20 +197,6 @@ def _check_classes(given: dict[str, Any], rows: int) -> None:
             "labels; expected one row more than classes",
             "correct the configuration, or leave that entry out: it is read off the weights",
         )
-
-
-def _image_size(given: Any, patch: int) -> int:
-    """The side of what is denoised: the positions, which would say it, are not stored."""
-    if given is None:
-        raise CheckpointError(
-            "the size of the image cannot be read off the weights: diffusers stores no positions",
-            "keep config.json beside them (its sample_size), or say it with --image-size N, in latents",
-        )
-    if isinstance(given, bool) or not isinstance(given, int) or given < patch or given % patch:
-        raise CheckpointError(
-            f"image_size is {given!r} in the given configuration; expected a multiple of the patch size {patch}"
-        )
-    return given
 
 
 FAMILY = Family(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,14 @@ from sparse_engine.conditioning import Condition
 from sparse_engine.errors import CheckpointError
 
 from . import dit, uvit
-from .base import Family, Recipe, Shapes
+from .base import Family, Recipe, Shapes, SquareConfig
 from .diffusers_parts import (
     BLOCKS,
     BY_ANALOGY,
+    FeedForward,
     Heads,
     NumberEmbedder,
+    SelfAttention,
     TwoLinears,
     check_fixed,
     depth_of,
@@ -37,7 +39,6 @@ from .diffusers_parts import (
     side_of,
 )
 from .dit import modulated, norm
-from .dit_diffusers import FeedForward
 from .uvit import PublishedHeads, shape_of, unpatchify
 
 KIND = "PixArt"
@@ -65,7 +66,7 @@ OWN_KEYS = frozenset({"adaln_single.linear.weight", "scale_shift_table", f"{BLOC
 
 
 @dataclasses.dataclass(frozen=True)
-class PixArtConfig:
+class PixArtConfig(SquareConfig):
     """Everything that fixes a PixArt's graph.
 
     ``sample_size`` is the side, in latents, that it was trained at, and ``interpolation_scale`` how much further than
@@ -73,10 +74,7 @@ class PixArtConfig:
     ``projected`` whether the text goes through two linears first.
     """
 
-    image_size: int
     sample_size: int
-    patch_size: int
-    channels: int
     out_channels: int
     embed_dim: int
     depth: int
@@ -88,22 +86,6 @@ class PixArtConfig:
     told_size: bool = False
     projected: bool = True
     attention_bias: bool = True
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read a configuration from a mapping; keys that are not its own are left alone."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in names})
-
-    @property
-    def data_shape(self) -> tuple[int, int, int]:
-        """Shape of one sample, [C, H, W]."""
-        return (self.channels, self.image_size, self.image_size)
-
-    @property
-    def patches(self) -> int:
-        """Tokens of the image."""
-        return (self.image_size // self.patch_size) ** 2
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
@@ -122,27 +104,6 @@ class PixArtConfig:
             Condition("resolution", (2,), null="same", default=float(PIXELS * self.image_size)),
             Condition("aspect_ratio", (1,), null="same", default=1.0),
         )
-
-    @property
-    def guided_channels(self) -> None:
-        """See ``FamilyConfig``."""
-        return None
-
-
-class Attention(Heads, uvit.Attends):
-    """Multi-head attention of the image to itself, with three projections."""
-
-    def __init__(self, config: PixArtConfig) -> None:
-        super().__init__()
-        dim = config.embed_dim
-        self.heads = config.heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=config.attention_bias) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, P, D] -> [B, P, D]."""
-        q, k, v = self.split(self.to_q(x)), self.split(self.to_k(x)), self.split(self.to_v(x))
-        return self.to_out[0](self.merged(self.attend(q, k, v)))
 
 
 class CrossAttention(Heads):
@@ -174,7 +135,7 @@ class Block(nn.Module):
     def __init__(self, config: PixArtConfig) -> None:
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.zeros(6, config.embed_dim))
-        self.attn1 = Attention(config)
+        self.attn1 = SelfAttention(config.embed_dim, config.heads, config.attention_bias)
         self.attn2 = CrossAttention(config)
         self.ff = FeedForward(config.embed_dim, config.mlp_hidden)
 
@@ -292,7 +253,7 @@ def _read_config(shapes: Shapes, given: Mapping[str, Any]) -> tuple[PixArtConfig
             "correct the configuration, or leave that entry out: it is read off the weights",
         )
     stored, patch = given.pop("sample_size", None), read["patch_size"]
-    image_size = side_of(given.pop("image_size", None) or stored, "the size of the image", patch)
+    image_size = side_of(given.pop("image_size", None) or stored, patch)
     sample_size = image_size if stored is None else positive(stored, "sample_size", patch)
     heads, notes = settled_heads(given, read, PUBLISHED_HEADS, KIND)
     length, of_length = _context_length(given.get("context_length"), read["told_size"], sample_size)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from sparse_engine.conditioning import Condition
 from sparse_engine.errors import CheckpointError
 
-from . import uvit
-from .base import Family, Recipe, Shapes
+from .base import Family, Recipe, Shapes, SquareConfig
 from .diffusers_parts import (
     BLOCKS,
     BY_ANALOGY,
-    Heads,
+    FeedForward,
     NumberEmbedder,
     RMSNorm,
+    SelfAttention,
     TwoLinears,
     check_fixed,
     depth_of,
@@ -37,7 +37,6 @@ from .diffusers_parts import (
     side_of,
 )
 from .dit import modulated, norm
-from .dit_diffusers import FeedForward
 from .uvit import PublishedHeads, shape_of, unpatchify
 
 KIND = "SD3"
@@ -60,16 +59,13 @@ OWN_KEYS = frozenset({TEXT, "context_embedder.weight", "pos_embed.pos_embed", f"
 
 
 @dataclasses.dataclass(frozen=True)
-class SD3Config:
+class SD3Config(SquareConfig):
     """Everything that fixes an SD3's graph.
 
     ``table_side`` is the side of the stored table of positions, of which the middle is used; ``dual_layers`` are the
     blocks that attend to the image a second time.
     """
 
-    image_size: int
-    patch_size: int
-    channels: int
     out_channels: int
     embed_dim: int
     depth: int
@@ -85,22 +81,6 @@ class SD3Config:
     def __post_init__(self) -> None:
         object.__setattr__(self, "dual_layers", tuple(self.dual_layers))
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read a configuration from a mapping; keys that are not its own are left alone."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in names})
-
-    @property
-    def data_shape(self) -> tuple[int, int, int]:
-        """Shape of one sample, [C, H, W]."""
-        return (self.channels, self.image_size, self.image_size)
-
-    @property
-    def patches(self) -> int:
-        """Tokens of the image."""
-        return (self.image_size // self.patch_size) ** 2
-
     @property
     def conditions(self) -> tuple[Condition, ...]:
         """The text's vectors and its pooled one; what none is has to be given."""
@@ -108,11 +88,6 @@ class SD3Config:
             Condition("context", (self.context_length, self.context_dim), null=None),
             Condition("pooled", (self.pooled_dim,), null=None),
         )
-
-    @property
-    def guided_channels(self) -> None:
-        """See ``FamilyConfig``."""
-        return None
 
 
 class Patches(nn.Module):
@@ -159,24 +134,16 @@ class Modulation(nn.Module):
         return self.linear(F.silu(c)).float()[:, None].chunk(self.parts, dim=-1)
 
 
-class SelfAttention(Heads, uvit.Attends):
-    """Multi-head attention of the image to itself."""
+class NormedAttention(SelfAttention):
+    """Multi-head attention of the image to itself, queries and keys normed where SD3.5 does."""
 
     def __init__(self, config: SD3Config) -> None:
-        super().__init__()
-        dim = config.embed_dim
-        self.heads = config.heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        super().__init__(config.embed_dim, config.heads)
         self.norm_q, self.norm_k = _head_norm(config), _head_norm(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D]."""
-        return self.to_out[0](self.merged(self.attend(*self.split_image(x))))
 
     def split_image(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, L, D] -> q, k, v [B, H, L, D/H]."""
-        q, k, v = (self.split(part(x)) for part in (self.to_q, self.to_k, self.to_v))
+        q, k, v = super().split_image(x)
         return self.norm_q(q), self.norm_k(k), v
 
 
@@ -184,7 +151,7 @@ def _head_norm(config: SD3Config) -> nn.Module:
     return RMSNorm(config.embed_dim // config.heads) if config.qk_norm else nn.Identity()
 
 
-class JointAttention(SelfAttention):
+class JointAttention(NormedAttention):
     """Multi-head attention over image and text, each with projections of its own; the image comes first."""
 
     def __init__(self, config: SD3Config, last: bool) -> None:
@@ -216,7 +183,7 @@ class Block(nn.Module):
         self.norm1 = Modulation(dim, 9 if dual else 6)
         self.norm1_context = Modulation(dim, 2 if last else 6)
         self.attn = JointAttention(config, last)
-        self.attn2 = SelfAttention(config) if dual else None
+        self.attn2 = NormedAttention(config) if dual else None
         self.ff = FeedForward(dim, hidden)
         self.ff_context = None if last else FeedForward(dim, hidden)
 
@@ -299,7 +266,7 @@ def _read_config(shapes: Shapes, given: Mapping[str, Any]) -> tuple[SD3Config, l
     if given.get("out_channels") is None:  # "as in_channels", which the weights say
         given.pop("out_channels", None)
     _settle_own(given, read)
-    image_size = side_of(given.pop("image_size", None), "the size of the image", read["patch_size"])
+    image_size = side_of(given.pop("image_size", None), read["patch_size"])
     if image_size // read["patch_size"] > read["table_side"]:
         raise CheckpointError(
             f"image_size {image_size} is {image_size // read['patch_size']} patches wide, but the weights have "

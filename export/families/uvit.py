@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sparse_engine.conditioning import Condition, class_condition
 from sparse_engine.errors import CheckpointError, OptionError
 
-from .base import Family, Recipe, Shapes
+from .base import Family, Recipe, Shapes, SquareConfig
 
 # embed_dim (and depth, where one size alone does not settle it) -> heads, from the authors' published configurations.
 PublishedHeads = Mapping[int | tuple[int, int], int]
@@ -50,16 +50,13 @@ AUTHORS_NAMES = {"img_size": "image_size", "in_chans": "channels", "num_heads": 
 
 
 @dataclasses.dataclass(frozen=True)
-class UViTSizes(ABC):
+class UViTSizes(SquareConfig, ABC):
     """What every U-ViT's graph is fixed by, whatever the network is told.
 
     ``depth`` counts the in- and out-blocks and not the middle one (12 is 6 + 1 + 6), as the authors' does.
     ``mlp_hidden`` is the width between the two linears of an MLP; 0 becomes four times ``embed_dim``, as the authors'.
     """
 
-    image_size: int
-    patch_size: int
-    channels: int
     embed_dim: int
     depth: int
     heads: int
@@ -74,12 +71,10 @@ class UViTSizes(ABC):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read a configuration from a mapping; keys that are not its own are left alone."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        own = {name: value for name, value in values.items() if name in names}
-        if "mlp_ratio" in values:  # an earlier version's manifest, which has the exact quotient
-            own.setdefault("mlp_hidden", round(values["mlp_ratio"] * values["embed_dim"]))
-        return cls(**own)
+        """See ``SquareConfig``; an earlier version's manifest has the exact quotient ``mlp_ratio``."""
+        if "mlp_ratio" in values:
+            values = {"mlp_hidden": round(values["mlp_ratio"] * values["embed_dim"]), **values}
+        return super().from_dict(values)
 
     @property
     @abstractmethod
@@ -92,24 +87,9 @@ class UViTSizes(ABC):
         """See ``FamilyConfig``."""
 
     @property
-    def patches(self) -> int:
-        """Tokens that are patches."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
     def tokens(self) -> int:
         """Length of the sequence."""
         return self.extras + self.patches
-
-    @property
-    def data_shape(self) -> tuple[int, int, int]:
-        """Shape of one sample, [C, H, W]."""
-        return (self.channels, self.image_size, self.image_size)
-
-    @property
-    def guided_channels(self) -> None:
-        """See ``FamilyConfig``."""
-        return None
 
 
 @dataclasses.dataclass(frozen=True)
