@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from sparse_engine import arguments, sampling
 from sparse_engine.conditioning import LABELS, Condition, Rows
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import InputError, OptionError
-from sparse_engine.files import check_readable, parsed_json, replacing
+from sparse_engine.files import parsed_json, read_arrays, replacing
 from sparse_engine.manifest import Manifest
 
 EVERY = 4  # of this many steps of an image one is kept: neighbouring states of one trajectory say much the same
@@ -163,7 +162,7 @@ def collect(
         def count(step: int, index: int = index) -> None:
             progress(index * steps + step + 1, len(groups) * steps)
 
-        part = Rows(rows[weight].of(chosen), rows[weight].weights)
+        part = rows[weight].of(chosen)
         states = _states(engine, chosen, part, weight, steps, sampler, seed, count)
         kept.append(_keep(states, chosen // len(weights), trajectory, part, weight))
     facts = {
@@ -311,30 +310,18 @@ _NAMES = {LABELS: "labels"}
 _AGAIN = "make it for this model: sparse-engine calibrate CHECKPOINT -o calib.npz"
 
 
-def _check_size(path: Path) -> None:
-    """Refuse a few bytes that stand for more than there is memory: states of a trajectory are noisy and hardly pack."""
-    with zipfile.ZipFile(path) as archive:
-        unpacked = sum(info.file_size for info in archive.infolist())
-    if unpacked > MOST_PACKED * path.stat().st_size:
-        raise InputError(f"{path} is no calibration file: it unpacks to {unpacked} bytes", _AGAIN)
-
-
 def _read(path: Path) -> CalibrationData:
-    check_readable(path, InputError, missing=_AGAIN)
+    members = read_arrays(path, "no calibration file", _AGAIN, times=MOST_PACKED)  # states are noisy and hardly pack
     try:
-        _check_size(path)
-        with np.load(path, allow_pickle=False) as archive:
-            facts = parsed_json(str(archive["facts"]))
-            if not isinstance(facts, dict):
-                raise ValueError("its facts are no mapping")
-            arrays = {name: archive.get(name) for name in ARRAYS}
-            told = {name.removeprefix(TOLD): archive[name] for name in archive.files if name.startswith(TOLD)}
-            if facts.get("format") == OLD_FORMAT and "labels" in archive.files:
-                told[LABELS] = archive["labels"]
-    except InputError:
-        raise
-    except Exception as error:  # of any kind, where a file is damaged
+        facts = parsed_json(str(members["facts"]))
+    except (KeyError, ValueError) as error:
         raise InputError(f"{path} is no calibration file: {error}", _AGAIN) from error
+    if not isinstance(facts, dict):
+        raise InputError(f"{path} is no calibration file: its facts are no mapping", _AGAIN)
+    arrays: dict[str, Any] = {name: members.get(name) for name in ARRAYS}
+    told = {name.removeprefix(TOLD): array for name, array in members.items() if name.startswith(TOLD)}
+    if facts.get("format") == OLD_FORMAT and "labels" in members:
+        told[LABELS] = members["labels"]
     if facts.get("format") not in (FORMAT, OLD_FORMAT):
         raise InputError(f"{path} is no calibration file of the format {FORMAT}", _AGAIN)
     x = arrays["x"]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparse_engine.conditioning import Condition
+from sparse_engine.conditioning import Condition, classes_of
 from sparse_engine.errors import CheckpointError, OptionError, SparseEngineError
 from sparse_engine.sampling import SAMPLERS, make_trajectory, normal, schedule_from_dict
 
@@ -60,7 +60,7 @@ class Model:
     @property
     def num_classes(self) -> int:
         """Rows of the label table, the null class too; 0 for a network that is told no label."""
-        return _classes(self.config)
+        return classes_of(self.config.conditions)
 
     def labels(self, n: int) -> np.ndarray | None:
         """Every class but the null class in turn, int64 [n]; None for a network that is told no label."""
@@ -87,10 +87,6 @@ class Model:
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in state.items()}
         network.load_state_dict(tensors, assign=True)
         return network.eval().requires_grad_(False)
-
-
-def _classes(config: FamilyConfig) -> int:
-    return next((each.classes for each in config.conditions if each.classes is not None), 0)
 
 
 def load_model(path: str | Path, family: str | None = None, **given: Any) -> Model:
@@ -161,7 +157,7 @@ def _recipe(
         recipe.schedule if isinstance(recipe.schedule, Mapping) else {"name": recipe.schedule}
     )
     make_trajectory(recipe.sampler, schedule, 1, prediction=recipe.prediction)  # raises where they do not go together
-    null, classes = recipe.null_class, _classes(config)
+    null, classes = recipe.null_class, classes_of(config.conditions)
     if null is not None and not classes:
         raise OptionError(f"null class {null} is given, and the model has no labels", "leave it out")
     if null is not None and not 0 <= null < classes:

@@ -159,10 +159,13 @@ def seeds(value: Any, count: int) -> int | npt.NDArray[np.uint64]:
     """One seed, or ``count`` of them -> int, or uint64 [count]. Raises OptionError."""
     if isinstance(value, (str, bytes)) or not (isinstance(value, Iterable) and _rank(value, 1)):
         return seed(value)
-    found = [whole_number(f"seed[{index}]", each, 0, MOST_SEED) for index, each in enumerate(value)]
+    if isinstance(value, np.ndarray) and value.dtype == np.uint64 and value.ndim == 1:
+        found = value  # any of them is a seed: asked for anew at every draw
+    else:
+        found = np.array([whole_number(f"seed[{i}]", each, 0, MOST_SEED) for i, each in enumerate(value)], np.uint64)
     if len(found) != count:
         raise OptionError(f"seed holds {len(found)} seeds for {count} images; expected one, or one for each")
-    return np.array(found, np.uint64)
+    return found
 
 
 def image_numbers(value: Any, first: Any, count: int, one_seed: bool) -> npt.NDArray[np.int64]:

@@ -7,8 +7,7 @@ told what the caller wants, the second what "none" is.
 from __future__ import annotations
 
 import dataclasses
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from sparse_engine import arguments, sampling
-from sparse_engine.errors import InputError, OptionError
-from sparse_engine.files import check_readable
+from sparse_engine.errors import OptionError
+from sparse_engine.files import read_arrays
 
 LABELS = "y"  # the condition that ``labels=`` of the public functions stands for
 DTYPES = ("int64", "float32")
@@ -91,6 +90,11 @@ def is_condition(entry: Any) -> bool:
     )
 
 
+def classes_of(conditions: Iterable[Condition]) -> int:
+    """Rows of the label table, the null class too; 0 for a network that is told no label."""
+    return next((each.classes for each in conditions if each.classes is not None), 0)
+
+
 def class_condition(classes: int, null: int | None = None) -> tuple[Condition, ...]:
     """The labels of a class-conditional model; of one without classes, nothing."""
     return (Condition(LABELS, (), "int64", classes=classes, null=null),) if classes else ()
@@ -108,9 +112,9 @@ class Rows:
     arrays: Mapping[str, np.ndarray]
     weights: np.ndarray
 
-    def of(self, rows: Any) -> dict[str, np.ndarray]:
+    def of(self, rows: Any) -> Rows:
         """The same for some of the images, each array contiguous."""
-        return {name: np.ascontiguousarray(array[:, rows]) for name, array in self.arrays.items()}
+        return Rows({name: np.ascontiguousarray(array[:, rows]) for name, array in self.arrays.items()}, self.weights)
 
 
 class Conditioning:
@@ -248,25 +252,16 @@ class Conditioning:
         return np.full_like(first, null if isinstance(null, int) else _FILLED[null])
 
 
-def read_conditioning(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def read_conditioning(path: Path | None) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """What a ``.npz`` file says: (conditioning, negative), as ``rows`` takes them; ``negative/NAME`` is of the second.
 
     Raises:
         InputError: it is missing, no such file, or holds objects.
     """
+    if path is None:
+        return {}, {}
     fix = "save it with numpy.savez(path, context=array), and 'negative/context' for the second pass of guidance"
-    check_readable(path, InputError, missing=fix)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(info.file_size for info in archive.infolist())
-        if unpacked > LARGEST_FILE:
-            raise InputError(f"{path} unpacks to {unpacked} bytes; expected rows of conditions", fix)
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-    except InputError:
-        raise
-    except Exception as error:  # of any kind, where a file is damaged
-        raise InputError(f"{path} is no .npz file of arrays: {error}", fix) from error
+    found = read_arrays(path, "no .npz file of arrays", fix, most=LARGEST_FILE)
     second = {name: array for name, array in found.items() if name.startswith(NEGATIVE)}
     return (
         {name: array for name, array in found.items() if name not in second},

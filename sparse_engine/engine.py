@@ -245,7 +245,7 @@ class SparseEngine:
                     seeds if isinstance(seeds, int) else seeds[rows], numbers[rows], self.manifest.data_shape
                 )
                 x = self._start(trajectory, drawn_from, rows, noise, init)
-                part = Rows(told.of(rows), told.weights)
+                part = told.of(rows)
 
                 def walk(told: Callback | None, source: Any = drawn_from, x: Any = x, part: Rows = part) -> Any:
                     return self._walk(trajectory, source, x, part, told, output == "dlpack")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import stat
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +23,35 @@ MOUNTS = Path("/proc/self/mountinfo")
 MOST_DIGITS = 20  # of a whole number in JSON: a seed has 20, and what is much larger is no float
 CONTENT = "content"  # what is being made in a folder goes by this name
 NOT_CONTENT = ("lost+found",)  # what a file system that was just made has in it
+
+
+def read_arrays(path: Path, what: str, fix: str, *, most: float = math.inf, times: float = math.inf) -> dict[str, Any]:
+    """The members of a ``.npz`` file, name -> array; one that is no array, as bytes.
+
+    Args:
+        path: of the file.
+        what: it is where it cannot be read: "no calibration file".
+        fix: for errors.
+        most, times: bytes that it may unpack to, and how many times its size: a few bytes could stand for more than
+            there is memory.
+
+    Raises:
+        InputError: it is missing, damaged, too large, or holds objects.
+    """
+    import numpy as np
+
+    check_readable(path, InputError, missing=fix)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(info.file_size for info in archive.infolist())
+        if unpacked > min(most, times * path.stat().st_size):
+            raise InputError(f"{path} is {what}: it unpacks to {unpacked} bytes", fix)
+        with np.load(path, allow_pickle=False) as members:
+            return {name: members[name] for name in members.files}
+    except InputError:
+        raise
+    except Exception as error:  # of any kind, where a file is damaged
+        raise InputError(f"{path} is {what}: {error}", fix) from error
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparse_engine.conditioning import Condition, class_condition, is_condition
+from sparse_engine.conditioning import Condition, class_condition, classes_of, is_condition
 from sparse_engine.errors import EngineFileError
 from sparse_engine.files import parsed_json
 
@@ -75,7 +75,7 @@ class Manifest:
     @property
     def num_classes(self) -> int:
         """Rows of the label table, the null class too; 0 for a network that is told no label."""
-        return next((each.classes for each in self.conditions if each.classes is not None), 0)
+        return classes_of(self.conditions)
 
     @property
     def null_class(self) -> int | None:

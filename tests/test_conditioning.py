@@ -36,7 +36,7 @@ def test_a_row_for_all_and_a_row_each_are_told_in_the_order_of_the_conditions() 
 
 
 def test_rows_of_some_images() -> None:
-    found = rows(CONTEXT, MASK, conditioning={"context": ROWS}).of(np.array([2, 0]))
+    found = rows(CONTEXT, MASK, conditioning={"context": ROWS}).of(np.array([2, 0])).arrays
     assert np.array_equal(found["context"], ROWS[None, [2, 0]])
     assert found["context"].flags.c_contiguous
 

@@ -106,6 +106,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest.")] = False,
 ) -> None:
     """Build an engine from a checkpoint."""
+    model = model_options(locals())
     builder = export_module("build")
     told = export_module("options")
     path = builder.output_for(checkpoint, output)
@@ -115,16 +116,7 @@ def command(
         _, manifest = builder.build_engine(
             checkpoint,
             built,
-            model=model_options(
-                family=family,
-                heads=heads,
-                null_class=null_class,
-                schedule=schedule,
-                prediction=prediction,
-                image_size=image_size,
-                context_length=context_length,
-                guidance_channels=guidance_channels,
-            ),
+            model=model,
             masks=told.MaskOptions(mask, export_module("masks").Pattern.parse(pattern), parse_globs(mask_layers)),
             backend=backend,
             options=BuildOptions(

@@ -18,6 +18,7 @@ from sparse_engine.files import check_writable, in_folder, scratch_folder
 from sparse_engine.plots import check_plot
 
 from .options import (
+    ConditioningFile,
     ContextLength,
     FamilyName,
     GuidanceChannels,
@@ -42,9 +43,7 @@ def command(
     guidance: Annotated[
         str | None, typer.Option(help="Guidance weights, taken in turn.", show_default="1, and 2 with a null class")
     ] = None,
-    conditioning: Annotated[
-        Path | None, typer.Option(help="An .npz of what the network is told, by name; negative/NAME for 'not this'.")
-    ] = None,
+    conditioning: ConditioningFile = None,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     sparse: Annotated[
         bool, typer.Option("--sparse", help="Of a checkpoint: with its 2:4 masks, as build does.")
@@ -60,6 +59,7 @@ def command(
     plot: Annotated[Path | None, typer.Option(help="Draw what layers are given against time: PNG, SVG or PDF.")] = None,
 ) -> None:
     """Collect what the network is given along its own sampling trajectories."""
+    given = model_options({**locals(), "sampler": None})  # ``sampler`` is the trajectories', not the model's
     weights = _weights(guidance)
     output = in_folder(output, CALIBRATION)
     check_writable(output, ".npz")
@@ -67,21 +67,11 @@ def command(
         plot = in_folder(plot, f"{model.stem}.png")
         check_plot(plot)
     check_amounts(images, steps, seed)
-    given = model_options(
-        family=family,
-        heads=heads,
-        null_class=null_class,
-        schedule=schedule,
-        prediction=prediction,
-        image_size=image_size,
-        context_length=context_length,
-        guidance_channels=guidance_channels,
-    )
     of_a_checkpoint = [*given.given(), *(["family"] if family else []), *(["sparse"] if sparse else [])]
     if model.suffix.lower() == SUFFIX and of_a_checkpoint:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in of_a_checkpoint)
         raise OptionError(f"{model} is an engine: {names} is for a checkpoint", "leave it out")
-    told, negative = read_conditioning(conditioning) if conditioning else ({}, {})
+    told, negative = read_conditioning(conditioning)
     with scratch_folder() as folder, progress(bar=True) as display:
         task = display.add_task("building a float engine", total=None)
 

@@ -35,17 +35,10 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a checkpoint's or an engine's layers: masked, 2:4, parameters and MACs before and after."""
+    given = model_options(locals())
     if plot is not None:
         plot = in_folder(plot, f"{path.stem}.png")
         check_plot(plot)
-    given = model_options(
-        family=family,
-        heads=heads,
-        null_class=null_class,
-        image_size=image_size,
-        context_length=context_length,
-        guidance_channels=guidance_channels,
-    )
     if path.suffix.lower() == SUFFIX:
         if (mask, pattern) != ("auto", "2:4") or any(
             each is not None for each in (mask_layers, family, *given.given().values())

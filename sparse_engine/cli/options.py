@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,13 +30,18 @@ GuidanceChannels = Annotated[
     str | None, typer.Option(help="Channels that guidance acts on: all, or 3 as in DiT's own code.", show_default="all")
 ]
 
+ConditioningFile = Annotated[
+    Path | None, typer.Option(help="An .npz of what the network is told, by name; negative/NAME for 'not this'.")
+]
 
-def model_options(guidance_channels: str | None = None, **given: Any) -> ModelOptions:
-    """What was given of these. Raises OptionError."""
-    channels: int | str | None = guidance_channels
-    if guidance_channels is not None and guidance_channels != "all":
-        if not guidance_channels.isdecimal():
-            raise OptionError(f"--guidance-channels {guidance_channels!r}: expected all, or how many")
-        channels = int(guidance_channels)
-    made: ModelOptions = export_module("options").ModelOptions(guidance_channels=channels, **given)
-    return made
+
+def model_options(arguments: Mapping[str, Any]) -> ModelOptions:
+    """What was given of these among a command's arguments, its ``locals()``. Raises OptionError."""
+    kind: type[ModelOptions] = export_module("options").ModelOptions
+    given = {field.name: arguments.get(field.name) for field in dataclasses.fields(kind)}
+    channels = given["guidance_channels"]
+    if channels is not None and channels != "all":
+        if not channels.isdecimal():
+            raise OptionError(f"--guidance-channels {channels!r}: expected all, or how many")
+        given["guidance_channels"] = int(channels)
+    return kind(**given)

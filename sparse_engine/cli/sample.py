@@ -14,6 +14,7 @@ from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import OptionError
 from sparse_engine.images import check_output, check_place, write_samples
 
+from .options import ConditioningFile
 from .terminal import errors, progress
 
 MOST_LABELS = 2**31
@@ -35,9 +36,7 @@ def command(
         str | None,
         typer.Option(help="Classes such as 3, 0,1,2 or 0-9, repeated to fill the count.", show_default="drawn"),
     ] = None,
-    conditioning: Annotated[
-        Path | None, typer.Option(help="An .npz of what the network is told, by name; negative/NAME for 'not this'.")
-    ] = None,
+    conditioning: ConditioningFile = None,
     prompt: Annotated[str | None, typer.Option(help="A text, for an engine with a text encoder.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance weight w; 1 is without.")] = None,
@@ -63,7 +62,7 @@ def command(
 ) -> None:
     """Draw samples and write them to a picture, a folder or an array."""
     check_place(output)
-    told, negative = read_conditioning(conditioning) if conditioning else ({}, {})
+    told, negative = read_conditioning(conditioning)
     with (
         SparseEngine.load(engine, threads=threads, device=device, check=check, autotune=autotune) as loaded,
         progress() as display,

@@ -185,7 +185,7 @@ def _keys(seed: Seeds, count: int) -> tuple[int, int] | Words:
     if isinstance(seed, (int, np.integer)) or np.ndim(seed) == 0:
         whole = arguments.seed(seed)
         return whole % _WORD, whole >> 32
-    each = np.asarray(arguments.seeds(seed, count), np.uint64)
+    each = arguments.seeds(seed, count)
     return np.stack([each & _LOW, each >> _SHIFT])
 
 
