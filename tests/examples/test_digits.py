@@ -21,11 +21,11 @@ from tests.conftest import build_with
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 
 
-def script(name: str) -> ModuleType:
-    """A file of the example as a module; they import one another by name, as scripts do."""
+def script(name: str, folder: Path = DIGITS) -> ModuleType:
+    """A file of an example as a module; they import one another by name, as scripts do."""
     if str(DIGITS) not in sys.path:
         sys.path.insert(0, str(DIGITS))
-    spec = importlib.util.spec_from_file_location(name, DIGITS / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,6 +1,5 @@
 """The digits of a DiT: a short run learns, and writes models that are read as what they are."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,18 +12,14 @@ import torch
 from sparse_engine.export.bake import bake
 from sparse_engine.export.families.dit import FAMILY
 from sparse_engine.export.model import load_model
+from tests.examples.test_digits import script
 
 FOLDER = Path(__file__).parents[2] / "examples" / "digits_dit"
 
 
 @pytest.fixture
 def train_dit() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_dit", FOLDER / "train_dit.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("train_dit", FOLDER)
 
 
 def test_a_short_training_run_writes_both_models(

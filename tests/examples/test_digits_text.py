@@ -1,6 +1,5 @@
 """The text-to-image digits: a short run learns, and writes what a build of it needs."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,18 +12,14 @@ import torch
 from sparse_engine.export.bake import bake
 from sparse_engine.export.families.uvit_t2i import FAMILY
 from sparse_engine.export.model import load_model
+from tests.examples.test_digits import script
 
 FOLDER = Path(__file__).parents[2] / "examples" / "digits_text"
 
 
 @pytest.fixture
 def train_text() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_text", FOLDER / "train_text.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("train_text", FOLDER)
 
 
 def test_a_short_training_run_writes_models_and_what_they_are_told(

@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from sparse_engine.export.bake import bake
 from sparse_engine.export.model import Model
 from sparse_engine.export.step_graph import check_graph, export_step_graph
+from tests.export.references import Array, relative_error, two_of_four
 from tests.export.test_step_graph import session_of
 
-Array = npt.NDArray[Any]
 SHARD = "30KB"  # of save_pretrained: several shards, whatever the network
 
 
@@ -33,23 +32,12 @@ def randomised(network: Any) -> Any:
     return network.eval().requires_grad_(False)
 
 
-def two_of_four(weight: Array) -> Array:
-    """The two largest of each four in a row."""
-    rows = weight.reshape(-1, 4)
-    smallest = np.sort(np.abs(rows), axis=1)[:, 1:2]
-    return np.where(np.abs(rows) > smallest, rows, 0).reshape(weight.shape)
-
-
 def masked(network: Any, endings: tuple[str, ...]) -> Any:
     """The network with the weights of these endings 2:4, in place."""
     for name, value in network.named_parameters():
         if name.endswith(endings):
             value.data = torch.from_numpy(two_of_four(value.numpy()))
     return network
-
-
-def relative_error(found: Array, expected: Array) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def inputs_of(model: Model, batch: int, passes: int = 1) -> tuple[Array, Array, dict[str, Array]]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 
@@ -27,9 +26,8 @@ from sparse_engine.export.model import Model, load_model
 from sparse_engine.export.precision import lower
 from sparse_engine.export.step_graph import check_graph, export_step_graph
 from sparse_engine.sampling import make_trajectory, schedule_from_dict
+from tests.export.references import Array, relative_error, two_of_four
 from tests.export.test_step_graph import session_of
-
-Array = npt.NDArray[Any]
 
 LATENT = DiTConfig(8, 2, 4, 64, 2, 4, 11, out_channels=8, null_row=True)
 PIXEL = DiTConfig(6, 1, 3, 96, 3, 3, 5, mlp_hidden=160)
@@ -60,13 +58,6 @@ def save(folder: Path, config: DiTConfig) -> Path:
 def shapes_of(network: Callable[[Any], torch.nn.Module], config: DiTConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in network(config).state_dict().items()}
-
-
-def two_of_four(weight: Array) -> Array:
-    """The two largest of each four in a row."""
-    rows = weight.reshape(-1, 4)
-    smallest = np.sort(np.abs(rows), axis=1)[:, 1:2]
-    return np.where(np.abs(rows) > smallest, rows, 0).reshape(weight.shape)
 
 
 def published_forward(w: Mapping[str, Array], config: DiTConfig, x: Array, t: Array, y: Array) -> Array:
@@ -122,11 +113,6 @@ def inputs(config: Any, batch: int, passes: int = 1) -> tuple[Array, Array, Arra
 def run(network: torch.nn.Module, x: Array, t: Array, y: Array) -> Array:
     with torch.no_grad():
         return network(torch.from_numpy(x), torch.from_numpy(t), y=torch.from_numpy(y)).numpy()
-
-
-def relative_error(found: Array, expected: Array) -> float:
-    assert found.shape == expected.shape
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "2:4"])

@@ -19,13 +19,12 @@ from sparse_engine.export.model import Model, load_model
 from sparse_engine.export.precision import lower
 from tests.export.diffusers_networks import (
     SHARD,
-    Array,
     inputs_of,
     masked,
     randomised,
-    relative_error,
     step_errors,
 )
+from tests.export.references import Array, relative_error
 
 LENGTH = 7
 MASKED = tuple(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from scipy.special import erf
@@ -24,9 +23,8 @@ from sparse_engine.export.model import Model, load_model
 from sparse_engine.export.precision import lower
 from sparse_engine.export.step_graph import check_graph, export_step_graph
 from sparse_engine.sampling import make_trajectory, schedule_from_dict
+from tests.export.references import Array, relative_error, two_of_four
 from tests.export.test_step_graph import session_of
-
-Array = npt.NDArray[Any]
 
 SHORT = UViTT2IConfig(8, 2, 4, 64, 4, 2, context_dim=24, context_length=7)
 CLIP = UViTT2IConfig(
@@ -64,13 +62,6 @@ def load(folder: Path, config: UViTT2IConfig, **given: Any) -> Model:
 def shapes_of(config: UViTT2IConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in UViTT2I(config).state_dict().items()}
-
-
-def two_of_four(weight: Array) -> Array:
-    """The two largest of each four in a row."""
-    rows = weight.reshape(-1, 4)
-    smallest = np.sort(np.abs(rows), axis=1)[:, 1:2]
-    return np.where(np.abs(rows) > smallest, rows, 0).reshape(weight.shape)
 
 
 def published_forward(w: Mapping[str, Array], config: UViTT2IConfig, x: Array, t: Array, context: Array) -> Array:
@@ -130,10 +121,6 @@ def inputs(config: UViTT2IConfig, batch: int, passes: int = 1) -> tuple[Array, A
     x = rng.standard_normal((batch, *config.data_shape), np.float32)
     t = np.resize(np.array([1.0, 1000.0, 20.98, 500.5, 333.25], np.float32), batch)
     return x, t, rng.standard_normal((passes, batch, config.context_length, config.context_dim), np.float32)
-
-
-def relative_error(found: Array, expected: Array) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "2:4"])
