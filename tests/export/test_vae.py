@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from diffusers import AutoencoderKL
 
 from sparse_engine.decoder import WEIGHTS
 from sparse_engine.errors import CheckpointError, InputError
-from sparse_engine.export.vae import decoder_files, read_decoder
+from sparse_engine.export.asset_graph import graph_files
+from sparse_engine.export.vae import EPS, Norm, decoder_files, read_decoder
 
 SMALL: dict[str, Any] = {"block_out_channels": (4, 8), "norm_num_groups": 2}
 LARGE: dict[str, Any] = {"block_out_channels": (16, 32, 32), "norm_num_groups": 8, "layers_per_block": 2}
@@ -135,3 +137,17 @@ def test_weights_of_another_autoencoder(tmp_path: Path) -> None:
     changed(tmp_path, layers_per_block=2)
     with pytest.raises(CheckpointError, match=r"lacks decoder\.up_blocks\.0\.resnets\.2"):
         read_decoder(tmp_path)
+
+
+def test_norms_of_large_maps_lose_no_digits(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Where the runtime adds up two million numbers one after the other, 3e-5 are lost."""
+    norm, side = Norm(2, 4), 1024
+    graph, weights = graph_files(norm, {"x": torch.zeros(2, 4, side, side)}, "y", "norm.onnx", "norm.bin")
+    for file in (graph, weights):
+        (tmp_path / file.name).write_bytes(b"".join(file.chunks()))
+    session = onnxruntime.InferenceSession(tmp_path / "norm.onnx", providers=["CPUExecutionProvider"])
+    x = (3 * rng.standard_normal((1, 4, side, side)) + 2).astype(np.float32)
+    groups = x.astype(np.float64).reshape(2, -1)
+    centred = groups - groups.mean(1, keepdims=True)
+    expected = (centred / np.sqrt((centred**2).mean(1, keepdims=True) + EPS)).reshape(x.shape)
+    assert np.abs(session.run(None, {"x": x})[0] - expected).max() <= 1e-6 * np.abs(expected).max()
