@@ -20,7 +20,7 @@ from sparse_engine.kernels.packing import Positions, Values, validate
 LIBRARY_PATH = Path(__file__).with_name("libsparse_engine_kernels.so")
 TIERS = ("scalar", "avx2", "avx512", "avx512-bf16", "neon")
 ISA_VARIABLE = "SPARSE_ENGINE_ISA"
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 _MESSAGE_BYTES = 512
 
 Lanes = Literal["t-lanes", "n-lanes"]

@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include "convolution24.h"
 #include "cpu_features.h"
 #include "dispatch.h"
 #include "error.h"
@@ -64,11 +65,13 @@ double measure(const PeakLoop& loop, bool load) {
   return best;
 }
 
+const Conv24& as_conv(const void* conv) { return *static_cast<const Conv24*>(conv); }
+
 const MatMul24& as_product(const void* product) { return *static_cast<const MatMul24*>(product); }
 
 }  // namespace
 
-int sparse_engine_abi_version() { return 4; }
+int sparse_engine_abi_version() { return 5; }
 
 int sparse_engine_has_tier(const char* tier) {
   bool has = false;
@@ -116,6 +119,37 @@ const char* sparse_engine_matmul24_lanes(const void* product) { return lanes_nam
 size_t sparse_engine_matmul24_packed_bytes(const void* product) { return as_product(product).packed_bytes(); }
 
 void sparse_engine_matmul24_destroy(void* product) { delete static_cast<MatMul24*>(product); }
+
+int sparse_engine_conv24_create(int64_t rows, int64_t depth, const float* values, const uint8_t* positions,
+                                const int32_t* window, const char* tier, void** conv, char* message,
+                                size_t message_size) {
+  return guarded(message, message_size, [&] {
+    const Weights24 weights = {to_int(rows, "rows"), to_int(depth, "depth"), values, positions};
+    const Window moving = {window[0], window[1], window[2], window[3], window[4], window[5], window[6], window[7]};
+    *conv = new Conv24(weights, moving, parse_tier(tier));
+  });
+}
+
+int sparse_engine_conv24_out_size(const void* conv, int64_t height, int64_t width, int64_t* out_height,
+                                  int64_t* out_width, char* message, size_t message_size) {
+  return guarded(message, message_size, [&] {
+    const ImageSizes sizes = as_conv(conv).sizes(height, width);
+    *out_height = sizes.out_height;
+    *out_width = sizes.out_width;
+  });
+}
+
+int sparse_engine_conv24_run(const void* conv, const float* input, int64_t batch, int64_t height, int64_t width,
+                             float* output, const float* bias, const float* image_bias, const float* residual,
+                             const char* activation, int threads, char* message, size_t message_size) {
+  return guarded(message, message_size, [&] {
+    const ConvEpilogue epilogue = {{bias, residual, parse_activation(activation)}, image_bias};
+    as_conv(conv).run(input, size_t(to_int(batch, "batch")), as_conv(conv).sizes(height, width), output, epilogue,
+                      threads, parallel_for);
+  });
+}
+
+void sparse_engine_conv24_destroy(void* conv) { delete static_cast<Conv24*>(conv); }
 
 int sparse_engine_peak_flops(const char* tier, int load, double* flops_per_second, char* message, size_t message_size) {
   return guarded(message, message_size, [&] {

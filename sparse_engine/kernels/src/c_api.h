@@ -43,6 +43,26 @@ SPARSE_ENGINE_API size_t sparse_engine_matmul24_packed_bytes(const void* product
 
 SPARSE_ENGINE_API void sparse_engine_matmul24_destroy(void* product);
 
+// A convolution: canonical weights [rows, depth], depth over (channels / 4, kernel_h, kernel_w, 4). window:
+// kernel_h, kernel_w, stride, pad_top, pad_left, pad_bottom, pad_right, upsample.
+SPARSE_ENGINE_API int sparse_engine_conv24_create(int64_t rows, int64_t depth, const float* values,
+                                                  const uint8_t* positions, const int32_t* window, const char* tier,
+                                                  void** conv, char* message, size_t message_size);
+
+// The size of the output of images of height x width.
+SPARSE_ENGINE_API int sparse_engine_conv24_out_size(const void* conv, int64_t height, int64_t width,
+                                                    int64_t* out_height, int64_t* out_width, char* message,
+                                                    size_t message_size);
+
+// output[batch, rows, out_height, out_width] = activation(conv(input) + bias[rows] + image_bias[batch, rows]) + residual,
+// of input[batch, channels, height, width]. The last three may be null; residual may be the output.
+SPARSE_ENGINE_API int sparse_engine_conv24_run(const void* conv, const float* input, int64_t batch, int64_t height,
+                                               int64_t width, float* output, const float* bias,
+                                               const float* image_bias, const float* residual, const char* activation,
+                                               int threads, char* message, size_t message_size);
+
+SPARSE_ENGINE_API void sparse_engine_conv24_destroy(void* conv);
+
 // The machine's peak with one thread, in floating-point operations per second: of multiply-adds between
 // registers, or (load = 1) with an operand from L1. Takes about 20 ms. NaN for the scalar tier.
 SPARSE_ENGINE_API int sparse_engine_peak_flops(const char* tier, int load, double* flops_per_second, char* message,

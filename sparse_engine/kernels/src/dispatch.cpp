@@ -85,6 +85,19 @@ const Tactic& find_dense_tactic(Tier tier) {
   throw Error(Status::kUnsupported, std::string("dense products are computed in bf16 only, not on ") + tier_name(tier));
 }
 
+const ConvTactic& find_conv_tactic(Tier tier) {
+  require(tier, "the caller");
+#ifdef SPARSE_ENGINE_X86
+  if (tier == Tier::kAvx2) return kAvx2Conv;
+  if (tier == Tier::kAvx512) return kAvx512Conv;
+  if (tier == Tier::kAvx512Bf16) return kAvx512Bf16Conv;
+#endif
+#ifdef SPARSE_ENGINE_NEON
+  if (tier == Tier::kNeon) return kNeonConv;
+#endif
+  return kScalarConv;
+}
+
 const PeakLoop* find_peak_loop(Tier tier) {
   require(tier, "the caller");
 #ifdef SPARSE_ENGINE_X86

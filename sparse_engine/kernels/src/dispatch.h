@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "conv24.h"
 #include "matmul24.h"
 
 namespace sparse_engine {
@@ -28,6 +29,9 @@ const Tactic& find_tactic(Tier tier, Lanes lanes);
 
 // For dense weights; there is one, in bf16. Throws Error(kUnsupported) for any other tier.
 const Tactic& find_dense_tactic(Tier tier);
+
+// For 2:4 convolutions. Throws Error(kUnsupported) where the machine lacks the tier.
+const ConvTactic& find_conv_tactic(Tier tier);
 
 // Null for the scalar tier. Throws Error(kUnsupported) where the machine lacks the tier.
 const PeakLoop* find_peak_loop(Tier tier);

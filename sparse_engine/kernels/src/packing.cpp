@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string>
 #include <vector>
+
+#include "error.h"
 
 namespace sparse_engine {
 namespace {
@@ -168,6 +171,23 @@ uint8_t* write_window(const Weights24& weights, const StreamLayout& layout, int 
 }
 
 }  // namespace
+
+void check_weights(const Weights24& weights) {
+  if (weights.rows < 1 || weights.depth < 4 || weights.depth % 4 != 0) {
+    throw Error(Status::kInvalidInput, "2:4 weights are [N, K] with N >= 1 and K a positive multiple of 4, got N = " +
+                                           std::to_string(weights.rows) + ", K = " + std::to_string(weights.depth));
+  }
+  if (weights.dense()) return;
+  for (int row = 0; row < weights.rows; ++row) {
+    for (int group = 0; group < weights.groups(); ++group) {
+      const int code = weights.positions[size_t(row) * weights.groups() + group];
+      if (code < 16 && (code & 3) < code >> 2) continue;
+      throw Error(Status::kInvalidInput, "2:4 positions of row " + std::to_string(row) + ", group " +
+                                             std::to_string(group) + " are " + std::to_string(code) +
+                                             ", expected first | second << 2 with first < second");
+    }
+  }
+}
 
 size_t stream_bytes(int rows, int depth, const StreamLayout& layout) {
   size_t bytes = 0;

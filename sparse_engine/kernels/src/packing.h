@@ -8,6 +8,10 @@
 
 namespace sparse_engine {
 
+// Throws Error(kInvalidInput) for weights that are not [rows, depth] with a depth of whole groups, or whose positions are
+// not in order: those would make a kernel read another group's x.
+void check_weights(const Weights24& weights);
+
 enum class Operand { kFloat32, kBfloat16, kDenseBfloat16 };
 
 // T-lanes: rows are computed in pairs, each pair a stream of (weight, byte offset) steps. An offset points at a step's

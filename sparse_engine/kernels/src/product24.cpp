@@ -1,61 +1,18 @@
 #include "product24.h"
 
 #include <algorithm>
-#include <atomic>
 #include <string>
 
 #include "dispatch.h"
 #include "error.h"
-#include "partition.h"
+#include "packing.h"
+#include "run_blocks.h"
 
 namespace sparse_engine {
-namespace {
-
-void check_shape(const Weights24& weights) {
-  if (weights.rows < 1 || weights.depth < 4 || weights.depth % 4 != 0) {
-    throw Error(Status::kInvalidInput, "2:4 weights are [N, K] with N >= 1 and K a positive multiple of 4, got N = " +
-                                           std::to_string(weights.rows) + ", K = " + std::to_string(weights.depth));
-  }
-}
-
-// A position out of order would make a kernel read another group's x, or compute a pair that is not there.
-void check_positions(const Weights24& weights) {
-  for (int row = 0; row < weights.rows; ++row) {
-    for (int group = 0; group < weights.groups(); ++group) {
-      const int code = weights.positions[size_t(row) * weights.groups() + group];
-      if (code < 16 && (code & 3) < code >> 2) continue;
-      throw Error(Status::kInvalidInput, "2:4 positions of row " + std::to_string(row) + ", group " +
-                                             std::to_string(group) + " are " + std::to_string(code) +
-                                             ", expected first | second << 2 with first < second");
-    }
-  }
-}
-
-// Calls run(block, scratch) for every block of a partition, on up to `threads` threads.
-template <class Run>
-void run_blocks(const Partition& partition, size_t scratch_bytes, int threads, const ParallelFor& parallel_for,
-                const Run& run) {
-  std::atomic<size_t> next{0};
-  const std::function<void()> work = [&] {
-    const Scratch scratch(scratch_bytes);
-    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < partition.size();) {
-      run(partition.block(i), scratch.data());
-    }
-  };
-  const int workers = int(std::min(partition.size(), size_t(std::max(1, threads))));
-  if (workers == 1) {
-    work();
-  } else {
-    parallel_for(workers, work);
-  }
-}
-
-}  // namespace
 
 MatMul24::MatMul24(const Weights24& weights, Tier tier, Lanes lanes)
     : weights_(weights), tier_(tier), lanes_(weights.dense() ? Lanes::kTokens : lanes) {
-  check_shape(weights);
-  if (!weights.dense()) check_positions(weights);
+  check_weights(weights);
   const Tactic& tactic = this->tactic();  // throws where the machine lacks the tier
   packed_ = Buffer(tactic.packed_bytes(weights.rows, weights.depth));
   tactic.pack(weights, packed_.data());

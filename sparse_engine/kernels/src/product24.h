@@ -1,15 +1,11 @@
 // One layer: weights packed for this machine, ready to be multiplied by any number of threads.
 #pragma once
 
-#include <functional>
-
 #include "buffer.h"
 #include "matmul24.h"
+#include "run_blocks.h"
 
 namespace sparse_engine {
-
-// Runs `work` on up to `workers` threads at once, and returns when all calls have returned.
-using ParallelFor = std::function<void(int workers, const std::function<void()>& work)>;
 
 class MatMul24 {
  public:

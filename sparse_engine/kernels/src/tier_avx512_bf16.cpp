@@ -8,6 +8,7 @@
 // as large again as fp32's for the same depth, and the six lines are what transposing costs more.
 //
 // The instruction rounds to nearest even, treats denormals as zero, and cannot be told otherwise.
+#include "conv_lanes.h"
 #include "n_lanes.h"
 #include "peak.h"
 #include "t_lanes.h"
@@ -172,6 +173,7 @@ struct Bfloat16Panels {
 constexpr Tactic kAvx512Bf16Tokens = tokens_in_lanes<Bfloat16Streams>(Tier::kAvx512Bf16);
 constexpr Tactic kAvx512Bf16Dense = tokens_in_lanes<DenseBfloat16Streams>(Tier::kAvx512Bf16);
 constexpr Tactic kAvx512Bf16Rows = rows_in_lanes<Bfloat16Panels>(Tier::kAvx512Bf16);
+constexpr ConvTactic kAvx512Bf16Conv = conv_in_lanes<Bfloat16Streams>(kAvx512Bf16Tokens);
 constexpr PeakLoop kAvx512Bf16Peak = peak_loop<Bfloat16Streams>(2);
 
 }  // namespace sparse_engine

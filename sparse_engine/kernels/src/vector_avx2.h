@@ -40,6 +40,10 @@ struct Avx2 {
       _mm256_maskstore_ps(p, first(count), x);
     }
   }
+  // Lanes begin .. end - 1 of those at p, which may begin before the array; the others are zero.
+  static SPARSE_ENGINE_INLINE Vector load_between(const float* p, int begin, int end) {
+    return _mm256_maskload_ps(p, _mm256_andnot_si256(first(begin), first(end)));
+  }
   static SPARSE_ENGINE_INLINE __m256i first(int count) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }

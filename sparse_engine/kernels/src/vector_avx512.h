@@ -34,6 +34,10 @@ struct Avx512 {
   static SPARSE_ENGINE_INLINE void store_first(float* p, Vector x, int count) {
     _mm512_mask_storeu_ps(p, first(count), x);
   }
+  // Lanes begin .. end - 1 of those at p, which may begin before the array; the others are zero.
+  static SPARSE_ENGINE_INLINE Vector load_between(const float* p, int begin, int end) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>(first(end) & ~first(begin)), p);
+  }
   static SPARSE_ENGINE_INLINE __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
 
   static SPARSE_ENGINE_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }

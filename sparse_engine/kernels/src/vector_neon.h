@@ -40,6 +40,13 @@ struct Neon {
     for (int i = 0; i < count; ++i) p[i] = lanes[i];
   }
 
+  // Lanes begin .. end - 1 of those at p, which may begin before the array; the others are zero.
+  static SPARSE_ENGINE_INLINE Vector load_between(const float* p, int begin, int end) {
+    float lanes[kLanes] = {};
+    for (int i = begin; i < end; ++i) lanes[i] = p[i];
+    return vld1q_f32(lanes);
+  }
+
   static SPARSE_ENGINE_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
   // The second operand is the result where one is NaN, as on x86: vmaxq would make it NaN, vmaxnmq the number.
   static SPARSE_ENGINE_INLINE Vector min(Vector a, Vector b) { return vbslq_f32(vcltq_f32(a, b), a, b); }

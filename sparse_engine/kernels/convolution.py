@@ -1,0 +1,127 @@
+"""One 2:4 convolution through the compiled kernels: for tests and benchmarks (an engine runs ``Conv24`` nodes)."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .library import Activation, Compute, _address, _call, _check, _library, best_tier
+from .packing import Positions, Values, validate
+
+Padding = tuple[int, int, int, int]
+
+
+class Conv24:
+    """A 2:4 convolution, packed for one tier: ``y = activation(conv(x) + bias + image_bias) + residual``.
+
+    Args:
+        values: kept weights, float32 ``[N, K/2]``, of :func:`~sparse_engine.kernels.packing.conv_as_matrix`'s matrix.
+        positions: uint8 ``[N, K/4]``.
+        kernel: taps, (height, width).
+        stride: of both axes.
+        padding: zeros at (top, left, bottom, right).
+        upsample: how often each pixel of x is repeated along both axes before (nearest neighbour).
+        tier: one of ``TIERS``, or None for the best for ``compute``.
+        compute: precision of the products, where ``tier`` is None.
+
+    Raises:
+        InputError: weights that are not canonical 2:4, a window that is none, or a name that does not exist.
+        UnsupportedError: the machine lacks the tier.
+    """
+
+    def __init__(
+        self,
+        values: Values,
+        positions: Positions,
+        *,
+        kernel: tuple[int, int] = (3, 3),
+        stride: int = 1,
+        padding: Padding = (1, 1, 1, 1),
+        upsample: int = 1,
+        tier: str | None = None,
+        compute: Compute = "fp32",
+    ) -> None:
+        self._handle = ctypes.c_void_p()
+        validate(values, positions)
+        values, positions = np.ascontiguousarray(values), np.ascontiguousarray(positions)
+        self.rows, depth = positions.shape[0], 4 * positions.shape[1]
+        self.tier = tier or best_tier(compute)
+        _call(
+            "sparse_engine_conv24_create",
+            ctypes.c_int64(self.rows),
+            ctypes.c_int64(depth),
+            _address(values),
+            _address(positions),
+            (ctypes.c_int32 * 8)(*kernel, stride, *padding, upsample),
+            self.tier.encode(),
+            ctypes.byref(self._handle),
+        )
+        self.channels = depth // (kernel[0] * kernel[1])
+
+    def __call__(
+        self,
+        x: NDArray[np.float32],
+        *,
+        bias: NDArray[np.float32] | None = None,
+        image_bias: NDArray[np.float32] | None = None,
+        residual: NDArray[np.float32] | None = None,
+        activation: Activation = "none",
+        threads: int = 1,
+        out: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """The convolution of ``x`` ``[B, C, H, W]``: float32 ``[B, N, H', W']``.
+
+        Args:
+            x: float32, C-contiguous.
+            bias: ``[N]``.
+            image_bias: ``[B, N]``, added beside the bias.
+            residual: of the output's shape, added after the activation; may be ``out``.
+            activation: ``none``, ``gelu`` (erf), ``gelu-tanh`` or ``silu``.
+            threads: the result does not depend on it.
+            out: where to write; allocated if None.
+
+        Raises:
+            InputError: an array of another shape, dtype or layout, images that are smaller than the window, or an unknown
+                activation.
+        """
+        batch, height, width = (x.shape[0], *x.shape[2:]) if x.ndim == 4 else (-1, -1, -1)
+        _check("x", x, (batch, self.channels, height, width))
+        sizes = [ctypes.c_int64(), ctypes.c_int64()]
+        _call(
+            "sparse_engine_conv24_out_size",
+            self._handle,
+            ctypes.c_int64(height),
+            ctypes.c_int64(width),
+            *(ctypes.byref(size) for size in sizes),
+        )
+        shape = (batch, self.rows, sizes[0].value, sizes[1].value)
+        out = np.empty(shape, np.float32) if out is None else out
+        for name, array, expected in (
+            ("out", out, shape),
+            ("bias", bias, shape[1:2]),
+            ("image_bias", image_bias, shape[:2]),
+            ("residual", residual, shape),
+        ):
+            if array is not None:
+                _check(name, array, expected)
+        _call(
+            "sparse_engine_conv24_run",
+            self._handle,
+            _address(x),
+            ctypes.c_int64(batch),
+            ctypes.c_int64(height),
+            ctypes.c_int64(width),
+            _address(out),
+            _address(bias),
+            _address(image_bias),
+            _address(residual),
+            activation.encode(),
+            ctypes.c_int(threads),
+        )
+        return out
+
+    def __del__(self) -> None:
+        if self._handle:
+            _library().sparse_engine_conv24_destroy(self._handle)
