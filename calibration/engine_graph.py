@@ -9,7 +9,8 @@ from onnx import helper
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.base import GRAPH_FILE, WEIGHTS_FILE, StepGraph
 from sparse_engine.backends.onnx_graph import drop_unused, refer_to_weights
-from sparse_engine.backends.onnxruntime.layers import LAYER_OPS, FusedLayer, from_nibbles
+from sparse_engine.backends.onnxruntime.compress import layers_in
+from sparse_engine.backends.onnxruntime.layers import from_nibbles
 from sparse_engine.errors import OptionError
 from sparse_engine.kernels.packing import unpack
 
@@ -28,12 +29,11 @@ def step_graph_of(engine: EngineFile) -> StepGraph:
         )
     proto = onnx.load_model_from_string(engine.read(GRAPH_FILE))
     weights = _weights(proto, engine)
-    for fused in [node for node in proto.graph.node if node.op_type in LAYER_OPS]:
-        layer = FusedLayer.of(fused)
+    for layer in layers_in(proto):
         values = weights.pop(layer.values)
         if layer.is_sparse:
             values = unpack(values, from_nibbles(weights.pop(layer.positions), layer.depth))
-        weights[f"{layer.name}.weight"] = np.ascontiguousarray(values.T)
+        weights[f"{layer.name}.weight"] = layer.plain_weight(values)
         index = next(index for index, node in enumerate(proto.graph.node) if node.name == layer.name)
         proto.graph.node.remove(proto.graph.node[index])
         for offset, plain in enumerate(layer.plain_nodes(f"{layer.name}.weight")):

@@ -83,7 +83,7 @@ class Conv24:
             out: where to write; allocated if None.
 
         Raises:
-            InputError: an array of another shape, dtype or layout, images that are smaller than the window, or an unknown
+            InputError: an array of another shape, dtype or layout, images smaller than the window, or an unknown
                 activation.
         """
         batch, height, width = (x.shape[0], *x.shape[2:]) if x.ndim == 4 else (-1, -1, -1)

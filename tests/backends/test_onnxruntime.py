@@ -14,7 +14,8 @@ from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.attention import fuse_attention
 from sparse_engine.backends.onnxruntime import choose, session
 from sparse_engine.backends.onnxruntime.attention import runtime_nodes
-from sparse_engine.backends.onnxruntime.layers import LAYER_OPS, FusedLayer, _to_nibbles, from_nibbles
+from sparse_engine.backends.onnxruntime.compress import layers_in
+from sparse_engine.backends.onnxruntime.layers import FusedLayer, from_nibbles, to_nibbles
 from sparse_engine.backends.onnxruntime.session import prepare
 from sparse_engine.errors import UnsupportedError
 from sparse_engine.export.families.uvit import UViTConfig
@@ -68,7 +69,7 @@ def force(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
 
 def test_engine_stores_packed_weights_and_one_node_a_layer(sparse_file: Path, dense_file: Path) -> None:
     proto = graph_of(sparse_file)
-    layers = {node.name: FusedLayer.of(node) for node in proto.graph.node if node.op_type in LAYER_OPS}
+    layers = {layer.name: layer for layer in layers_in(proto)}
     assert len(layers) == 12
     assert layers["mid_block.mlp.fc1"].activation == "gelu"
     assert layers["mid_block.mlp.fc1"].bias
@@ -261,6 +262,6 @@ def test_packing_survives_the_file(depth: int, rng: np.random.Generator) -> None
     weight = rng.standard_normal((5, depth)).astype(np.float32)
     weight.reshape(-1, 4)[:, rng.permutation(4)[:2]] = 0
     values, positions = pack(weight)
-    stored = _to_nibbles(positions)
+    stored = to_nibbles(positions)
     assert stored.shape == (5, -(-depth // 8))
     assert np.array_equal(unpack(values, from_nibbles(stored, depth)), weight)

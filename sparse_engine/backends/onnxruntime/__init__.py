@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from sparse_engine.backends.base import StepRunner
 
 PRECISIONS = ("fp32", "bf16", "int8")
-NOT_A_PRODUCT = "the sparse kernels of the CPU are for linear layers over tokens"
 INT8_IS_DENSE = "in int8, which ONNX Runtime has dense kernels for alone"
 FEWEST_BF16_WEIGHTS = 1 << 16  # of a dense layer: a smaller one (the last, say) gains nothing and stays float32
 
@@ -70,24 +69,25 @@ class OnnxRuntimeBackend:
 
         Layers in int8 stay as they are: ONNX Runtime's int8 kernels are dense, and faster than our sparse ones.
         """
-        from .layers import compress
+        from .compress import compress, why_no_kernel
 
         if on_gpu(options.device):
             return build_cuda(graph)
         quantised = {name for name, (weight, _) in graph.layers.items() if graph.weights[weight].dtype == np.int8}
-        linear = [name for name in sparse_layers if graph.layers[name][1] == 0 and name not in quantised]
-        others = [name for name in graph.layers if name not in linear and _worth_bf16(graph, name)]
+        obstacles = {name: why_no_kernel(graph, name) for name in sparse_layers if name not in quantised}
+        ours = [name for name, why in obstacles.items() if why is None]
+        others = [name for name in graph.layers if name not in ours and _worth_bf16(graph, name)]
         others = others if options.precision == "bf16" else []
-        if linear or others:
-            graph = compress(graph, linear, others)
+        if ours or others:
+            graph = compress(graph, ours, others)
         files = [bytes_payload(GRAPH_FILE, graph.proto.SerializeToString()), weights_payload(graph.weights)]
         opset = next(entry.version for entry in graph.proto.opset_import if entry.domain == "")
         later = "chosen where it is loaded"
         layers: dict[str, dict[str, Any]] = {name: {"chosen": False, "kernel": "dense"} for name in graph.layers}
-        layers |= {name: {"chosen": False, "kernel": "dense", "why": NOT_A_PRODUCT} for name in sparse_layers}
+        layers |= {name: {"chosen": False, "kernel": "dense", "why": why} for name, why in obstacles.items() if why}
         layers |= {name: {"chosen": False, "kernel": "dense int8", "why": INT8_IS_DENSE} for name in quantised}
         layers |= {name: {"chosen": False, "kernel": later} for name in others}
-        layers |= {name: {"chosen": None, "kernel": later} for name in linear}
+        layers |= {name: {"chosen": None, "kernel": later} for name in ours}
         return Payload(files, {"name": self.name, "opset": opset, "device": "cpu"}, layers)
 
     def load(self, engine: EngineFile, *, threads: int | None, device: str | None, autotune: bool) -> StepRunner:

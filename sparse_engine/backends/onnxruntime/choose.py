@@ -18,6 +18,7 @@ from sparse_engine.tactics import Choice, TacticCache
 
 from .attention import MICROSOFT, own_nodes, runtime_nodes
 from .compute import attention_in, products_in
+from .convolutions import FusedConv
 from .layers import DOMAIN, FusedLayer
 from .library import load_onnxruntime
 
@@ -89,6 +90,8 @@ class Chooser:
         if self._obstacle:
             return LayerChoice("dense", f"no kernel of ours: {self._obstacle}", {})
         tokens = self._tokens(layer)
+        if not self._autotune and isinstance(layer, FusedConv):
+            return LayerChoice("t-lanes", "not timed: ours by default", {})
         if not self._autotune:
             lanes = "n-lanes" if tokens <= UNTIMED_N_LANES_UP_TO[self._compute] else "t-lanes"
             return LayerChoice(lanes if layer.is_sparse else "dense-bf16", "not timed: ours by default", {})
@@ -122,13 +125,12 @@ class Chooser:
         if one:
             nodes = [first.node_with(second, threads=threads, **tactic)]
         else:
-            tactic |= {"tactic": kernel} if first.is_sparse else {}
-            nodes = [layer.node(threads=threads, **tactic) for layer in (first, second)]
+            nodes = [layer.own_node(kernel, self._compute, threads) for layer in (first, second)]
         constants = {**_own_constants(first), **_own_constants(second)}
         feed = {
             name: array for name, array in (_feed(first, tokens) | _feed(second, tokens)).items() if name != second.x
         }
-        return _alone(nodes, feed, {second.output: (tokens, second.rows)}, constants, self._threads)
+        return _alone(nodes, feed, {second.output: second.output_shape(tokens)}, constants, self._threads)
 
     def attention(self, attention: Attention) -> Choice | None:
         """Our kernel ("own") or ONNX Runtime's; None where ours cannot run and there is no choice."""
@@ -153,12 +155,13 @@ class Chooser:
         return {name: _alone(each, feed, output, {}, self._threads) for name, each in nodes.items() if each is not None}
 
     def _tokens(self, layer: FusedLayer) -> int:
-        return min(self._batch * self._positions[layer.name], ENOUGH_TOKENS)
+        return layer.tokens(self._batch, self._positions[layer.name], ENOUGH_TOKENS)
 
     def _key(self, layer: FusedLayer, tokens: int) -> str:
         residual = "residual" if layer.residual else "no residual"
         weights = "2:4" if layer.is_sparse else "dense"
-        return f"{self._compute} {weights} {layer.rows}x{layer.depth} {layer.activation} {residual} tokens {tokens}"
+        shape = f"{layer.rows}x{layer.depth}{layer.geometry}"
+        return f"{self._compute} {weights} {shape} {layer.activation} {residual} tokens {tokens}"
 
 
 def shape_of(attention: Attention) -> str:
@@ -203,6 +206,8 @@ def _attention_feed(attention: Attention, batch: int) -> dict[str, np.ndarray]:
 def _candidates(layer: FusedLayer, tokens: int) -> tuple[str, ...]:
     if not layer.is_sparse:
         return DENSE
+    if isinstance(layer, FusedConv):
+        return ("dense", "t-lanes")
     return ("dense", "t-lanes", "n-lanes") if tokens <= N_LANES_UP_TO else ("dense", "t-lanes")
 
 
@@ -213,11 +218,10 @@ def _product(layer: FusedLayer, tokens: int, kernel: str, compute: str, threads:
         weight, values = f"{layer.name}.weight", constants.pop(layer.values)
         nodes = layer.plain_nodes(weight)
         dense = kernels.unpack(values, constants.pop(layer.positions)) if layer.is_sparse else values
-        constants[weight] = np.ascontiguousarray(dense.T)
+        constants[weight] = layer.plain_weight(dense)
     else:
-        tactic = {"tactic": kernel, "compute": compute} if layer.is_sparse else {}
-        nodes = [layer.node(threads=pool_size(threads), **tactic)]
-    return _alone(nodes, _feed(layer, tokens), {layer.output: (tokens, layer.rows)}, constants, threads)
+        nodes = [layer.own_node(kernel, compute, pool_size(threads))]
+    return _alone(nodes, _feed(layer, tokens), {layer.output: layer.output_shape(tokens)}, constants, threads)
 
 
 def _own_constants(layer: FusedLayer) -> dict[str, np.ndarray]:
@@ -234,10 +238,7 @@ def _own_constants(layer: FusedLayer) -> dict[str, np.ndarray]:
 
 def _feed(layer: FusedLayer, tokens: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
-    feed = {layer.x: rng.standard_normal((tokens, layer.depth), np.float32)}
-    if layer.residual:
-        feed[layer.residual] = rng.standard_normal((tokens, layer.rows), np.float32)
-    return feed
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in layer.shapes(tokens).items()}
 
 
 def _alone(

@@ -1,26 +1,23 @@
 """Linear layers in a step graph: to nodes of our own operators, and back.
 
-``compress`` turns MatMul, with the bias, activation and residual add that follow it, into one node. Packed 2:4 weights
-become ``sparse_engine.MatMul24``; dense ones to be multiplied in bf16 ``sparse_engine.MatMulBf16``. That
-is what an engine file stores. ``FusedLayer.plain_nodes`` writes a node out in plain ONNX again, for a layer whose plain
-kernel is faster on the machine at hand, or where the compiled kernels are not there.
+``fuse`` turns MatMul or Gemm, with the bias, activation and residual add that follow it, into one node. Packed 2:4
+weights become ``sparse_engine.MatMul24``; dense ones to be multiplied in bf16 ``sparse_engine.MatMulBf16``.
+``FusedLayer.plain_nodes`` writes a node out in plain ONNX again, for a layer whose plain kernel is faster on the
+machine at hand, or where the compiled kernels are not there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, helper
 
-from sparse_engine.backends.base import StepGraph
-from sparse_engine.backends.onnx_graph import only_consumer, refer_to_weights
-from sparse_engine.kernels.packing import pack
+from sparse_engine.backends.onnx_graph import only_consumer
 
 DOMAIN = "sparse_engine"
-SPARSE_OP, DENSE_OP = LAYER_OPS = "MatMul24", "MatMulBf16"
+SPARSE_OP, DENSE_OP = "MatMul24", "MatMulBf16"
 # Two layers in one node: made where an engine is loaded, never stored in its file.
 SPARSE_MLP, DENSE_MLP = "Mlp24", "MlpBf16"
 PAIR = "+"  # between their names
@@ -71,6 +68,33 @@ class FusedLayer:
     def _weights(self) -> list[str]:
         return [self.values, self.positions] if self.is_sparse else [self.values]
 
+    @property
+    def geometry(self) -> str:
+        """What a kernel's time depends on beside rows, depth and tokens."""
+        return ""
+
+    def tokens(self, batch: int, positions: int, enough: int) -> int:
+        """How many tokens to time it over: those of a batch, but no more than ``enough``."""
+        return min(batch * positions, enough)
+
+    def shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Of what goes into the node beside constants, over so many tokens."""
+        given = {self.x: (tokens, self.depth), self.residual: (tokens, self.rows)}
+        return {name: shape for name, shape in given.items() if name}
+
+    def output_shape(self, tokens: int) -> tuple[int, ...]:
+        """Of what comes out."""
+        return (tokens, self.rows)
+
+    def plain_weight(self, weight: np.ndarray) -> np.ndarray:
+        """The initializer that ``plain_nodes`` takes, of a dense weight [N, K]."""
+        return np.ascontiguousarray(weight.T)
+
+    def own_node(self, kernel: str, compute: str, threads: int) -> NodeProto:
+        """Write it as a node that runs a kernel of ours."""
+        tactic = {"tactic": kernel, "compute": compute} if self.is_sparse else {}
+        return self.node(threads=threads, **tactic)
+
     def node(self, **attributes: Any) -> NodeProto:
         """Write it as a node. Attributes: ``threads``, and of a sparse one ``compute`` and ``tactic``."""
         inputs = [self.x, *self._weights, self.bias, self.residual]
@@ -115,46 +139,25 @@ class FusedLayer:
         return nodes
 
 
-def compress(graph: StepGraph, sparse: Iterable[str], dense: Iterable[str] = ()) -> StepGraph:
-    """The step graph with some layers as nodes of our own operators.
-
-    Args:
-        graph: as exported.
-        sparse: names of MatMul layers whose weights are 2:4 along the inputs.
-        dense: names of others, to be multiplied in bf16.
-    """
-    proto = ModelProto()
-    proto.CopyFrom(graph.proto)
-    weights = dict(graph.weights)
-    for name in sparse:
-        weight = np.ascontiguousarray(weights.pop(graph.layers[name][0]).T)
-        values, positions = pack(weight)
-        weights[f"{name}.values"] = values
-        weights[f"{name}.positions"] = _to_nibbles(positions)
-        _fuse(proto, name, weight.shape, f"{name}.values", f"{name}.positions")
-    for name in dense:
-        weight = np.ascontiguousarray(weights.pop(graph.layers[name][0]).T)
-        weights[f"{name}.values"] = weight
-        _fuse(proto, name, weight.shape, f"{name}.values", "")
-    proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-    refer_to_weights(proto, weights)
-    return StepGraph(proto, weights, graph.layers, graph.state)
-
-
-def _fuse(proto: ModelProto, name: str, shape: tuple[int, ...], values: str, positions: str) -> None:
-    """Replace a MatMul, and what follows it, by one node over a weight of shape [N, K]."""
+def fuse(proto: ModelProto, name: str, shape: tuple[int, ...], values: str, positions: str) -> None:
+    """Replace a MatMul or Gemm, and what follows it, by one node over a weight of shape [N, K]."""
     graph = proto.graph
     constants = {tensor.name for tensor in graph.initializer}
     start = next(node for node in graph.node if node.name == name)
-    absorbed, activation, bias, residual = [start], "none", "", ""
+    absorbed, activation, bias, residual = [start], "none", start.input[2] if len(start.input) > 2 else "", ""
     follower = only_consumer(graph, start.output[0])
-    if follower is not None and follower.op_type == "Add" and (other := _other_input(follower, start)) in constants:
+    if (
+        not bias
+        and follower is not None
+        and follower.op_type == "Add"
+        and (other := other_input(follower, start)) in constants
+    ):
         absorbed, bias = [*absorbed, follower], other
         follower = only_consumer(graph, follower.output[0])
     if follower is not None and follower.op_type == "Gelu":
         absorbed, activation = [*absorbed, follower], GELU_FORMS[_approximation(follower)]
     elif follower is not None and follower.op_type == "Add":
-        other = _other_input(follower, absorbed[-1])
+        other = other_input(follower, absorbed[-1])
         if other not in constants:
             absorbed, residual = [*absorbed, follower], other
     layer = FusedLayer(
@@ -169,22 +172,28 @@ def _fuse(proto: ModelProto, name: str, shape: tuple[int, ...], values: str, pos
         residual=residual,
         output=absorbed[-1].output[0],
     )
-    graph.node.insert(list(graph.node).index(absorbed[-1]), layer.node())
-    for node in absorbed:
-        graph.node.remove(node)
-    graph.initializer.remove(next(tensor for tensor in graph.initializer if tensor.name == start.input[1]))
+    put_in_place(graph, absorbed, layer.node(), start.input[1])
+
+
+def put_in_place(graph: GraphProto, absorbed: list[NodeProto], node: NodeProto, weight: str) -> None:
+    """Write a node in place of the last of those that it absorbed, and take their weight out."""
+    graph.node.insert(list(graph.node).index(absorbed[-1]), node)
+    for gone in absorbed:
+        graph.node.remove(gone)
+    graph.initializer.remove(next(tensor for tensor in graph.initializer if tensor.name == weight))
 
 
 def _approximation(gelu: NodeProto) -> str:
     return next((entry.s.decode() for entry in gelu.attribute if entry.name == "approximate"), "none")
 
 
-def _other_input(add: NodeProto, producer: NodeProto) -> str:
+def other_input(add: NodeProto, producer: NodeProto) -> str:
+    """What a node of two inputs takes beside a producer's output."""
     first, second = add.input
     return second if first == producer.output[0] else first
 
 
-def _to_nibbles(positions: np.ndarray) -> np.ndarray:
+def to_nibbles(positions: np.ndarray) -> np.ndarray:
     """Two groups' positions a byte, the even group low: [N, K/4] -> [N, ceil(K/8)]."""
     padded = np.pad(positions, ((0, 0), (0, positions.shape[1] % 2)))
     return padded[:, 0::2] | (padded[:, 1::2] << 4)

@@ -20,8 +20,9 @@ from sparse_engine.cores import pool_size
 
 from .attention import own_nodes, runtime_nodes
 from .choose import Chooser, LayerChoice, shape_of
+from .compress import layers_in
 from .compute import EXACT_PRODUCTS, attention_in, products_in
-from .layers import DOMAIN, LAYER_OPS, FusedLayer, from_nibbles
+from .layers import DOMAIN, FusedLayer, from_nibbles
 from .library import load_onnxruntime
 
 
@@ -60,7 +61,7 @@ def prepare(engine: EngineFile, threads: int | None, autotune: bool) -> Prepared
     prepared = Prepared(model)
     chooser = Chooser(engine.manifest, threads, autotune)
     _fuse_attentions(prepared, chooser, threads, attention_in(engine.manifest.precision))
-    layers = [FusedLayer.of(node) for node in model.graph.node if node.op_type in LAYER_OPS]
+    layers = layers_in(model)
     for layer in layers:
         choice = chooser.choose(layer)
         values = _mapped(engine.path, spans[layer.values], np.float32).reshape(layer.rows, -1)
@@ -182,8 +183,8 @@ def _make_own(
 ) -> None:
     """Give a node its tactic, and its weights in the form that the kernel reads."""
     graph = prepared.model.graph
-    tactic = {"tactic": choice.kernel, "compute": precision} if layer.is_sparse else {}
-    graph.node[_index_of(prepared, layer)].CopyFrom(layer.node(threads=pool_size(threads), **tactic))
+    node = layer.own_node(choice.kernel, precision, pool_size(threads))
+    graph.node[_index_of(prepared, layer)].CopyFrom(node)
     if positions is not None:
         tensor = next(tensor for tensor in graph.initializer if tensor.name == layer.positions)
         tensor.dims[:] = positions.shape
@@ -191,7 +192,7 @@ def _make_own(
 
 
 def _make_plain(prepared: Prepared, path: Path, layer: FusedLayer, weight: np.ndarray) -> None:
-    """Write a node out in plain ONNX, its weight [N, K] transposed in memory."""
+    """Write a node out in plain ONNX, its weight [N, K] laid out for that in memory."""
     graph = prepared.model.graph
     index = _index_of(prepared, layer)
     graph.node.remove(graph.node[index])
@@ -200,7 +201,7 @@ def _make_plain(prepared: Prepared, path: Path, layer: FusedLayer, weight: np.nd
         graph.node.insert(index + offset, node)
     for gone in filter(None, (layer.values, layer.positions)):
         graph.initializer.remove(next(tensor for tensor in graph.initializer if tensor.name == gone))
-    weight = np.ascontiguousarray(weight.T)
+    weight = layer.plain_weight(weight)
     tensor = TensorProto(name=name, dims=weight.shape, data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL)
     for key, value in (("location", path.resolve().name), ("offset", 0), ("length", weight.nbytes)):
         tensor.external_data.add(key=key, value=str(value))

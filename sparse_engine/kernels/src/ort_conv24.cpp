@@ -77,7 +77,7 @@ class Kernel {
     epilogue.epilogue.bias = bias_input(api_, context, kBias, "bias", conv_.rows());
     epilogue.epilogue.residual = residual_input(api_, context, kResidual, shape);
     if (const auto bias = optional_input(api_, context, kImageBias)) {
-      expect_shape("image_bias", bias->shape, {x.shape[0], conv_.rows()});
+      expect_shape("image_bias", bias->shape, {x.shape[0], conv_.rows(), 1, 1});
       epilogue.image_bias = bias->floats();
     }
     float* const y = allocate_output(api_, context, shape);

@@ -5,7 +5,7 @@
 //               values     float32 [N, K / 2]   initializer: canonical 2:4 weights (matmul24.h) of [N, K], where
 //               positions  uint8   [N, K / 4]   initializer; K runs over (C / 4, kernel_h, kernel_w, 4)
 //               bias       float32 [N]          optional
-//               image_bias float32 [B, N]       optional: one number an image and output channel
+//               image_bias float32 [B, N, 1, 1] optional: one number an image and output channel
 //               residual   float32 [B, N, ...]  optional, the shape of Y
 //   output      Y          float32 [B, N, H', W'], H' = (H * upsample + pad_top + pad_bottom - kernel_h) / stride + 1
 //   attributes  N, C       int, C a multiple of 4
