@@ -42,7 +42,7 @@ def compare_model(
     """Time one solver step of a model, its masks baked, and a whole sample where the settings ask for it.
 
     Args:
-        model: what ``load_model`` read, or ``random_model`` made.
+        model: what ``load_model`` read, or ``RandomNetwork.model`` made.
         batches: batch sizes.
         settings: how to measure.
         progress: told each stage as it begins.

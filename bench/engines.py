@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from sparse_engine import process, sampling
+from sparse_engine.conditioning import zeros_for
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import OptionError, SparseEngineError
 from sparse_engine.files import check_writable
@@ -68,7 +69,8 @@ def _time_batch(engines: dict[str, SparseEngine], batch: int, repeats: int, seco
 
 def _step(engine: SparseEngine, batch: int) -> Callable[[], object]:
     x = sampling.normal(0, np.arange(batch), 0, engine.manifest.data_shape)
-    return lambda: engine.predict(x, engine.schedule.t_max / 2)
+    told = zeros_for(engine.manifest.conditions)
+    return lambda: engine.predict(x, engine.schedule.t_max / 2, conditioning=told)
 
 
 def _describe(engine: SparseEngine) -> dict[str, Any]:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparse_engine.errors import OptionError, SparseEngineError, UnsupportedError
-from sparse_engine.export.checkpoint import Checkpoint
-from sparse_engine.export.families.uvit import FAMILY, UViT, UViTConfig
-from sparse_engine.export.model import Model
+from sparse_engine.export.families.uvit import UViT, UViTConfig
 
 from .arms import runs_on_gpu
 from .compare import Progress, compare_model
 from .memory import available_bytes
+from .presets import Preset, random_uvit
 from .settings import Settings
 
 PATCHES, MLP_RATIOS = (1, 2, 4), (1, 2, 4, 8)
@@ -30,36 +26,12 @@ PAPER = {
     (1, 4): 1.23, (2, 4): 1.10, (4, 4): 0.98,
     (1, 8): 1.22, (2, 8): 1.17, (4, 8): 1.08,
 }  # fmt: skip
-PAPER_SAMPLER, PAPER_STEPS = "euler-sde", 50
+PAPER_STEPS = 50
 # What the memory estimate multiplies, held against the measured peaks of a cell of large weights and of one of many
 # tokens. Weights: as drawn, baked, traced, exported, and in engines. Activations: of two engines, one more while it is
 # profiled, and the torch reference.
 COPIES_OF_WEIGHTS, ENGINES = 7, 4
 ACTIVATIONS_PER_TOKEN = 8  # times embed_dim: residual, normalised, q, k, v, attended, and a skip
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Size of the network and of the batch."""
-
-    embed_dim: int
-    depth: int
-    heads: int
-    batch: int
-
-    def config(self, patch: int, mlp_ratio: int) -> UViTConfig:
-        """The network of one cell. Raises OptionError where the heads do not divide the embedding."""
-        if self.heads < 1 or self.embed_dim % self.heads:
-            raise OptionError(f"heads = {self.heads} does not divide embed_dim = {self.embed_dim}")
-        return UViTConfig(32, patch, 3, self.embed_dim, self.depth, self.heads, mlp_ratio * self.embed_dim)
-
-
-PRESETS = {
-    "quick": Preset(embed_dim=512, depth=2, heads=8, batch=4),
-    "quick-1024": Preset(embed_dim=1024, depth=2, heads=16, batch=1),
-    "uvit-s": Preset(embed_dim=512, depth=12, heads=8, batch=4),
-    "paper": Preset(embed_dim=8192, depth=1, heads=8, batch=64),
-}
 
 
 def run_cell(preset: Preset, patch: int, mlp_ratio: int, settings: Settings, progress: Progress) -> dict[str, Any]:
@@ -73,7 +45,7 @@ def run_cell(preset: Preset, patch: int, mlp_ratio: int, settings: Settings, pro
     try:
         config = preset.config(patch, mlp_ratio)
         check_memory(config, preset.batch, on_gpu=runs_on_gpu(settings.backends[0]))
-        (row,) = compare_model(random_model(config), [preset.batch], settings, progress)
+        (row,) = compare_model(random_uvit(config).model(), [preset.batch], settings, progress)
         return {**cell, **row}
     except SparseEngineError as error:
         return {**cell, "failed": error.what}
@@ -98,15 +70,6 @@ def estimate_bytes(config: UViTConfig, batch: int) -> int:
     ratio = math.ceil(config.mlp_hidden / config.embed_dim)
     activations = batch * config.tokens * config.embed_dim * (ACTIVATIONS_PER_TOKEN + 2 * ratio)
     return 4 * (COPIES_OF_WEIGHTS * weights + ENGINES * activations)
-
-
-def random_model(config: UViTConfig) -> Model:
-    """A U-ViT as its authors initialise it, as if it had been read from a checkpoint."""
-    torch.manual_seed(0)
-    state = {name: tensor.numpy() for name, tensor in UViT(config).state_dict().items()}
-    checkpoint = Checkpoint(Path("random"), state, {}, {}, sha256="0" * 64)
-    recipe = dataclasses.replace(FAMILY.recipe(config), sampler=PAPER_SAMPLER)
-    return Model(checkpoint, FAMILY, config, recipe, [])
 
 
 def parse_cells(text: str | None) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends import backend_named
+from sparse_engine.conditioning import zeros_for
 from sparse_engine.engine import SparseEngine
 
 MIB = 2**20
@@ -68,7 +69,8 @@ def _measure(path: Path, batch: int, threads: int | None) -> dict[str, float]:
     before = _status_bytes("VmRSS")
     with SparseEngine.load(path, threads=threads) as engine:
         x = np.zeros((batch, *engine.manifest.data_shape), np.float32)
-        engine.predict(x, engine.schedule.t_max / 2)
+        told = zeros_for(engine.manifest.conditions)
+        engine.predict(x, engine.schedule.t_max / 2, conditioning=told)
         found = {"host": (_status_bytes("VmHWM") - before) / MIB}
         device_after = _device_bytes() if device_before is not None else None
         if device_before is not None and device_after is not None and device_after > device_before:

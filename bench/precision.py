@@ -25,7 +25,7 @@ from sparse_engine.export.precision import PRODUCTS, lower
 from sparse_engine.export.step_graph import solver_lines
 from sparse_engine.images import psnr
 
-from .grid import PRESETS, random_model
+from .presets import network_named
 from .results_file import describe_run, write_results
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -137,7 +137,7 @@ def main() -> None:
     def say(what: str) -> None:
         sys.stderr.write(f"{what}\n")
 
-    digits, uvit_s = load_model(DIGITS), random_model(PRESETS["uvit-s"].config(patch=2, mlp_ratio=4))
+    digits, uvit_s = load_model(DIGITS), network_named("uvit-s").model()
     results = describe_run("python -m sparse_engine.bench.precision " + " ".join(sys.argv[1:]), None)
     results |= {"kind": "precision", "sampler": SAMPLER, "steps": STEPS}
     results["models"] = {

@@ -13,14 +13,14 @@ from sparse_engine.export.model import Model, load_model
 
 from .arms import check_backends
 from .compare import Progress, compare_model
-from .grid import PRESETS, Preset, parse_cells, random_model, run_cell
+from .grid import parse_cells, run_cell
 from .judges import digits_judge, fid_judge, is_digits
+from .presets import network_named, preset_named
 from .quality import Judge
 from .settings import Settings
 
 Row = dict[str, Any]
 Save = Callable[[Row], None]
-RANDOM_PATCH, RANDOM_MLP_RATIO = 2, 4  # of `--random`: U-ViT's own
 MOST_SAMPLES = 65536  # in a batch
 DEFAULT_BATCHES = "1,4,16"
 
@@ -100,20 +100,16 @@ def run_checkpoint(
 
 
 def run_random(
-    results: Row, preset: str, batches: str | None, settings: Settings, save: Save, progress: Progress
+    results: Row, network: str, batches: str | None, settings: Settings, save: Save, progress: Progress
 ) -> None:
-    """Fill ``results`` with a network of a preset's size and random weights; arguments as ``run_checkpoint``'s."""
+    """Fill ``results`` with a network of random weights, by its name in ``presets``; arguments as ``run_checkpoint``'s.
+
+    Raises OptionError on a name that is none.
+    """
     check_backends(settings.backends)
     sizes = parse_batches(batches or DEFAULT_BATCHES)
-    model = random_model(preset_named(preset).config(RANDOM_PATCH, RANDOM_MLP_RATIO))
-    _run_model(results, model, sizes, settings, save, progress, [], {"random": preset})
-
-
-def preset_named(name: str) -> Preset:
-    """Look a preset up. Raises OptionError on a name that is none."""
-    if name not in PRESETS:
-        raise OptionError(f"preset {name!r} is not known; expected one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+    model = network_named(network).model()
+    _run_model(results, model, sizes, settings, save, progress, [], {"random": network})
 
 
 def parse_batches(text: str) -> list[int]:

@@ -16,6 +16,7 @@ from sparse_engine.calibration.apply import Quantisation, Quantised
 from sparse_engine.calibration.collect import CalibrationData
 from sparse_engine.calibration.observe import predictions
 from sparse_engine.calibration.sensitivity import relative_error
+from sparse_engine.conditioning import zeros_for
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import (
     BackendError,
@@ -189,4 +190,5 @@ def _predictions(engine: SparseEngine, data: CalibrationData) -> np.ndarray:
 
 def _step(engine: SparseEngine, batch: int) -> Callable[[], object]:
     x = sampling.normal(0, np.arange(batch), 0, engine.manifest.data_shape)
-    return lambda: engine.predict(x, engine.schedule.t_max / 2)
+    told = zeros_for(engine.manifest.conditions)
+    return lambda: engine.predict(x, engine.schedule.t_max / 2, conditioning=told)

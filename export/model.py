@@ -18,7 +18,7 @@ from sparse_engine.sampling import SAMPLERS, make_trajectory, normal, schedule_f
 
 from .checkpoint import Checkpoint, load_checkpoint
 from .diffusers_scheduler import scheduler_settings
-from .families import Family, FamilyConfig, Recipe, class_of, family_named, recognise
+from .families import Family, FamilyConfig, Layout, Recipe, class_of, family_named, recognise
 from .names import listed
 
 PREDICTIONS = ("eps", "x0", "v", "flow")
@@ -118,11 +118,29 @@ def load_model(path: str | Path, family: str | None = None, **given: Any) -> Mod
     unknown = wanted.keys() - set(KINDS) - chosen.settings
     if unknown:
         raise OptionError(f"{', '.join(sorted(unknown))}: no setting of a {chosen.name} model")
+    layout = chosen.layout(checkpoint.shapes)
+    if layout is not None:
+        checkpoint, settings = _renamed(checkpoint, layout), {**layout.settings, **settings}
     config, notes = chosen.read_config(checkpoint.shapes, settings)
     model = Model(checkpoint, chosen, config, *_recipe(chosen.recipe(config), config, settings, notes))
     _check_weights(model, where)
     remarks = chosen.remarks(config, checkpoint.state)
     return dataclasses.replace(model, notes=[*checkpoint.notes, *said, *model.notes, *remarks])
+
+
+def _renamed(checkpoint: Checkpoint, layout: Layout) -> Checkpoint:
+    """A checkpoint of another project under the network's own names."""
+
+    def own(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        named = {layout.names.get(name, name): array for name, array in arrays.items()}
+        return {name: array.reshape(layout.shapes.get(name, array.shape)) for name, array in named.items()}
+
+    return dataclasses.replace(
+        checkpoint,
+        state=own(checkpoint.state),
+        masks=own(checkpoint.masks),
+        notes=[*checkpoint.notes, *layout.notes],
+    )
 
 
 def check_settings(settings: Mapping[str, Any], where: str, kind: type[SparseEngineError]) -> None:
@@ -147,7 +165,13 @@ def _recipe(
     default: Recipe, config: FamilyConfig, given: Mapping[str, Any], notes: list[str]
 ) -> tuple[Recipe, list[str]]:
     """What the user or the stored configuration says of the training, over the family's default."""
-    names = [field.name for field in dataclasses.fields(Recipe) if field.name != "excluded"]
+    names = [field.name for field in dataclasses.fields(Recipe) if field.name not in ("excluded", "unknown")]
+    if default.unknown is not None and not {"schedule", "prediction"} <= given.keys():
+        raise CheckpointError(
+            f"how the network was trained is not known: {default.unknown}",
+            "say --schedule and --prediction, or put both into config.json beside the checkpoint "
+            '("schedule" may be a mapping there: {"name": "discrete", "betas": "cosine", "steps": 1024})',
+        )
     recipe = dataclasses.replace(default, **{name: given[name] for name in names if name in given})
     if recipe.schedule is None or recipe.prediction is None or recipe.sampler is None:
         raise OptionError("schedule, prediction and sampler cannot be null", "leave the entry out for the default")

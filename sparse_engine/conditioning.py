@@ -100,6 +100,11 @@ def class_condition(classes: int, null: int | None = None) -> tuple[Condition, .
     return (Condition(LABELS, (), "int64", classes=classes, null=null),) if classes else ()
 
 
+def zeros_for(conditions: Iterable[Condition]) -> dict[str, np.ndarray]:
+    """A row of zeros for each thing that callers have to say: where what comes out is timed, and not looked at."""
+    return {each.name: np.zeros(each.shape, each.dtype) for each in conditions if each.needed}
+
+
 @dataclass(frozen=True)
 class Rows:
     """What a network is told for some images.

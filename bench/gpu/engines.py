@@ -18,7 +18,8 @@ from onnx import ModelProto
 
 from sparse_engine import SparseEngine, sampling
 from sparse_engine.backends import BuildOptions, StepGraph, TensorRTOptions, backend_named
-from sparse_engine.bench.grid import PAPER_SAMPLER, PAPER_STEPS, random_model
+from sparse_engine.bench.grid import PAPER_STEPS
+from sparse_engine.bench.presets import PAPER_SAMPLER, random_uvit
 from sparse_engine.bench.statistics import speedup, spread
 from sparse_engine.bench.timing import interleave
 from sparse_engine.bench.workload import Workload
@@ -209,7 +210,7 @@ def _precision(session: Session) -> str:
 
 @cache
 def _workload(config: UViTConfig) -> Workload:
-    return Workload(random_model(config))
+    return Workload(random_uvit(config).model())
 
 
 def _engine(

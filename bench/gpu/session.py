@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sparse_engine.backends.torch.products import ObstacleError
-from sparse_engine.bench.grid import PRESETS, Preset
+from sparse_engine.bench.presets import PRESETS, Preset
 from sparse_engine.bench.results_file import describe_run, read_results, write_results
 from sparse_engine.errors import InputError, OptionError, SparseEngineError, UnsupportedError
 from sparse_engine.export.families.uvit import UViTConfig

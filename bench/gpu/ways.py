@@ -29,8 +29,9 @@ from sparse_engine.backends.torch.choose import Chooser
 from sparse_engine.backends.torch.device import TorchDevice
 from sparse_engine.backends.torch.network import choose_attention, choose_products
 from sparse_engine.backends.torch.products import try_cutlass
-from sparse_engine.bench.grid import PAPER, PAPER_SAMPLER, PAPER_STEPS
+from sparse_engine.bench.grid import PAPER, PAPER_STEPS
 from sparse_engine.bench.peers.torch_semi_structured import make_sparse
+from sparse_engine.bench.presets import PAPER_SAMPLER
 from sparse_engine.bench.statistics import speedup, spread
 from sparse_engine.bench.timing import interleave
 from sparse_engine.export.families.uvit import FAMILY, SPARSE_LAYERS, UViT, UViTConfig

@@ -8,17 +8,18 @@ from typing import Any
 
 from sparse_engine.errors import CheckpointError, OptionError
 
-from .base import Family, FamilyConfig, Recipe, Shapes
+from .base import Family, FamilyConfig, Layout, Recipe, Shapes
 from .dit import FAMILY as DIT
 from .dit_diffusers import FAMILY as DIT_DIFFUSERS
 from .pixart import FAMILY as PIXART
 from .sd3 import FAMILY as SD3
+from .unet_ddpm import FAMILY as UNET_DDPM
 from .uvit import FAMILY as UVIT
 from .uvit_t2i import FAMILY as UVIT_T2I
 
-FAMILIES: tuple[Family, ...] = (UVIT, UVIT_T2I, DIT, DIT_DIFFUSERS, SD3, PIXART)
+FAMILIES: tuple[Family, ...] = (UVIT, UVIT_T2I, DIT, DIT_DIFFUSERS, SD3, PIXART, UNET_DDPM)
 
-__all__ = ["FAMILIES", "Family", "FamilyConfig", "Recipe", "Shapes", "class_of", "family_named", "recognise"]
+__all__ = ["FAMILIES", "Family", "FamilyConfig", "Layout", "Recipe", "Shapes", "class_of", "family_named", "recognise"]
 
 
 def family_named(name: str) -> Family:

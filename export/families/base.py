@@ -34,18 +34,28 @@ class FamilyConfig(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class SquareConfig:
-    """What the configurations of networks over the patches of a square image share."""
-
-    image_size: int
-    patch_size: int
-    channels: int
+class StoredConfig:
+    """What all configurations share: they are read out of manifests."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read a configuration from a mapping; keys that are not its own are left alone."""
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in names})
+
+    @property
+    def guided_channels(self) -> int | None:
+        """See ``FamilyConfig``."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class SquareConfig(StoredConfig):
+    """What the configurations of networks over the patches of a square image share."""
+
+    image_size: int
+    patch_size: int
+    channels: int
 
     @property
     def data_shape(self) -> tuple[int, int, int]:
@@ -57,11 +67,6 @@ class SquareConfig:
         """Tokens of the image."""
         return (self.image_size // self.patch_size) ** 2
 
-    @property
-    def guided_channels(self) -> int | None:
-        """See ``FamilyConfig``."""
-        return None
-
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -69,7 +74,8 @@ class Recipe:
 
     ``value_range`` is None for latents, which have no pixels. ``schedule`` is a name or a mapping that
     ``sampling.schedule_from_dict`` takes. ``excluded`` says of a sampler why it is not offered. ``null_class`` becomes
-    the null of the condition "y".
+    the null of the condition "y". ``unknown`` says why schedule and prediction have to be said, where no training
+    stands out.
     """
 
     schedule: str | Mapping[str, Any] = "vp-linear"
@@ -78,6 +84,24 @@ class Recipe:
     null_class: int | None = None
     sampler: str = "dpm-solver"
     excluded: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unknown: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A family's weights as another project stores them.
+
+    Attributes:
+        names: a tensor's name there -> the network's own, for those that differ.
+        shapes: the network's own name -> shape, for those that differ.
+        settings: what that project's networks are, of what the weights do not say; a given setting wins.
+        notes: for the user to read.
+    """
+
+    names: Mapping[str, str]
+    shapes: Shapes = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +124,8 @@ class Family:
         remarks: (configuration, name -> array) -> notes on the weights themselves, for the user to read.
         positions: (configuration, layer name) -> how often a layer's weights are applied to one sample.
         class_names: what diffusers calls the family's networks in ``config.json``, as ``class_of`` has it.
+        layout: shapes -> how the names and shapes of a known other project differ from the network's; None where they
+            do not.
     """
 
     name: str
@@ -113,4 +139,5 @@ class Family:
     float32_layers: tuple[str, ...]
     settings: frozenset[str]
     class_names: frozenset[str] = frozenset()
+    layout: Callable[[Shapes], Layout | None] = lambda shapes: None
     remarks: Callable[[Any, Mapping[str, np.ndarray]], list[str]] = lambda config, state: []

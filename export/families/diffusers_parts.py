@@ -87,13 +87,14 @@ class Heads(nn.Module):
 
 
 class SelfAttention(Heads, Attends):
-    """Multi-head attention of an image to itself, with three projections."""
+    """Multi-head attention of an image to itself, with three projections; ``inner`` is the width of all heads."""
 
-    def __init__(self, dim: int, heads: int, bias: bool = True) -> None:
+    def __init__(self, dim: int, heads: int, bias: bool = True, inner: int | None = None) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=bias) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        inner = dim if inner is None else inner
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, inner, bias=bias) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(inner, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, D]."""

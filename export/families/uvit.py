@@ -117,20 +117,34 @@ class UViTConfig(UViTSizes):
 SINE_LANES = 16
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0, freq_shift: int = 0) -> Tensor:
-    """Sinusoidal embedding of times, cosines first. t: [B], in the network's units -> [B, dim].
+def timestep_embedding(
+    t: Tensor, dim: int, max_period: float = 10000.0, freq_shift: int = 0, cos_first: bool = True
+) -> Tensor:
+    """Sinusoidal embedding of times: cosines, then sines, or the other way round. t: [B], in the network's units.
+
+    Returns [B, dim].
 
     Frequency i is max_period^(-i / (dim/2 - freq_shift)): a shift of 0 in U-ViT and DiT, of 1 in diffusers' DiT. It is
     worked out in float64 and rounded once: another last bit, as an exporter that folds it may have, is 6e-5 rad at t =
     999.
     """
     half = dim // 2
-    whole = -(-half // SINE_LANES) * SINE_LANES
-    exponents = torch.arange(whole, dtype=torch.float64, device=t.device) / (half - freq_shift)
+    exponents = torch.arange(whole_lanes(half), dtype=torch.float64, device=t.device) / (half - freq_shift)
     freqs = torch.exp(-math.log(max_period) * exponents).float()
-    args = t[:, None].float() * freqs[None]
-    embedding = torch.cat([torch.cos(args)[:, :half], torch.sin(args)[:, :half]], dim=-1)
+    embedding = sinusoids(t, freqs, half, cos_first)
     return F.pad(embedding, (0, 1)) if dim % 2 else embedding
+
+
+def whole_lanes(count: int) -> int:
+    """So many sines, filled up."""
+    return -(-count // SINE_LANES) * SINE_LANES
+
+
+def sinusoids(t: Tensor, freqs: Tensor, count: int, cos_first: bool = True) -> Tensor:
+    """Cosines and sines of times [B] at the first ``count`` of ``whole_lanes(count)`` frequencies -> [B, 2 count]."""
+    args = t[:, None].float() * freqs[None]
+    cosines, sines = torch.cos(args)[:, :count], torch.sin(args)[:, :count]
+    return torch.cat([cosines, sines] if cos_first else [sines, cosines], dim=-1)
 
 
 class Attends(nn.Module):
@@ -141,11 +155,14 @@ class Attends(nn.Module):
 
     fused = True
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(D)) v, [B, H, L, D]; plain in an exported graph: every runtime's matcher knows it."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        """softmax(scale q k^T) v, [B, H, L, D]; plain in an exported graph: every runtime's matcher knows it.
+
+        ``scale`` None is 1 / sqrt(D).
+        """
         if self.fused and not torch.compiler.is_exporting():
-            return F.scaled_dot_product_attention(q, k, v)
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
         return scores.float().softmax(dim=-1).to(v.dtype) @ v
 
 
@@ -363,13 +380,18 @@ def settle(
     """
     _check_ratio(given.pop("mlp_ratio", None), read["embed_dim"], read["mlp_hidden"])
     given.pop("qkv_bias", None)  # SparseDM's layers have a bias whatever its configuration says: the keys know
+    agree(given, read)
+    return _heads(read["embed_dim"], read["depth"], given.get("heads"), published, kind)
+
+
+def agree(given: Mapping[str, Any], read: Mapping[str, Any]) -> None:
+    """Hold a configuration's entries against what was read off the weights. Raises CheckpointError."""
     for name, value in read.items():
         if name in given and given[name] != value:
             raise CheckpointError(
                 f"{name} is {given[name]!r} in the given configuration, but the weights have {value}",
                 "correct the configuration, or leave that entry out: it is read off the weights",
             )
-    return _heads(read["embed_dim"], read["depth"], given.get("heads"), published, kind)
 
 
 MOST_RATIO = 1e6  # far beyond any network

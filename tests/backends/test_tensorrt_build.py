@@ -22,7 +22,7 @@ from sparse_engine.backends.tensorrt.cache import PlanCache, TimingCache
 from sparse_engine.backends.tensorrt.graph import with_linear_form
 from sparse_engine.backends.tensorrt.libraries import RTX, TENSORRT, Library
 from sparse_engine.backends.tensorrt.plans import candidates
-from sparse_engine.bench.grid import PRESETS, random_model
+from sparse_engine.bench.presets import network_named, random_uvit
 from sparse_engine.calibration.quantize import observed_tensors, quantize, scheme_for
 from sparse_engine.cli.main import run
 from sparse_engine.errors import BackendError, OptionError, UnsupportedError
@@ -127,7 +127,7 @@ def test_a_quantised_plan_of_each_form(
 def test_attention_is_one_node_up_to_the_largest_head_of_fused_kernels(
     heads: int, attention: str, tmp_path: Path
 ) -> None:
-    model = random_model(UViTConfig(8, 2, 3, 320, 2, heads))
+    model = random_uvit(UViTConfig(8, 2, 3, 320, 2, heads)).model()
     baked = bake(model)
     path, options = tmp_path / "x.sengine", BuildOptions(True, "fp16", (1, 2, 4))
     write_built(path, model, baked, export_baked(model, baked, "fp16"), backend_named("tensorrt-rtx"), options)
@@ -136,7 +136,7 @@ def test_attention_is_one_node_up_to_the_largest_head_of_fused_kernels(
 
 @pytest.mark.slow
 def test_a_u_vit_s_for_four_gpus(tmp_path: Path) -> None:
-    model = random_model(PRESETS["uvit-s"].config(patch=2, mlp_ratio=4))
+    model = network_named("uvit-s").model()
     baked, backend = bake(model), backend_named("tensorrt-rtx")
     tensorrt = TensorRTOptions(compute_capabilities=("8.0", "sm86", "8.9", "SM120"))
     options = BuildOptions(True, "fp16", (1, 4, 16), tensorrt=tensorrt)

@@ -11,7 +11,7 @@ import pytest
 
 from sparse_engine.bench import run as bench_run
 from sparse_engine.bench.arms import DENSE, SPARSE
-from sparse_engine.bench.grid import PRESETS, Preset
+from sparse_engine.bench.presets import PRESETS, Preset
 from sparse_engine.bench.results_file import read_results
 from sparse_engine.cli.main import run
 from tests.bench.conftest import DIGITS, QUICK

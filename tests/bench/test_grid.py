@@ -2,7 +2,8 @@
 
 import pytest
 
-from sparse_engine.bench.grid import PAPER, PRESETS, estimate_bytes, parse_cells
+from sparse_engine.bench.grid import PAPER, estimate_bytes, parse_cells
+from sparse_engine.bench.presets import PRESETS
 from sparse_engine.errors import OptionError
 
 

@@ -11,6 +11,7 @@ from sparse_engine.bench.compare import relative_error
 from sparse_engine.bench.peers import PEERS, Peer, PeerRunner, PeerUnavailableError
 from sparse_engine.bench.peers.torch_dense import COMPILED, EAGER
 from sparse_engine.bench.peers.torch_semi_structured import CUSPARSELT, CUTLASS, make_sparse
+from sparse_engine.bench.presets import PRESETS, random_uvit
 from sparse_engine.bench.workload import Workload
 from sparse_engine.export.masks import is_n_of_m
 from sparse_engine.export.model import load_model
@@ -99,9 +100,7 @@ def test_masked_layers_become_sparse_tensors(workload: Workload) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("peer", [CUTLASS, CUSPARSELT], ids=lambda peer: peer.name)
 def test_semi_structured_products_on_a_gpu(peer: Peer, folder: Path) -> None:
-    from sparse_engine.bench.grid import PRESETS, random_model
-
-    workload = Workload(random_model(PRESETS["quick"].config(4, 4)))
+    workload = Workload(random_uvit(PRESETS["quick"].config(4, 4)).model())
     feed = workload.feed(np.arange(2))
     runner = peer.prepare(workload.subject(folder, "cuda", 1, "fp16"))
     assert relative_error(runner.step(feed), prepared(EAGER, workload, folder).step(feed)) < 3e-2

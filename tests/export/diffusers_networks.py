@@ -66,7 +66,10 @@ def step_errors(model: Model, reference: Any, folder: Path) -> list[float]:
     check_graph(graph, baked.state)
     assert set(graph.layers) == {layer.name for layer in baked.layers}
     session = session_of(graph, folder)
-    return [_step_error(model, reference, session, batch, guidance) for batch, guidance in STEPS]
+    return [
+        _step_error(model, reference, session, batch, guidance if model.conditions else [1.0])
+        for batch, guidance in STEPS
+    ]
 
 
 def _step_error(model: Model, reference: Any, session: Any, batch: int, guidance: list[float]) -> float:
@@ -74,10 +77,12 @@ def _step_error(model: Model, reference: Any, session: Any, batch: int, guidance
     x, t, told = inputs_of(model, batch, len(guidance))
     if "context_mask" in told:
         told["context_mask"] = (told["context_mask"] > -0.5).astype(np.float32)
+    told |= {each.name: np.abs(told[each.name]).astype(np.int64) for each in model.conditions if each.dtype == "int64"}
     coef, clip = rng.standard_normal(8).astype(np.float32), np.array([-1.5, 1.5], np.float32)
     others = {name: rng.standard_normal(x.shape, np.float32) for name in ("base", "h1", "h2", "z")}
     weights = np.array(guidance, np.float32)
-    feed = {"x": x, "t": t, **told, "guidance": weights, "coef": coef, "clip": clip, **others}
+    guided = {"guidance": weights} if model.conditions else {}
+    feed = {"x": x, "t": t, **told, **guided, "coef": coef, "clip": clip, **others}
     assert [entry.name for entry in session.get_inputs()] == list(feed)
     x_next, m = session.run(["x_next", "m"], feed)
     passes = [reference(x, t, {name: rows[g] for name, rows in told.items()}) for g in range(len(guidance))]
