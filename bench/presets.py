@@ -14,6 +14,8 @@ from sparse_engine.export.checkpoint import Checkpoint
 from sparse_engine.export.families import Family, FamilyConfig
 from sparse_engine.export.families.dit import FAMILY as DIT
 from sparse_engine.export.families.dit import DiTConfig
+from sparse_engine.export.families.unet_ddpm import FAMILY as DDPM
+from sparse_engine.export.families.unet_ddpm import SPARSEDM, SPARSEDM_HEADS, SPARSEDM_SIZE, DDPMConfig
 from sparse_engine.export.families.uvit import FAMILY as UVIT
 from sparse_engine.export.families.uvit import UViTConfig
 from sparse_engine.export.families.uvit_t2i import FAMILY as UVIT_T2I
@@ -88,6 +90,9 @@ PRESETS = {
 NETWORKS: dict[str, RandomNetwork] = {
     **{name: random_uvit(preset.config()) for name, preset in PRESETS.items()},
     "uvit-s-t2i": RandomNetwork(UVIT_T2I, UViTT2IConfig(32, 2, 4, embed_dim=512, depth=12, heads=8)),
+    "sparsedm-cifar10": RandomNetwork(
+        DDPM, DDPMConfig((SPARSEDM_SIZE, SPARSEDM_SIZE), 3, heads=SPARSEDM_HEADS, groups=28, **SPARSEDM)
+    ),
     "dit-b2": RandomNetwork(DIT, DiTConfig(32, 2, 4, 768, 12, 12, num_classes=1001, out_channels=8, null_row=True)),
     "dit-l2": RandomNetwork(DIT, DiTConfig(32, 2, 4, 1024, 24, 16, num_classes=1001, out_channels=8, null_row=True)),
 }

@@ -152,16 +152,10 @@ struct ConvInLanes {
       const int row_end = conv.sizes.out_width + right;
       for (int t = segment.begin; t < segment.end; t += V::kLanes) {
         Vector four[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-        const bool exists = y >= 0 && y < conv.sizes.height;
-        const float* const p = first + (ptrdiff_t(y) * width + x);
-        if (exists && x >= 0 && x + V::kLanes <= width) {
+        if (y >= 0 && y < conv.sizes.height) {
+          const float* const row = first + size_t(y) * width;
 #pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i) four[i] = V::load_unaligned(p + i * pixels);
-        } else if (exists && x + V::kLanes > 0 && x < width) {
-          const int begin = x < 0 ? -x : 0;
-          const int end = smaller(V::kLanes, width - x);
-#pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i) four[i] = V::load_between(p + i * pixels, begin, end);
+          for (int i = 0; i < 4; ++i) four[i] = load_existing(row + i * pixels, width, x);
         }
         Format::store_group(out + size_t(t) * 4, four);
         x += V::kLanes;
@@ -187,34 +181,43 @@ struct ConvInLanes {
     }
   }
 
+  // Rows are written a vector at a time and in order: what goes beyond a row is overwritten by the next.
   void fill_rows(const Segment& segment, const float* input, int column, int parity, float* out) const {
     const Window& window = conv.window;
-    const int width = conv.sizes.out_width;
-    const int enlarged = conv.sizes.width * window.upsample;
     const int shift = column - window.pad_left;
-    // Output pixels [begin, end) see pixels that exist.
-    const int begin = smaller(shift < 0 ? (-shift + window.stride - 1) / window.stride : 0, width);
-    const int visible = enlarged - shift > 0 ? (enlarged - shift + window.stride - 1) / window.stride : 0;
-    const int end = smaller(width, visible < begin ? begin : visible);
-    for (int row = 0; row < segment.rows; ++row, out += width) {
+    for (int row = 0; row < segment.rows; ++row, out += conv.sizes.out_width) {
       const int y = (segment.row + row) * window.stride + parity - window.pad_top;
-      if (y < 0 || y >= conv.sizes.height * window.upsample) {
-        for (int x = 0; x < width; ++x) out[x] = 0.0f;
-        continue;
+      const bool exists = y >= 0 && y < conv.sizes.height * window.upsample;
+      const float* const from = input + (exists ? size_t(y / window.upsample) * conv.sizes.width : 0);
+      const int width = exists ? conv.sizes.width : 0;
+      for (int x = 0; x < conv.sizes.out_width; x += V::kLanes) {
+        V::store_first(out + x, see(from, width, x * window.stride + shift), V::kLanes);
       }
-      const float* const from = input + size_t(y / window.upsample) * conv.sizes.width;
-      for (int x = 0; x < begin; ++x) out[x] = 0.0f;
-      if (window.upsample == 1 && window.stride == 1) {
-        for (int x = begin; x < end; ++x) out[x] = from[x + shift];
-      } else if (window.upsample == 1 && window.stride == 2) {
-        for (int x = begin; x < end; ++x) out[x] = from[2 * x + shift];
-      } else if (window.upsample == 2 && window.stride == 1) {
-        for (int x = begin; x < end; ++x) out[x] = from[(x + shift) >> 1];
-      } else {
-        for (int x = begin; x < end; ++x) out[x] = from[(x * window.stride + shift) / window.upsample];
-      }
-      for (int x = end; x < width; ++x) out[x] = 0.0f;
     }
+  }
+
+  // What neighbouring output pixels see of a row of the input from `position` on, which counts enlarged pixels.
+  SPARSE_ENGINE_INLINE Vector see(const float* row, int width, int position) const {
+    const Window& window = conv.window;
+    if (window.stride == 1 && window.upsample == 1) return load_existing(row, width, position);
+    if (window.stride == 2 && window.upsample == 1) {
+      return V::every_second(load_existing(row, width, position), load_existing(row, width, position + V::kLanes));
+    }
+    if (window.stride == 1 && window.upsample == 2) {
+      return V::twice(load_existing(row, width, position >> 1), position & 1);
+    }
+    float seen[V::kLanes];
+    for (int i = 0; i < V::kLanes; ++i, position += window.stride) {
+      seen[i] = position >= 0 && position < width * window.upsample ? row[position / window.upsample] : 0.0f;
+    }
+    return V::load_unaligned(seen);
+  }
+
+  // Pixels of a row from `position` on, zero where there is none.
+  static SPARSE_ENGINE_INLINE Vector load_existing(const float* row, int width, int position) {
+    if (position >= 0 && position + V::kLanes <= width) return V::load_unaligned(row + position);
+    if (position + V::kLanes <= 0 || position >= width) return V::zero();
+    return V::load_between(row + position, position < 0 ? -position : 0, smaller(V::kLanes, width - position));
   }
 
   // Four channels of one tap, out of the planes.

@@ -44,6 +44,15 @@ struct Avx2 {
   static SPARSE_ENGINE_INLINE Vector load_between(const float* p, int begin, int end) {
     return _mm256_maskload_ps(p, _mm256_andnot_si256(first(begin), first(end)));
   }
+  // Every second of two vectors' lanes; and each lane twice, the first lane but once if `odd`.
+  static SPARSE_ENGINE_INLINE Vector every_second(Vector a, Vector b) {
+    const __m256d mixed = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88));  // in pairs: a0 b0 a1 b1
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(mixed, 0xd8));
+  }
+  static SPARSE_ENGINE_INLINE Vector twice(Vector x, int odd) {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_permutevar8x32_ps(x, _mm256_srli_epi32(_mm256_add_epi32(lanes, _mm256_set1_epi32(odd)), 1));
+  }
   static SPARSE_ENGINE_INLINE __m256i first(int count) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }

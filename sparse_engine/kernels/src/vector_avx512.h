@@ -38,6 +38,15 @@ struct Avx512 {
   static SPARSE_ENGINE_INLINE Vector load_between(const float* p, int begin, int end) {
     return _mm512_maskz_loadu_ps(static_cast<__mmask16>(first(end) & ~first(begin)), p);
   }
+  // Every second of two vectors' lanes; and each lane twice, the first lane but once if `odd`.
+  static SPARSE_ENGINE_INLINE Vector every_second(Vector a, Vector b) {
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    return _mm512_permutex2var_ps(a, even, b);
+  }
+  static SPARSE_ENGINE_INLINE Vector twice(Vector x, int odd) {
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(odd)), 1), x);
+  }
   static SPARSE_ENGINE_INLINE __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
 
   static SPARSE_ENGINE_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }

@@ -47,6 +47,13 @@ struct Neon {
     return vld1q_f32(lanes);
   }
 
+  // Every second of two vectors' lanes; and each lane twice, the first lane but once if `odd`.
+  static SPARSE_ENGINE_INLINE Vector every_second(Vector a, Vector b) { return vuzp1q_f32(a, b); }
+  static SPARSE_ENGINE_INLINE Vector twice(Vector x, int odd) {
+    const Vector even = vzip1q_f32(x, x);
+    return odd ? vextq_f32(even, vzip2q_f32(x, x), 1) : even;
+  }
+
   static SPARSE_ENGINE_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
   // The second operand is the result where one is NaN, as on x86: vmaxq would make it NaN, vmaxnmq the number.
   static SPARSE_ENGINE_INLINE Vector min(Vector a, Vector b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
