@@ -7,7 +7,7 @@ import ctypes
 import numpy as np
 from numpy.typing import NDArray
 
-from .library import Activation, Compute, _address, _call, _check, _library, best_tier
+from .library import Activation, Compute, Lanes, _address, _call, _check, _library, best_tier
 from .packing import Positions, Values, validate
 
 Padding = tuple[int, int, int, int]
@@ -25,10 +25,11 @@ class Conv24:
         upsample: how often each pixel of x is repeated along both axes before (nearest neighbour).
         tier: one of ``TIERS``, or None for the best for ``compute``.
         compute: precision of the products, where ``tier`` is None.
+        lanes: ``t-lanes``, or ``r-lanes`` (see :class:`~sparse_engine.kernels.MatMul24`).
 
     Raises:
         InputError: weights that are not canonical 2:4, a window that is none, or a name that does not exist.
-        UnsupportedError: the machine lacks the tier.
+        UnsupportedError: the machine lacks the tier, or the tier the lanes.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Conv24:
         upsample: int = 1,
         tier: str | None = None,
         compute: Compute = "fp32",
+        lanes: Lanes = "t-lanes",
     ) -> None:
         self._handle = ctypes.c_void_p()
         validate(values, positions)
@@ -56,6 +58,7 @@ class Conv24:
             _address(positions),
             (ctypes.c_int32 * 8)(*kernel, stride, *padding, upsample),
             self.tier.encode(),
+            lanes.encode(),
             ctypes.byref(self._handle),
         )
         self.channels = depth // (kernel[0] * kernel[1])

@@ -47,7 +47,7 @@ SPARSE_ENGINE_API void sparse_engine_matmul24_destroy(void* product);
 // kernel_h, kernel_w, stride, pad_top, pad_left, pad_bottom, pad_right, upsample.
 SPARSE_ENGINE_API int sparse_engine_conv24_create(int64_t rows, int64_t depth, const float* values,
                                                   const uint8_t* positions, const int32_t* window, const char* tier,
-                                                  void** conv, char* message, size_t message_size);
+                                                  const char* lanes, void** conv, char* message, size_t message_size);
 
 // The size of the output of images of height x width.
 SPARSE_ENGINE_API int sparse_engine_conv24_out_size(const void* conv, int64_t height, int64_t width,

@@ -38,9 +38,11 @@ struct Convolution {
   ImageSizes sizes;
 };
 
-// One way to compute it: see Tactic, whose weights, blocks and partition these are.
+// One way to compute it: see Tactic.
 struct ConvTactic {
-  const Tactic* product;  // the same instruction set's, in T-lanes: how weights are packed and work is split
+  const Tactic* product;  // of the same lanes: how work is split
+  size_t (*packed_bytes)(int rows, int depth, int taps);
+  void (*pack)(const Weights24& weights, int taps, void* packed);
   size_t (*scratch_bytes)(const Convolution& convolution, int block_rows);
   void (*run)(const Convolution& convolution, const Block& block, void* scratch);  // scratch: 64-byte aligned
 };
@@ -49,6 +51,7 @@ struct ConvTactic {
 extern const ConvTactic kScalarConv;
 #ifdef SPARSE_ENGINE_X86
 extern const ConvTactic kAvx2Conv, kAvx512Conv, kAvx512Bf16Conv;
+extern const ConvTactic kAvx512ConvRegisters, kAvx512Bf16ConvRegisters;
 #endif
 #ifdef SPARSE_ENGINE_NEON
 extern const ConvTactic kNeonConv;

@@ -16,23 +16,13 @@
 //           see them, [column tap][row parity][rows, out_width], so that every line is contiguous within an image.
 #pragma once
 
-#include "conv24.h"
+#include "conv_tile.h"
 #include "t_lanes.h"
 
 namespace sparse_engine {
 namespace {
 
 constexpr size_t divide_up(size_t value, size_t divisor) { return (value + divisor - 1) / divisor; }
-
-// The part of a tile that lies in one image.
-struct Segment {
-  int begin, end;  // tokens of the tile
-  size_t image;
-  int pixel;   // of the image's output, at `begin`
-  int row;     // of the output, that of `pixel`
-  int rows;    // in a plane
-  size_t at;   // where the segment's rows begin in each plane, in floats
-};
 
 template <class Format>
 struct ConvInLanes {
@@ -68,6 +58,9 @@ struct ConvInLanes {
            size_t(round_up(block_rows, kStreamRowMultiple)) * Tile::kLineBytes + V::kLanes * sizeof(float);
   }
 
+  static size_t packed_bytes(int rows, int depth, int) { return Tile::packed_bytes(rows, depth); }
+  static void pack(const Weights24& weights, int, void* packed) { Tile::pack(weights, packed); }
+
   static void run(const Convolution& conv, const Block& block, void* scratch) {
     for (size_t token = block.token_begin; token < block.token_end; token += kTileTokens) {
       const size_t left = block.token_end - token;
@@ -79,6 +72,7 @@ struct ConvInLanes {
   const Convolution& conv;
   int tokens;
   Segment segments[kTileTokens];
+  size_t plane_of[kTileTokens];  // where the rows of each segment begin in each plane, in floats
   int segment_count = 0;
   bool whole_vectors = true;  // no vector of tokens lies in two images
   size_t plane_floats = 0;
@@ -92,21 +86,11 @@ struct ConvInLanes {
     lines = reinterpret_cast<float*>(tile + Tile::kTileBlockBytes);
     planes = reinterpret_cast<float*>(tile + Tile::kTileBlockBytes + lines_bytes());
     sums = reinterpret_cast<float*>(tile + Tile::kTileBlockBytes + lines_bytes() + planes_bytes(conv));
-    const size_t pixels = conv.sizes.out_pixels();
-    for (int begin = 0; begin < tokens;) {
-      Segment& segment = segments[segment_count++];
-      segment.begin = begin;
-      segment.image = (token + begin) / pixels;
-      segment.pixel = int((token + begin) % pixels);
-      const size_t left = pixels - segment.pixel;
-      segment.end = left < size_t(tokens - begin) ? begin + int(left) : tokens;
-      segment.row = segment.pixel / conv.sizes.out_width;
-      const int last_row = (segment.pixel + segment.end - begin - 1) / conv.sizes.out_width;
-      segment.rows = last_row - segment.row + 1 + extra_rows(conv.window);
-      segment.at = plane_floats;
-      plane_floats += size_t(segment.rows) * conv.sizes.out_width;
-      whole_vectors = whole_vectors && begin % V::kLanes == 0;
-      begin = segment.end;
+    segment_count = cut_into_segments(conv, token, tokens, false, segments);
+    for (int s = 0; s < segment_count; ++s) {
+      plane_of[s] = plane_floats;
+      plane_floats += size_t(plane_rows(segments[s])) * conv.sizes.out_width;
+      whole_vectors = whole_vectors && segments[s].begin % V::kLanes == 0;
     }
     plane_floats += V::kLanes;  // the last vector is read whole
   }
@@ -130,12 +114,15 @@ struct ConvInLanes {
         lay_out_planes(index % taps, out);
       }
       Tile::multiply_block(conv.product, begin, tile, tokens, block.row_begin, block.row_end, sums,
-                           [&](int row, int rows, const float* window) { store_sums(row, rows, window); });
+                           [&](int row, int rows, const float* window) {
+                             store_rows_of_pixels<V, Tile::kLayout.operand>(conv, segments, segment_count, row, rows,
+                                                                            window, kTileTokens);
+                           });
     }
   }
 
-  const float* channel(size_t image, int index) const {
-    return conv.product.input + (image * conv.channels + index) * conv.sizes.pixels();
+  int plane_rows(const Segment& segment) const {
+    return segment.last_row - segment.row + 1 + extra_rows(conv.window);
   }
 
   // Four channels of one tap, at every pixel of the tile.
@@ -146,16 +133,16 @@ struct ConvInLanes {
     const size_t pixels = conv.sizes.pixels();
     for (int s = 0; s < segment_count; ++s) {
       const Segment& segment = segments[s];
-      const float* const first = channel(segment.image, 4 * quad);
+      const float* const first = channel_of(conv, segment.image, 4 * quad);
       int y = segment.row + down;
-      int x = segment.pixel - segment.row * conv.sizes.out_width + right;
+      int x = segment.column + right;
       const int row_end = conv.sizes.out_width + right;
       for (int t = segment.begin; t < segment.end; t += V::kLanes) {
         Vector four[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
         if (y >= 0 && y < conv.sizes.height) {
           const float* const row = first + size_t(y) * width;
 #pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i) four[i] = load_existing(row + i * pixels, width, x);
+          for (int i = 0; i < 4; ++i) four[i] = load_existing<V>(row + i * pixels, width, x);
         }
         Format::store_group(out + size_t(t) * 4, four);
         x += V::kLanes;
@@ -174,7 +161,8 @@ struct ConvInLanes {
       for (int column = 0; column < conv.window.width; ++column) {
         for (int parity = 0; parity < conv.window.stride; ++parity, plane += plane_floats) {
           for (int s = 0; s < segment_count; ++s) {
-            fill_rows(segments[s], channel(segments[s].image, 4 * quad + i), column, parity, plane + segments[s].at);
+            fill_rows(segments[s], channel_of(conv, segments[s].image, 4 * quad + i), column, parity,
+                      plane + plane_of[s]);
           }
         }
       }
@@ -185,7 +173,7 @@ struct ConvInLanes {
   void fill_rows(const Segment& segment, const float* input, int column, int parity, float* out) const {
     const Window& window = conv.window;
     const int shift = column - window.pad_left;
-    for (int row = 0; row < segment.rows; ++row, out += conv.sizes.out_width) {
+    for (int row = 0; row < plane_rows(segment); ++row, out += conv.sizes.out_width) {
       const int y = (segment.row + row) * window.stride + parity - window.pad_top;
       const bool exists = y >= 0 && y < conv.sizes.height * window.upsample;
       const float* const from = input + (exists ? size_t(y / window.upsample) * conv.sizes.width : 0);
@@ -199,25 +187,18 @@ struct ConvInLanes {
   // What neighbouring output pixels see of a row of the input from `position` on, which counts enlarged pixels.
   SPARSE_ENGINE_INLINE Vector see(const float* row, int width, int position) const {
     const Window& window = conv.window;
-    if (window.stride == 1 && window.upsample == 1) return load_existing(row, width, position);
+    if (window.stride == 1 && window.upsample == 1) return load_existing<V>(row, width, position);
     if (window.stride == 2 && window.upsample == 1) {
-      return V::every_second(load_existing(row, width, position), load_existing(row, width, position + V::kLanes));
+      return V::every_second(load_existing<V>(row, width, position), load_existing<V>(row, width, position + V::kLanes));
     }
     if (window.stride == 1 && window.upsample == 2) {
-      return V::twice(load_existing(row, width, position >> 1), position & 1);
+      return V::twice(load_existing<V>(row, width, position >> 1), position & 1);
     }
     float seen[V::kLanes];
     for (int i = 0; i < V::kLanes; ++i, position += window.stride) {
       seen[i] = position >= 0 && position < width * window.upsample ? row[position / window.upsample] : 0.0f;
     }
     return V::load_unaligned(seen);
-  }
-
-  // Pixels of a row from `position` on, zero where there is none.
-  static SPARSE_ENGINE_INLINE Vector load_existing(const float* row, int width, int position) {
-    if (position >= 0 && position + V::kLanes <= width) return V::load_unaligned(row + position);
-    if (position + V::kLanes <= 0 || position >= width) return V::zero();
-    return V::load_between(row + position, position < 0 ? -position : 0, smaller(V::kLanes, width - position));
   }
 
   // Four channels of one tap, out of the planes.
@@ -228,8 +209,8 @@ struct ConvInLanes {
     const size_t next = size_t(window.width) * window.stride * plane_floats;  // channel
     for (int s = 0; s < segment_count; ++s) {
       const Segment& segment = segments[s];
-      const float* const from = plane + segment.at + size_t(row / window.stride) * conv.sizes.out_width + segment.pixel -
-                                size_t(segment.row) * conv.sizes.out_width;
+      const float* const from =
+          plane + plane_of[s] + size_t(row / window.stride) * conv.sizes.out_width + segment.column;
       for (int t = segment.begin; t < segment.end; t += V::kLanes) {
         const float* const p = from + (t - segment.begin);
         if (whole_vectors) {
@@ -251,39 +232,12 @@ struct ConvInLanes {
       Format::store_group(out + size_t(t) * 4, four);
     }
   }
-
-  void store_sums(int row, int rows, const float* window) const {
-    with_activation(conv.product.epilogue.activation, [&](auto activation) {
-      constexpr Activation kActivation = decltype(activation)::value;
-      for (int s = 0; s < segment_count; ++s) {
-        for (int r = 0; r < rows; ++r) store_row<kActivation>(segments[s], row + r, window + size_t(r) * kTileTokens);
-      }
-    });
-  }
-
-  // The pixels of one output channel and image.
-  template <Activation A>
-  SPARSE_ENGINE_INLINE void store_row(const Segment& segment, int row, const float* from) const {
-    const Product& product = conv.product;
-    const size_t plane = segment.image * product.rows + row;
-    const size_t at = plane * conv.sizes.out_pixels() + segment.pixel;
-    const float bias = (product.epilogue.bias ? product.epilogue.bias[row] : 0.0f) +
-                       (conv.image_bias ? conv.image_bias[plane] : 0.0f);
-    const float* const residual = product.epilogue.residual;
-    for (int t = segment.begin; t < segment.end; t += V::kLanes) {
-      const int count = smaller(V::kLanes, segment.end - t);
-      const size_t index = at + size_t(t - segment.begin);
-      auto y = activate<V, Tile::kLayout.operand, A>(V::load_unaligned(from + t) + V::set(bias));
-      if (residual) y = y + V::load_first(residual + index, count);
-      V::store_first(product.output + index, y, count);
-    }
-  }
 };
 
 template <class Format>
 constexpr ConvTactic conv_in_lanes(const Tactic& product) {
   using Kernel = ConvInLanes<Format>;
-  return {&product, Kernel::scratch_bytes, Kernel::run};
+  return {&product, Kernel::packed_bytes, Kernel::pack, Kernel::scratch_bytes, Kernel::run};
 }
 
 }  // namespace

@@ -37,13 +37,13 @@ int out_size(int64_t size, int upsample, int pads, int taps, int stride) {
 
 }  // namespace
 
-Conv24::Conv24(const Weights24& weights, const Window& window, Tier tier)
-    : weights_(weights), window_(window), tier_(tier) {
+Conv24::Conv24(const Weights24& weights, const Window& window, Tier tier, Lanes lanes)
+    : weights_(weights), window_(window), tier_(tier), lanes_(lanes) {
   check_weights(weights);
   check_window(window, weights.depth);
-  const Tactic& product = *find_conv_tactic(tier).product;  // throws where the machine lacks the tier
-  packed_ = Buffer(product.packed_bytes(weights.rows, weights.depth));
-  product.pack(weights, packed_.data());
+  const ConvTactic& tactic = find_conv_tactic(tier, lanes);  // throws where the machine lacks the tier
+  packed_ = Buffer(tactic.packed_bytes(weights.rows, weights.depth, window.taps()));
+  tactic.pack(weights, window.taps(), packed_.data());
 }
 
 ImageSizes Conv24::sizes(int64_t height, int64_t width) const {
@@ -65,7 +65,7 @@ ImageSizes Conv24::sizes(int64_t height, int64_t width) const {
 void Conv24::run(const float* input, size_t batch, const ImageSizes& sizes, float* output, const ConvEpilogue& epilogue,
                  int threads, const ParallelFor& parallel_for) const {
   if (batch == 0) return;
-  const ConvTactic& tactic = find_conv_tactic(tier_);
+  const ConvTactic& tactic = find_conv_tactic(tier_, lanes_);
   Convolution conv;
   conv.product = {weights_.rows, weights_.depth, packed_.data(), input, output, epilogue.epilogue};
   conv.image_bias = epilogue.image_bias;

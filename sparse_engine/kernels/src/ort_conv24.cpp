@@ -90,7 +90,7 @@ class Kernel {
     const int64_t depth = int64_t(small_attribute(api, info, "C", 0)) * window.taps();
     const Weights24 weights = weights_input(api, info, int_attribute(api, info, "N"), depth, kValues, true);
     const bool bfloat16 = parse_compute_is_bfloat16(string_attribute(api, info, "compute", "fp32"));
-    return Conv24(weights, window, best_tier(bfloat16));
+    return Conv24(weights, window, best_tier(bfloat16), parse_lanes(string_attribute(api, info, "tactic", "t-lanes")));
   }
 
   const Api api_;

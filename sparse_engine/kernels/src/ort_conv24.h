@@ -12,7 +12,7 @@
 //               kernel_h, kernel_w              int
 //               stride, upsample                int, 1 by default; upsample: X is enlarged first, to its nearest pixels
 //               pad_top, pad_left, pad_bottom, pad_right    int, 0 by default
-//               activation, compute, threads    as MatMul24's
+//               activation, compute, tactic, threads    as MatMul24's
 #pragma once
 
 #include "ort_support.h"

@@ -238,4 +238,43 @@ void pack_panels(const Weights24& weights, Operand operand, int lane_count, int 
   }
 }
 
+size_t register_bytes(int rows, int depth, int taps, const RegisterLayout& layout) {
+  const RegisterWalk walk = {layout, taps, depth / taps};
+  return size_t(round_up(rows, layout.lane_count) / layout.lane_count) * walk.bytes(0, walk.registers());
+}
+
+void pack_registers(const Weights24& weights, int taps, const RegisterLayout& layout, void* packed) {
+  std::memset(packed, 0, register_bytes(weights.rows, weights.depth, taps, layout));
+  const RegisterWalk walk = {layout, taps, weights.depth / taps};
+  const int lanes = layout.lane_count, groups = layout.channels() / 4;
+  uint8_t* out = static_cast<uint8_t*>(packed);
+  for (int begin = 0; begin < walk.registers(); begin += kBlockRegisters) {
+    const int end = std::min(walk.registers(), begin + kBlockRegisters);
+    for (int panel = 0; panel < weights.rows; panel += lanes) {
+      for (int index = begin; index < end; ++index) {
+        const int tap = index / walk.registers_per_tap(), place = index % walk.registers_per_tap();
+        const int steps = walk.steps(place);
+        uint32_t* const weight = reinterpret_cast<uint32_t*>(out);
+        uint8_t* const indices = out + size_t(steps) * lanes * 4;
+        out = indices + size_t(steps) * layout.index_bytes();
+        for (int lane = 0; lane < lanes && panel + lane < weights.rows; ++lane) {
+          for (int g = 0; g < steps / layout.steps_per_group(); ++g) {
+            const Group group = group_at(weights, panel + lane, (place * groups + g) * taps + tap);
+            const uint8_t at[2] = {uint8_t(4 * g + group.position[0]), uint8_t(4 * g + group.position[1])};
+            if (layout.operand == Operand::kFloat32) {
+              for (int i = 0; i < 2; ++i) {
+                weight[(2 * g + i) * lanes + lane] = float_bits(group.value[i]);
+                indices[(2 * g + i) * lanes + lane] = at[i];
+              }
+            } else {
+              weight[g * lanes + lane] = bfloat16_pair(group.value);
+              std::memcpy(indices + (size_t(g) * lanes + lane) * 2, at, 2);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace sparse_engine

@@ -90,6 +90,9 @@ float convolve(const Convolution& conv, const float* values, const uint8_t* posi
   return sum;
 }
 
+size_t conv_packed_bytes(int rows, int depth, int) { return packed_bytes(rows, depth); }
+void pack_conv(const Weights24& weights, int, void* packed) { pack(weights, packed); }
+
 void run_conv(const Convolution& conv, const Block& block, void*) {
   const Product& product = conv.product;
   const float* const values = static_cast<const float*>(product.packed);
@@ -118,6 +121,6 @@ void run_conv(const Convolution& conv, const Block& block, void*) {
 }  // namespace
 
 constexpr Tactic kScalarTactic = {Tier::kScalar, Lanes::kTokens, 1, 64, 1, packed_bytes, pack, scratch_bytes, run};
-constexpr ConvTactic kScalarConv = {&kScalarTactic, conv_scratch_bytes, run_conv};
+constexpr ConvTactic kScalarConv = {&kScalarTactic, conv_packed_bytes, pack_conv, conv_scratch_bytes, run_conv};
 
 }  // namespace sparse_engine
