@@ -25,11 +25,11 @@ class Conv24:
         upsample: how often each pixel of x is repeated along both axes before (nearest neighbour).
         tier: one of ``TIERS``, or None for the best for ``compute``.
         compute: precision of the products, where ``tier`` is None.
-        lanes: ``t-lanes``, or ``r-lanes`` (see :class:`~sparse_engine.kernels.MatMul24`).
+        lanes: ``t-lanes`` (pixels in SIMD lanes) or ``n-lanes`` (output channels); see :class:`~sparse_engine.kernels.MatMul24`.
 
     Raises:
         InputError: weights that are not canonical 2:4, a window that is none, or a name that does not exist.
-        UnsupportedError: the machine lacks the tier, or the tier the lanes.
+        UnsupportedError: the machine lacks the tier.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ ISA_VARIABLE = "SPARSE_ENGINE_ISA"
 _ABI_VERSION = 5
 _MESSAGE_BYTES = 512
 
-Lanes = Literal["t-lanes", "n-lanes", "r-lanes"]
+Lanes = Literal["t-lanes", "n-lanes"]
 Compute = Literal["fp32", "bf16"]
 Activation = Literal["none", "gelu", "gelu-tanh", "silu"]
 
@@ -75,9 +75,8 @@ class MatMul24:
         positions: uint8 ``[N, K/4]`` (see :mod:`sparse_engine.kernels.packing`).
         tier: one of ``TIERS``, or None for the best for ``compute``.
         compute: precision of the products, where ``tier`` is None.
-        lanes: ``t-lanes`` (tokens in SIMD lanes), ``n-lanes`` (output rows), which is faster for few tokens, or
-            ``r-lanes`` (output rows, a register of ``x`` permuted at once; AVX-512 alone). They add up in different
-            orders: a row of ``x`` gives the same bits whatever else is in a call, within each.
+        lanes: ``t-lanes`` (tokens in SIMD lanes) or ``n-lanes`` (output rows), which is faster for few tokens. They
+            add up in different orders: a row of ``x`` gives the same bits whatever else is in a call, within either.
 
     Raises:
         InputError: weights that are not canonical 2:4, or a name that does not exist.

@@ -18,13 +18,13 @@ from sparse_engine.tactics import Choice, TacticCache
 
 from .attention import MICROSOFT, own_nodes, runtime_nodes
 from .compute import attention_in, products_in
-from .convolutions import FusedConv
 from .layers import DOMAIN, FusedLayer
 from .library import load_onnxruntime
 
 log = logging.getLogger(__name__)
 
-N_LANES_UP_TO = 64  # tokens: beyond, rows in lanes never won
+# Tokens beyond which rows in lanes never won; in bf16 they do at any number where a core permutes as fast as it multiplies.
+N_LANES_UP_TO = {"fp32": 64, "bf16": 1 << 30}
 ENOUGH_TOKENS = 2048  # more of them take longer and change nothing
 DENSE = ("dense", "dense-bf16")
 PAIRED = ("t-lanes", "dense-bf16")  # kernels that compute two layers in a row
@@ -90,12 +90,10 @@ class Chooser:
         if self._obstacle:
             return LayerChoice("dense", f"no kernel of ours: {self._obstacle}", {})
         tokens = self._tokens(layer)
-        if not self._autotune and isinstance(layer, FusedConv):
-            return LayerChoice("t-lanes", "not timed: ours by default", {})
         if not self._autotune:
             lanes = "n-lanes" if tokens <= UNTIMED_N_LANES_UP_TO[self._compute] else "t-lanes"
             return LayerChoice(lanes if layer.is_sparse else "dense-bf16", "not timed: ours by default", {})
-        names = _candidates(layer, tokens)
+        names = _candidates(layer, tokens, self._compute)
         choice = self._cache.choose(
             self._key(layer, tokens),
             lambda: {name: _product(layer, tokens, name, self._compute, self._threads) for name in names},
@@ -203,12 +201,10 @@ def _attention_feed(attention: Attention, batch: int) -> dict[str, np.ndarray]:
     return feed
 
 
-def _candidates(layer: FusedLayer, tokens: int) -> tuple[str, ...]:
+def _candidates(layer: FusedLayer, tokens: int, compute: str) -> tuple[str, ...]:
     if not layer.is_sparse:
         return DENSE
-    if isinstance(layer, FusedConv):
-        return ("dense", "t-lanes")
-    return ("dense", "t-lanes", "n-lanes") if tokens <= N_LANES_UP_TO else ("dense", "t-lanes")
+    return ("dense", "t-lanes", "n-lanes") if tokens <= N_LANES_UP_TO[compute] else ("dense", "t-lanes")
 
 
 def _product(layer: FusedLayer, tokens: int, kernel: str, compute: str, threads: int | None) -> Callable[[], object]:

@@ -118,10 +118,10 @@ class FusedConv(FusedLayer):
 
     def own_node(self, kernel: str, compute: str, threads: int) -> NodeProto:
         """See ``FusedLayer``."""
-        return self.node(compute=compute, threads=threads)
+        return self.node(tactic=kernel, compute=compute, threads=threads)
 
     def node(self, **attributes: Any) -> NodeProto:
-        """Write it as a node. Attributes: ``compute`` and ``threads``."""
+        """Write it as a node. Attributes: ``compute``, ``tactic`` and ``threads``."""
         inputs = [self.x, self.values, self.positions, self.bias, self.image_bias, self.residual]
         while not inputs[-1]:
             inputs.pop()

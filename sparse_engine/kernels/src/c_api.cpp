@@ -121,8 +121,8 @@ size_t sparse_engine_matmul24_packed_bytes(const void* product) { return as_prod
 void sparse_engine_matmul24_destroy(void* product) { delete static_cast<MatMul24*>(product); }
 
 int sparse_engine_conv24_create(int64_t rows, int64_t depth, const float* values, const uint8_t* positions,
-                                const int32_t* window, const char* tier, const char* lanes, void** conv,
-                                char* message, size_t message_size) {
+                                const int32_t* window, const char* tier, const char* lanes, void** conv, char* message,
+                                size_t message_size) {
   return guarded(message, message_size, [&] {
     const Weights24 weights = {to_int(rows, "rows"), to_int(depth, "depth"), values, positions};
     const Window moving = {window[0], window[1], window[2], window[3], window[4], window[5], window[6], window[7]};

@@ -54,12 +54,12 @@ SPARSE_ENGINE_API int sparse_engine_conv24_out_size(const void* conv, int64_t he
                                                     int64_t* out_height, int64_t* out_width, char* message,
                                                     size_t message_size);
 
-// output[batch, rows, out_height, out_width] = activation(conv(input) + bias[rows] + image_bias[batch, rows]) + residual,
-// of input[batch, channels, height, width]. The last three may be null; residual may be the output.
+// output[batch, rows, out_height, out_width] = activation(conv(input) + bias[rows] + image_bias[batch, rows]) +
+// residual, of input[batch, channels, height, width]. The last three may be null; residual may be the output.
 SPARSE_ENGINE_API int sparse_engine_conv24_run(const void* conv, const float* input, int64_t batch, int64_t height,
-                                               int64_t width, float* output, const float* bias,
-                                               const float* image_bias, const float* residual, const char* activation,
-                                               int threads, char* message, size_t message_size);
+                                               int64_t width, float* output, const float* bias, const float* image_bias,
+                                               const float* residual, const char* activation, int threads,
+                                               char* message, size_t message_size);
 
 SPARSE_ENGINE_API void sparse_engine_conv24_destroy(void* conv);
 

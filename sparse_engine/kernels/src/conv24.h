@@ -22,7 +22,7 @@ struct Window {
 
 // The sizes of one image, in and out.
 struct ImageSizes {
-  int height = 0, width = 0;          // of the input, before it is enlarged
+  int height = 0, width = 0;  // of the input, before it is enlarged
   int out_height = 0, out_width = 0;
 
   SPARSE_ENGINE_INLINE size_t pixels() const { return size_t(height) * width; }
@@ -51,10 +51,10 @@ struct ConvTactic {
 extern const ConvTactic kScalarConv;
 #ifdef SPARSE_ENGINE_X86
 extern const ConvTactic kAvx2Conv, kAvx512Conv, kAvx512Bf16Conv;
-extern const ConvTactic kAvx512ConvRegisters, kAvx512Bf16ConvRegisters;
+extern const ConvTactic kAvx2ConvRows, kAvx512ConvRows, kAvx512Bf16ConvRows;
 #endif
 #ifdef SPARSE_ENGINE_NEON
-extern const ConvTactic kNeonConv;
+extern const ConvTactic kNeonConv, kNeonConvRows;
 #endif
 
 }  // namespace sparse_engine

@@ -11,8 +11,9 @@
 // Bound: as t_lanes.h, plus one load and one store per line and vector, against rows / 2 multiply-adds.
 //
 // Included by instruction-set files only. Two ways to the lines:
-//   direct  stride 1, nothing enlarged, and no vector of pixels goes beyond its row: loads from X, masked at the borders.
-//   planes  anything else: for four channels, the rows that the tile needs are first written as the taps of each column
+//   direct  stride 1, nothing enlarged, and no vector of pixels goes beyond its row: loads from X, masked at the
+//   borders. planes  anything else: for four channels, the rows that the tile needs are first written as the taps of
+//   each column
 //           see them, [column tap][row parity][rows, out_width], so that every line is contiguous within an image.
 #pragma once
 
@@ -121,9 +122,7 @@ struct ConvInLanes {
     }
   }
 
-  int plane_rows(const Segment& segment) const {
-    return segment.last_row - segment.row + 1 + extra_rows(conv.window);
-  }
+  int plane_rows(const Segment& segment) const { return segment.last_row - segment.row + 1 + extra_rows(conv.window); }
 
   // Four channels of one tap, at every pixel of the tile.
   void lay_out_direct(int quad, int tap, uint8_t* out) const {
@@ -173,13 +172,15 @@ struct ConvInLanes {
   void fill_rows(const Segment& segment, const float* input, int column, int parity, float* out) const {
     const Window& window = conv.window;
     const int shift = column - window.pad_left;
-    for (int row = 0; row < plane_rows(segment); ++row, out += conv.sizes.out_width) {
-      const int y = (segment.row + row) * window.stride + parity - window.pad_top;
+    const int out_width = conv.sizes.out_width, stride = window.stride;  // in registers: a store could be to anything
+    const int rows = plane_rows(segment);
+    for (int row = 0; row < rows; ++row, out += out_width) {
+      const int y = (segment.row + row) * stride + parity - window.pad_top;
       const bool exists = y >= 0 && y < conv.sizes.height * window.upsample;
       const float* const from = input + (exists ? size_t(y / window.upsample) * conv.sizes.width : 0);
       const int width = exists ? conv.sizes.width : 0;
-      for (int x = 0; x < conv.sizes.out_width; x += V::kLanes) {
-        V::store_first(out + x, see(from, width, x * window.stride + shift), V::kLanes);
+      for (int x = 0; x < out_width; x += V::kLanes) {
+        V::store_unaligned(out + x, see(from, width, x * stride + shift));
       }
     }
   }
@@ -189,7 +190,8 @@ struct ConvInLanes {
     const Window& window = conv.window;
     if (window.stride == 1 && window.upsample == 1) return load_existing<V>(row, width, position);
     if (window.stride == 2 && window.upsample == 1) {
-      return V::every_second(load_existing<V>(row, width, position), load_existing<V>(row, width, position + V::kLanes));
+      return V::every_second(load_existing<V>(row, width, position),
+                             load_existing<V>(row, width, position + V::kLanes));
     }
     if (window.stride == 1 && window.upsample == 2) {
       return V::twice(load_existing<V>(row, width, position >> 1), position & 1);
@@ -205,7 +207,8 @@ struct ConvInLanes {
   void lay_out_planes(int tap, uint8_t* out) const {
     const Window& window = conv.window;
     const int row = tap / window.width;
-    const float* const plane = planes + (size_t(tap % window.width) * window.stride + row % window.stride) * plane_floats;
+    const float* const plane =
+        planes + (size_t(tap % window.width) * window.stride + row % window.stride) * plane_floats;
     const size_t next = size_t(window.width) * window.stride * plane_floats;  // channel
     for (int s = 0; s < segment_count; ++s) {
       const Segment& segment = segments[s];
@@ -220,7 +223,8 @@ struct ConvInLanes {
           Format::store_group(out + size_t(t) * 4, four);
         } else {
           const int count = smaller(V::kLanes, segment.end - t);
-          for (int i = 0; i < 4; ++i) V::store_first(lines + i * kTileTokens + t, V::load_unaligned(p + i * next), count);
+          for (int i = 0; i < 4; ++i)
+            V::store_first(lines + i * kTileTokens + t, V::load_unaligned(p + i * next), count);
         }
       }
     }

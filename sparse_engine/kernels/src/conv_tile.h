@@ -1,4 +1,5 @@
-// What every convolution kernel does with a tile of output pixels: which images they are of, what they see, where sums go.
+// What every convolution kernel does with a tile of output pixels: which images they are of, what they see, where sums
+// go.
 //
 // Included by instruction-set files only (see vector_avx512.h).
 #pragma once
@@ -11,7 +12,7 @@ namespace {
 
 // The part of a tile that lies in one image.
 struct Segment {
-  int begin, end;   // tokens of the tile
+  int begin, end;  // tokens of the tile
   size_t image;
   int pixel;        // of the image's output, at `begin`
   int row, column;  // of that pixel
@@ -20,8 +21,8 @@ struct Segment {
   SPARSE_ENGINE_INLINE int tokens() const { return end - begin; }
 };
 
-// Cuts the pixels [token, token + tokens) of all images where an image ends and, if `in_rows`, where a row does. Returns
-// the number of segments, at most `tokens`.
+// Cuts the pixels [token, token + tokens) of all images where an image ends and, if `in_rows`, where a row does.
+// Returns the number of segments, at most `tokens`.
 inline int cut_into_segments(const Convolution& conv, size_t token, int tokens, bool in_rows, Segment* segments) {
   const size_t pixels = conv.sizes.out_pixels();
   const int width = conv.sizes.out_width;
@@ -53,24 +54,30 @@ SPARSE_ENGINE_INLINE typename V::Vector load_existing(const float* row, int widt
   return V::load_between(row + position, position < 0 ? -position : 0, left < V::kLanes ? left : V::kLanes);
 }
 
-// Finishes the pixels of one output channel and segment; `sums` are those of the tile's tokens, a vector of which may be
-// read beyond the segment.
+// Finishes the pixels of one output channel and segment; `sums` are those of the tile's tokens, a vector of which may
+// be read beyond the segment.
 template <class V, Operand O, Activation A>
 SPARSE_ENGINE_INLINE void store_pixels(const Convolution& conv, const Segment& segment, int row, const float* sums) {
   const Product& product = conv.product;
   const size_t plane = segment.image * product.rows + row;
   const size_t at = plane * conv.sizes.out_pixels() + segment.pixel;
-  const float bias = (product.epilogue.bias ? product.epilogue.bias[row] : 0.0f) +
-                     (conv.image_bias ? conv.image_bias[plane] : 0.0f);
-  const float* const residual = product.epilogue.residual;
-  for (int t = segment.begin; t < segment.end; t += V::kLanes) {
-    const int left = segment.end - t;
-    const int count = left < V::kLanes ? left : V::kLanes;
-    const size_t index = at + size_t(t - segment.begin);
-    auto y = activate<V, O, A>(V::load_unaligned(sums + t) + V::set(bias));
-    if (residual) y = y + V::load_first(residual + index, count);
-    V::store_first(product.output + index, y, count);
+  const float bias =
+      (product.epilogue.bias ? product.epilogue.bias[row] : 0.0f) + (conv.image_bias ? conv.image_bias[plane] : 0.0f);
+  const float* const residual = product.epilogue.residual ? product.epilogue.residual + at : nullptr;
+  float* const output = product.output + at;
+  const float* const from = sums + segment.begin;
+  const int count = segment.tokens();
+  const auto added = V::set(bias);
+  int t = 0;
+  for (; t + V::kLanes <= count; t += V::kLanes) {
+    auto y = activate<V, O, A>(V::load_unaligned(from + t) + added);
+    if (residual) y = y + V::load_unaligned(residual + t);
+    V::store_unaligned(output + t, y);
   }
+  if (t == count) return;
+  auto y = activate<V, O, A>(V::load_unaligned(from + t) + added);
+  if (residual) y = y + V::load_first(residual + t, count - t);
+  V::store_first(output + t, y, count - t);
 }
 
 // The same of several output channels from `row` on, each kept in `stride` sums.

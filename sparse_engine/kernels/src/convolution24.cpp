@@ -56,7 +56,8 @@ ImageSizes Conv24::sizes(int64_t height, int64_t width) const {
   const ImageSizes sizes = {int(height), int(width),
                             out_size(height, w.upsample, w.pad_top + w.pad_bottom, w.height, w.stride),
                             out_size(width, w.upsample, w.pad_left + w.pad_right, w.width, w.stride)};
-  if (sizes.out_height && sizes.out_width && sizes.out_pixels() <= size_t(std::numeric_limits<int>::max())) return sizes;
+  if (sizes.out_height && sizes.out_width && sizes.out_pixels() <= size_t(std::numeric_limits<int>::max()))
+    return sizes;
   throw Error(Status::kInvalidInput, "images of " + std::to_string(height) + " x " + std::to_string(width) +
                                          " are too small or too large for a window of " + std::to_string(w.height) +
                                          " x " + std::to_string(w.width));

@@ -9,7 +9,7 @@ namespace sparse_engine {
 namespace {
 
 constexpr const char* kTierNames[kTierCount] = {"scalar", "avx2", "avx512", "avx512-bf16", "neon"};
-constexpr const char* kLanesNames[] = {"t-lanes", "n-lanes", "r-lanes"};
+constexpr const char* kLanesNames[] = {"t-lanes", "n-lanes"};
 constexpr const char* kActivationNames[] = {"none", "gelu", "gelu-tanh", "silu"};
 constexpr const char* kComputeNames[] = {"fp32", "bf16"};
 
@@ -27,11 +27,6 @@ void require(Tier tier, const std::string& asked_by) {
   if (machine_has(tier)) return;
   throw Error(Status::kUnsupported,
               asked_by + " asks for " + tier_name(tier) + ", which this machine or its operating system lacks");
-}
-
-[[noreturn]] void refuse_lanes(const char* what, Tier tier, Lanes lanes) {
-  throw Error(Status::kUnsupported,
-              std::string(what) + " in " + lanes_name(lanes) + " are not computed on " + tier_name(tier));
 }
 
 }  // namespace
@@ -71,13 +66,6 @@ Tier best_tier(bool bfloat16) {
 const Tactic& find_tactic(Tier tier, Lanes lanes) {
   require(tier, "the caller");
   [[maybe_unused]] const bool rows = lanes == Lanes::kRows;
-  if (lanes == Lanes::kRegisters) {
-#ifdef SPARSE_ENGINE_X86
-    if (tier == Tier::kAvx512) return kAvx512Registers;
-    if (tier == Tier::kAvx512Bf16) return kAvx512Bf16Registers;
-#endif
-    refuse_lanes("products", tier, lanes);
-  }
 #ifdef SPARSE_ENGINE_X86
   if (tier == Tier::kAvx2) return rows ? kAvx2Rows : kAvx2Tokens;
   if (tier == Tier::kAvx512) return rows ? kAvx512Rows : kAvx512Tokens;
@@ -99,20 +87,14 @@ const Tactic& find_dense_tactic(Tier tier) {
 
 const ConvTactic& find_conv_tactic(Tier tier, Lanes lanes) {
   require(tier, "the caller");
-  if (lanes == Lanes::kRegisters) {
+  [[maybe_unused]] const bool rows = lanes == Lanes::kRows;
 #ifdef SPARSE_ENGINE_X86
-    if (tier == Tier::kAvx512) return kAvx512ConvRegisters;
-    if (tier == Tier::kAvx512Bf16) return kAvx512Bf16ConvRegisters;
-#endif
-  }
-  if (lanes != Lanes::kTokens) refuse_lanes("convolutions", tier, lanes);
-#ifdef SPARSE_ENGINE_X86
-  if (tier == Tier::kAvx2) return kAvx2Conv;
-  if (tier == Tier::kAvx512) return kAvx512Conv;
-  if (tier == Tier::kAvx512Bf16) return kAvx512Bf16Conv;
+  if (tier == Tier::kAvx2) return rows ? kAvx2ConvRows : kAvx2Conv;
+  if (tier == Tier::kAvx512) return rows ? kAvx512ConvRows : kAvx512Conv;
+  if (tier == Tier::kAvx512Bf16) return rows ? kAvx512Bf16ConvRows : kAvx512Bf16Conv;
 #endif
 #ifdef SPARSE_ENGINE_NEON
-  if (tier == Tier::kNeon) return kNeonConv;
+  if (tier == Tier::kNeon) return rows ? kNeonConvRows : kNeonConv;
 #endif
   return kScalarConv;
 }

@@ -18,10 +18,9 @@ enum class Activation : int { kNone = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3 };
 enum class Tier : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kNeon = 4 };
 constexpr int kTierCount = 5;
 
-// What lies in the lanes of a vector: tokens, or output rows (of which each takes its x out of four, or out of a whole
-// register). They add an element's products up in different orders, so a layer has one of them, whatever the number of
-// tokens: its results do not depend on what else is in a call.
-enum class Lanes : int { kTokens = 0, kRows = 1, kRegisters = 2 };
+// What lies in the lanes of a vector: tokens, or output rows. The two add an element's products up in different orders,
+// so a layer has one of them, whatever the number of tokens: its results do not depend on what else is in a call.
+enum class Lanes : int { kTokens = 0, kRows = 1 };
 
 // Canonical 2:4 weights, as an engine file stores them; or dense ones, which have no positions.
 struct Weights24 {
@@ -87,8 +86,8 @@ struct PeakLoop {
 extern const Tactic kScalarTactic;
 #ifdef SPARSE_ENGINE_X86
 extern const Tactic kAvx2Tokens, kAvx2Rows;
-extern const Tactic kAvx512Tokens, kAvx512Rows, kAvx512Registers;
-extern const Tactic kAvx512Bf16Tokens, kAvx512Bf16Rows, kAvx512Bf16Registers, kAvx512Bf16Dense;
+extern const Tactic kAvx512Tokens, kAvx512Rows;
+extern const Tactic kAvx512Bf16Tokens, kAvx512Bf16Rows, kAvx512Bf16Dense;
 extern const PeakLoop kAvx2Peak, kAvx512Peak, kAvx512Bf16Peak;
 #endif
 #ifdef SPARSE_ENGINE_NEON

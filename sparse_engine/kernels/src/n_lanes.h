@@ -5,12 +5,14 @@
 //     chosen by one permutation:      | x0 x2 x1 x3 | x0 x0 x1 x2 | ...   * weights of the rows -> sums
 //
 // Bound: each multiply-add needs a permutation of its own, on a port that multiply-adds also want, so the
-// ceiling is about 1.5 times dense. Each panel of weights is read once per eight tokens or so.
+// ceiling is about 1.5 times dense in fp32; where a core permutes as fast as it multiplies (a Zen 5, in bf16) it is the
+// fastest kernel for any number of tokens. Each panel of weights is read once per eight tokens or so.
 //
 // Included by instruction-set files only (see vector_avx512.h). A Format says how operands are multiplied:
 //   V, kOperand, kTokens, kPanels        vector words, packing, the block of sums held in registers
-//   Selector                             the state that walks the codes of one chunk
-//   element_bytes, convert_input(...)    how X is laid out; in place where nothing needs converting
+//   Operands, load(...), load_input(...), multiply_add(...)
+//   input_stride, convert_input(...)     how X is laid out; in place where nothing needs converting
+//   pixel_bytes, kChannels, convert_pixels(...)    how an image's pixels are laid out, their channels side by side
 #pragma once
 
 #include "epilogue.h"
@@ -32,38 +34,59 @@ struct RowsInLanes {
     return panel_bytes(rows, depth, Format::kOperand, V::kLanes, Format::kPanels);
   }
   static void pack(const Weights24& weights, void* packed) {
-    pack_panels(weights, Format::kOperand, V::kLanes, Format::kPanels, packed);
+    pack_panels(weights, 1, Format::kOperand, V::kLanes, Format::kPanels, packed);
   }
   static size_t scratch_bytes(int depth, int) { return Format::scratch_bytes(depth); }
 
   static void run(const Product& product, const Block& block, void* scratch) {
+    alignas(64) float sums[Format::kPanels * Format::kTokens * V::kLanes];
+    const size_t stride = Format::input_stride(product.depth);
     for (size_t token = block.token_begin; token < block.token_end; token += Format::kTokens) {
       const size_t left = block.token_end - token;
       const int tokens = left < size_t(Format::kTokens) ? int(left) : Format::kTokens;
       const uint8_t* const input =
           Format::convert_input(product.input + token * product.depth, product.depth, tokens, scratch);
-      run_tokens(product, block, token, tokens, input);
+      for (int row = block.row_begin; row < block.row_end; row += kBlockRows) {
+        add_up(product, row, input, stride, tokens, sums, Format::kTokens);
+        store(product, block, token, tokens, row, sums);
+      }
     }
   }
 
+  static void store(const Product& product, const Block& block, size_t token, int tokens, int row, const float* sums) {
+    with_activation(product.epilogue.activation, [&](auto activation) {
+      constexpr Activation kActivation = decltype(activation)::value;
+      for (int p = 0; p < Format::kPanels; ++p, row += V::kLanes, sums += Format::kTokens * V::kLanes) {
+        const int left = block.row_end - row;
+        if (left <= 0) break;
+        const int count = left < V::kLanes ? left : V::kLanes;
+        const Vector bias = load_bias<V>(product, row, count);
+        for (int t = 0; t < tokens; ++t) {
+          store_rows<V, Format::kOperand, kActivation>(product, (token + t) * product.rows + row,
+                                                       V::load(sums + t * V::kLanes), bias, count);
+        }
+      }
+    });
+  }
+
+  // The sums of some tokens, which are read `stride` bytes apart, and of kBlockRows rows:
+  // [kPanels][out_tokens][V::kLanes].
   template <int Tokens = Format::kTokens>
-  static void run_tokens(const Product& product, const Block& block, size_t token, int tokens, const uint8_t* input) {
+  static void add_up(const Product& product, int row, const uint8_t* input, size_t stride, int tokens, float* sums,
+                     int out_tokens) {
     if constexpr (Tokens > 1) {
-      if (tokens < Tokens) return run_tokens<Tokens - 1>(product, block, token, tokens, input);
+      if (tokens < Tokens) return add_up<Tokens - 1>(product, row, input, stride, tokens, sums, out_tokens);
     }
-    for (int row = block.row_begin; row < block.row_end; row += kBlockRows) {
-      run_panels<Tokens>(product, block, token, row, input);
-    }
+    add_up_panels<Tokens>(product, row, input, stride, sums, out_tokens);
   }
 
   // The inner loop: Tokens x kPanels sums in registers over the whole depth.
   template <int Tokens>
-  static __attribute__((noinline)) void run_panels(const Product& product, const Block& block, size_t token, int row,
-                                                   const uint8_t* input) {
+  static __attribute__((noinline)) void add_up_panels(const Product& product, int row, const uint8_t* input,
+                                                      size_t stride, float* sums, int out_tokens) {
     constexpr int kPanels = Format::kPanels;
     const int groups = product.depth / 4;
     const size_t panel_stride = size_t((groups + kPanelChunkGroups - 1) / kPanelChunkGroups) * kChunkBytes;
-    const size_t input_stride = Format::input_stride(product.depth);
     const uint8_t* panel = static_cast<const uint8_t*>(product.packed) + row / V::kLanes * panel_stride;
     const Format format;
     Vector sum[Tokens][kPanels];
@@ -87,29 +110,18 @@ struct RowsInLanes {
         }
         const uint8_t* x = input + size_t(chunk + group) * Format::kGroupInputBytes;
 #pragma GCC unroll 8
-        for (int t = 0; t < Tokens; ++t, x += input_stride) {
+        for (int t = 0; t < Tokens; ++t, x += stride) {
           const auto four = Format::load_input(x);
 #pragma GCC unroll 2
           for (int p = 0; p < kPanels; ++p) sum[t][p] = Format::multiply_add(sum[t][p], operands[p], four);
         }
       }
     }
-    with_activation(product.epilogue.activation, [&](auto activation) {
-      constexpr Activation kActivation = decltype(activation)::value;
-#pragma GCC unroll 2
-      for (int p = 0; p < kPanels; ++p) {
-        const int first_row = row + p * V::kLanes;
-        if (first_row >= block.row_end) break;
-        const int left = block.row_end - first_row;
-        const int count = left < V::kLanes ? left : V::kLanes;
-        const Vector bias = load_bias<V>(product, first_row, count);
 #pragma GCC unroll 8
-        for (int t = 0; t < Tokens; ++t) {
-          store_rows<V, Format::kOperand, kActivation>(product, (token + t) * product.rows + first_row, sum[t][p], bias,
-                                                       count);
-        }
-      }
-    });
+    for (int t = 0; t < Tokens; ++t) {
+#pragma GCC unroll 2
+      for (int p = 0; p < kPanels; ++p) V::store(sums + size_t(p * out_tokens + t) * V::kLanes, sum[t][p]);
+    }
   }
 };
 
@@ -140,6 +152,21 @@ struct Float32Panels {
   static size_t input_stride(int depth) { return size_t(depth) * sizeof(float); }
   static const uint8_t* convert_input(const float* input, int, int, void*) {
     return reinterpret_cast<const uint8_t*>(input);
+  }
+
+  static size_t pixel_bytes(int channels) {
+    return size_t(channels + V::kLanes - 1) / V::kLanes * V::kLanes * sizeof(float);
+  }
+  static constexpr int kChannels = V::kLanes, kChannelsBytes = V::kLanes * 4;
+  // kChannels channels, if there are so many, of `count` neighbouring pixels; channels are `plane` floats apart in x,
+  // pixels `stride` bytes in out.
+  static SPARSE_ENGINE_INLINE void convert_pixels(const float* x, size_t plane, int channels, int count, uint8_t* out,
+                                                  size_t stride) {
+    Vector square[V::kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < V::kLanes; ++i) square[i] = i < channels ? V::load_first(x + i * plane, count) : V::zero();
+    V::transpose(square);
+    for (int i = 0; i < count; ++i) V::store(out + i * stride, square[i]);
   }
 
   static SPARSE_ENGINE_INLINE Operands load(const uint8_t* weights, typename V::Codes codes) {

@@ -67,8 +67,8 @@ class Kernel {
   void compute(KernelContext* context) const {
     const Tensor x = input(api_, context, kX);
     if (x.shape.size() != 4 || x.shape[1] != conv_.channels()) {
-      fail("X has shape " + to_string(x.shape) + ", expected [B, C, H, W] with C = " +
-           std::to_string(conv_.channels()));
+      fail("X has shape " + to_string(x.shape) +
+           ", expected [B, C, H, W] with C = " + std::to_string(conv_.channels()));
     }
     const ImageSizes sizes = conv_.sizes(x.shape[2], x.shape[3]);
     const Shape shape = {x.shape[0], conv_.rows(), sizes.out_height, sizes.out_width};

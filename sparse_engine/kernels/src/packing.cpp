@@ -214,7 +214,8 @@ size_t panel_bytes(int rows, int depth, Operand operand, int lane_count, int pan
   return panels * chunks * panel_chunk_bytes(operand, lane_count);
 }
 
-void pack_panels(const Weights24& weights, Operand operand, int lane_count, int panel_multiple, void* packed) {
+void pack_panels(const Weights24& weights, int taps, Operand operand, int lane_count, int panel_multiple,
+                 void* packed) {
   std::memset(packed, 0, panel_bytes(weights.rows, weights.depth, operand, lane_count, panel_multiple));
   const size_t chunk_bytes = panel_chunk_bytes(operand, lane_count);
   const size_t chunks = round_up(weights.groups(), kPanelChunkGroups) / kPanelChunkGroups;
@@ -223,9 +224,10 @@ void pack_panels(const Weights24& weights, Operand operand, int lane_count, int 
     const size_t lane = row % lane_count;
     for (int index = 0; index < weights.groups(); ++index) {
       const Group group = group_at(weights, row, index);
-      uint32_t* const codes = reinterpret_cast<uint32_t*>(panel + index / kPanelChunkGroups * chunk_bytes);
+      const int at = index % taps * (weights.groups() / taps) + index / taps;
+      uint32_t* const codes = reinterpret_cast<uint32_t*>(panel + at / kPanelChunkGroups * chunk_bytes);
       uint32_t* const words = codes + lane_count;
-      const int place = index % kPanelChunkGroups;
+      const int place = at % kPanelChunkGroups;
       if (operand == Operand::kFloat32) {
         codes[lane] |= uint32_t(group.position[0] | group.position[1] << 2) << (4 * place);
         words[(2 * place + 0) * lane_count + lane] = float_bits(group.value[0]);
@@ -233,45 +235,6 @@ void pack_panels(const Weights24& weights, Operand operand, int lane_count, int 
       } else {
         codes[lane] |= uint32_t(pair_index(group)) << (4 * place);
         words[place * lane_count + lane] = bfloat16_pair(group.value);
-      }
-    }
-  }
-}
-
-size_t register_bytes(int rows, int depth, int taps, const RegisterLayout& layout) {
-  const RegisterWalk walk = {layout, taps, depth / taps};
-  return size_t(round_up(rows, layout.lane_count) / layout.lane_count) * walk.bytes(0, walk.registers());
-}
-
-void pack_registers(const Weights24& weights, int taps, const RegisterLayout& layout, void* packed) {
-  std::memset(packed, 0, register_bytes(weights.rows, weights.depth, taps, layout));
-  const RegisterWalk walk = {layout, taps, weights.depth / taps};
-  const int lanes = layout.lane_count, groups = layout.channels() / 4;
-  uint8_t* out = static_cast<uint8_t*>(packed);
-  for (int begin = 0; begin < walk.registers(); begin += kBlockRegisters) {
-    const int end = std::min(walk.registers(), begin + kBlockRegisters);
-    for (int panel = 0; panel < weights.rows; panel += lanes) {
-      for (int index = begin; index < end; ++index) {
-        const int tap = index / walk.registers_per_tap(), place = index % walk.registers_per_tap();
-        const int steps = walk.steps(place);
-        uint32_t* const weight = reinterpret_cast<uint32_t*>(out);
-        uint8_t* const indices = out + size_t(steps) * lanes * 4;
-        out = indices + size_t(steps) * layout.index_bytes();
-        for (int lane = 0; lane < lanes && panel + lane < weights.rows; ++lane) {
-          for (int g = 0; g < steps / layout.steps_per_group(); ++g) {
-            const Group group = group_at(weights, panel + lane, (place * groups + g) * taps + tap);
-            const uint8_t at[2] = {uint8_t(4 * g + group.position[0]), uint8_t(4 * g + group.position[1])};
-            if (layout.operand == Operand::kFloat32) {
-              for (int i = 0; i < 2; ++i) {
-                weight[(2 * g + i) * lanes + lane] = float_bits(group.value[i]);
-                indices[(2 * g + i) * lanes + lane] = at[i];
-              }
-            } else {
-              weight[g * lanes + lane] = bfloat16_pair(group.value);
-              std::memcpy(indices + (size_t(g) * lanes + lane) * 2, at, 2);
-            }
-          }
-        }
       }
     }
   }

@@ -8,8 +8,8 @@
 
 namespace sparse_engine {
 
-// Throws Error(kInvalidInput) for weights that are not [rows, depth] with a depth of whole groups, or whose positions are
-// not in order: those would make a kernel read another group's x.
+// Throws Error(kInvalidInput) for weights that are not [rows, depth] with a depth of whole groups, or whose positions
+// are not in order: those would make a kernel read another group's x.
 void check_weights(const Weights24& weights);
 
 enum class Operand { kFloat32, kBfloat16, kDenseBfloat16 };
@@ -76,50 +76,8 @@ static constexpr SPARSE_ENGINE_INLINE size_t panel_chunk_bytes(Operand operand, 
 }
 
 size_t panel_bytes(int rows, int depth, Operand operand, int lane_count, int panel_multiple);
-void pack_panels(const Weights24& weights, Operand operand, int lane_count, int panel_multiple, void* packed);
-
-// R-lanes: panels of `lane_count` rows, whose depth is cut into registers of `lane_count` 4-byte elements of X. A tap's
-// channels fill whole registers, the last one in part. A step of a panel is a multiply-add: kFloat32: one of the two kept
-// weights of a group and, in each lane, which float of the register it is multiplied with; kBfloat16: both, as a pair, and
-// which two. Blocks of kBlockRegisters have panels; a panel's registers follow one another, each
-//   weights: steps x lane_count x 4 bytes
-//   indices: steps x lane_count x (kFloat32: 1 byte; kBfloat16: 2 bytes)
-struct RegisterLayout {
-  Operand operand;
-  int lane_count;
-
-  constexpr SPARSE_ENGINE_INLINE int channels() const { return operand == Operand::kFloat32 ? lane_count : 2 * lane_count; }
-  constexpr SPARSE_ENGINE_INLINE int steps_per_group() const { return operand == Operand::kFloat32 ? 2 : 1; }
-  constexpr SPARSE_ENGINE_INLINE int index_bytes() const { return operand == Operand::kFloat32 ? lane_count : 2 * lane_count; }
-  constexpr SPARSE_ENGINE_INLINE int registers(int of_channels) const {
-    return (of_channels + channels() - 1) / channels();
-  }
-};
-
-constexpr int kBlockRegisters = 16;  // 12 KiB of stream in bf16: it stays in L1
-
-// The registers of one row's depth: taps x channels.
-struct RegisterWalk {
-  RegisterLayout layout;
-  int taps, channels;
-
-  constexpr SPARSE_ENGINE_INLINE int registers_per_tap() const { return layout.registers(channels); }
-  constexpr SPARSE_ENGINE_INLINE int registers() const { return taps * registers_per_tap(); }
-  // Of a register, by its place in the tap.
-  constexpr SPARSE_ENGINE_INLINE int steps(int place) const {
-    const int left = channels - place * layout.channels();
-    return (left < layout.channels() ? left : layout.channels()) / 4 * layout.steps_per_group();
-  }
-  // Of a panel's registers [begin, end).
-  constexpr SPARSE_ENGINE_INLINE size_t bytes(int begin, int end) const {
-    size_t steps_in_all = 0;
-    for (int i = begin; i < end; ++i) steps_in_all += steps(i % registers_per_tap());
-    return steps_in_all * (layout.lane_count * 4 + layout.index_bytes());
-  }
-};
-
-size_t register_bytes(int rows, int depth, int taps, const RegisterLayout& layout);
-// Weights of a convolution have a depth over (channels / 4, taps, 4), those of a product one tap.
-void pack_registers(const Weights24& weights, int taps, const RegisterLayout& layout, void* packed);
+// Weights of a convolution have a depth over (channels / 4, taps, 4), and panels of the depth (taps, channels). A
+// product has one tap.
+void pack_panels(const Weights24& weights, int taps, Operand operand, int lane_count, int panel_multiple, void* packed);
 
 }  // namespace sparse_engine

@@ -4,6 +4,7 @@
 // (48 tokens x 2 rows), which covers the 2 ports x 4 cycles = 8 multiply-adds in flight; the others hold four
 // weights and the one broadcast.
 #include "conv_lanes.h"
+#include "conv_n_lanes.h"
 #include "n_lanes.h"
 #include "peak.h"
 #include "t_lanes.h"
@@ -14,6 +15,7 @@ namespace sparse_engine {
 constexpr Tactic kAvx2Tokens = tokens_in_lanes<Float32Streams<Avx2, 6>>(Tier::kAvx2);
 constexpr Tactic kAvx2Rows = rows_in_lanes<Float32Panels<Avx2, 8, 1>>(Tier::kAvx2);
 constexpr ConvTactic kAvx2Conv = conv_in_lanes<Float32Streams<Avx2, 6>>(kAvx2Tokens);
+constexpr ConvTactic kAvx2ConvRows = conv_rows_in_lanes<Float32Panels<Avx2, 8, 1>>(kAvx2Rows);
 constexpr PeakLoop kAvx2Peak = peak_loop<Float32Streams<Avx2, 6>>(1);
 
 }  // namespace sparse_engine

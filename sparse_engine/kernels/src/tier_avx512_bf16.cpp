@@ -9,10 +9,9 @@
 //
 // The instruction rounds to nearest even, treats denormals as zero, and cannot be told otherwise.
 #include "conv_lanes.h"
-#include "conv_r_lanes.h"
+#include "conv_n_lanes.h"
 #include "n_lanes.h"
 #include "peak.h"
-#include "r_lanes.h"
 #include "t_lanes.h"
 #include "vector_avx512.h"
 
@@ -157,6 +156,23 @@ struct Bfloat16Panels {
     return static_cast<const uint8_t*>(scratch);
   }
 
+  static size_t pixel_bytes(int channels) { return input_stride(channels); }
+  static constexpr int kChannels = 32, kChannelsBytes = 64;
+  // See Float32Panels.
+  static SPARSE_ENGINE_INLINE void convert_pixels(const float* x, size_t plane, int channels, int count, uint8_t* out,
+                                                  size_t stride) {
+    __m512 square[16];  // of pairs of channels
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      const float* const pair = x + 2 * i * plane;
+      const bool exists = 2 * i < channels;  // both, or none
+      square[i] = (__m512)(exists ? interleave(V::load_first(pair, count), V::load_first(pair + plane, count))
+                                  : _mm512_setzero_si512());
+    }
+    V::transpose(square);
+    for (int i = 0; i < count; ++i) _mm512_storeu_ps(out + i * stride, square[i]);
+  }
+
   SPARSE_ENGINE_INLINE Operands load(const uint8_t* weights, __m512i codes) const {
     return {_mm512_loadu_ps(weights), _mm512_permutexvar_epi32(codes, shuffles)};
   }
@@ -170,51 +186,13 @@ struct Bfloat16Panels {
   }
 };
 
-// R-lanes: thirty-two numbers of a token in a register, of which a step picks a pair in each lane.
-struct Bfloat16Registers {
-  using V = Avx512;
-  static constexpr Operand kOperand = Operand::kBfloat16;
-  using Register = __m512i;
-  using Indices = __m512i;
-
-  static SPARSE_ENGINE_INLINE Register load(const uint8_t* p) { return _mm512_loadu_si512(p); }
-  static SPARSE_ENGINE_INLINE Indices load_indices(const uint8_t* p) {
-    return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
-  static SPARSE_ENGINE_INLINE __m512 pick_and_add(__m512 sum, Register weights, Indices indices, Register x) {
-    return multiply_pairs(sum, (__m512)weights, _mm512_permutexvar_epi16(indices, x));
-  }
-
-  static void convert_token(const float* x, int depth, uint8_t* out) {
-    for (int k = 0; k < depth; k += 32, out += 64) {
-      _mm512_storeu_si512(out, load_bfloat16(x + k, smaller(32, depth - k)));
-    }
-  }
-
-  // `count` neighbouring pixels, whose channels are `plane` floats apart, `stride` bytes apart in `out`.
-  static void convert_pixels(const float* x, size_t plane, int channels, int count, uint8_t* out, size_t stride) {
-    for (int channel = 0; channel < channels; channel += 32, out += 64) {
-      __m512 square[16];  // of pairs of channels
-      for (int i = 0; i < 16; ++i) {
-        const float* const pair = x + size_t(channel + 2 * i) * plane;
-        const bool exists = channel + 2 * i < channels;  // both, or none
-        square[i] = (__m512)(exists ? interleave(V::load_first(pair, count), V::load_first(pair + plane, count))
-                                    : _mm512_setzero_si512());
-      }
-      V::transpose(square);
-      for (int i = 0; i < count; ++i) _mm512_storeu_ps(out + i * stride, square[i]);
-    }
-  }
-};
-
 }  // namespace
 
 constexpr Tactic kAvx512Bf16Tokens = tokens_in_lanes<Bfloat16Streams>(Tier::kAvx512Bf16);
 constexpr Tactic kAvx512Bf16Dense = tokens_in_lanes<DenseBfloat16Streams>(Tier::kAvx512Bf16);
 constexpr Tactic kAvx512Bf16Rows = rows_in_lanes<Bfloat16Panels>(Tier::kAvx512Bf16);
 constexpr ConvTactic kAvx512Bf16Conv = conv_in_lanes<Bfloat16Streams>(kAvx512Bf16Tokens);
-constexpr Tactic kAvx512Bf16Registers = registers_in_lanes<Bfloat16Registers>(Tier::kAvx512Bf16);
-constexpr ConvTactic kAvx512Bf16ConvRegisters = conv_in_registers<Bfloat16Registers>(kAvx512Bf16Registers);
+constexpr ConvTactic kAvx512Bf16ConvRows = conv_rows_in_lanes<Bfloat16Panels>(kAvx512Bf16Rows);
 constexpr PeakLoop kAvx512Bf16Peak = peak_loop<Bfloat16Streams>(2);
 
 }  // namespace sparse_engine

@@ -7,6 +7,7 @@
 // Tested under QEMU, which says nothing of speed: whether these kernels are faster than the runtime's dense ones is
 // found out where an engine is loaded, as for every tier.
 #include "conv_lanes.h"
+#include "conv_n_lanes.h"
 #include "n_lanes.h"
 #include "peak.h"
 #include "t_lanes.h"
@@ -17,6 +18,7 @@ namespace sparse_engine {
 constexpr Tactic kNeonTokens = tokens_in_lanes<Float32Streams<Neon, 8>>(Tier::kNeon);
 constexpr Tactic kNeonRows = rows_in_lanes<Float32Panels<Neon, 8, 2>>(Tier::kNeon);
 constexpr ConvTactic kNeonConv = conv_in_lanes<Float32Streams<Neon, 8>>(kNeonTokens);
+constexpr ConvTactic kNeonConvRows = conv_rows_in_lanes<Float32Panels<Neon, 8, 2>>(kNeonRows);
 constexpr PeakLoop kNeonPeak = peak_loop<Float32Streams<Neon, 8>>(1);
 
 }  // namespace sparse_engine

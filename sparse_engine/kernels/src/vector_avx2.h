@@ -28,6 +28,7 @@ struct Avx2 {
     return x;
   }
   static SPARSE_ENGINE_INLINE void store(void* p, Vector x) { _mm256_store_ps(static_cast<float*>(p), x); }
+  static SPARSE_ENGINE_INLINE void store_unaligned(float* p, Vector x) { _mm256_storeu_ps(p, x); }
 
   // The first `count` lanes (0 .. kLanes); memory beyond them is not touched, lanes beyond them are zero.
   static SPARSE_ENGINE_INLINE Vector load_first(const float* p, int count) {

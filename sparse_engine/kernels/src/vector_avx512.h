@@ -20,6 +20,7 @@ struct Avx512 {
   static SPARSE_ENGINE_INLINE Vector load(const void* p) { return _mm512_load_ps(p); }
   static SPARSE_ENGINE_INLINE Vector load_unaligned(const void* p) { return _mm512_loadu_ps(p); }
   static SPARSE_ENGINE_INLINE void store(void* p, Vector x) { _mm512_store_ps(p, x); }
+  static SPARSE_ENGINE_INLINE void store_unaligned(float* p, Vector x) { _mm512_storeu_ps(p, x); }
   // A load that stays one: the compiler may otherwise make it an operand of each instruction that uses it.
   static SPARSE_ENGINE_INLINE Vector load_once(const void* p) {
     Vector x = _mm512_load_ps(p);

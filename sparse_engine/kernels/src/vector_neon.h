@@ -25,6 +25,7 @@ struct Neon {
     return vld1q_f32(floats(p));
   }  // loads are never operands
   static SPARSE_ENGINE_INLINE void store(void* p, Vector x) { vst1q_f32(static_cast<float*>(p), x); }
+  static SPARSE_ENGINE_INLINE void store_unaligned(float* p, Vector x) { vst1q_f32(p, x); }
 
   // The first `count` lanes (0 .. kLanes); memory beyond them is not touched, lanes beyond them are zero.
   static SPARSE_ENGINE_INLINE Vector load_first(const float* p, int count) {
