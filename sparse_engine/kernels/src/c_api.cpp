@@ -11,6 +11,7 @@
 #include "cpu_features.h"
 #include "dispatch.h"
 #include "error.h"
+#include "group_norm_loop.h"
 #include "product24.h"
 
 namespace {
@@ -68,7 +69,7 @@ const MatMul24& as_product(const void* product) { return *static_cast<const MatM
 
 }  // namespace
 
-int sparse_engine_abi_version() { return 4; }
+int sparse_engine_abi_version() { return 5; }
 
 int sparse_engine_has_tier(const char* tier) {
   bool has = false;
@@ -116,6 +117,31 @@ const char* sparse_engine_matmul24_lanes(const void* product) { return lanes_nam
 size_t sparse_engine_matmul24_packed_bytes(const void* product) { return as_product(product).packed_bytes(); }
 
 void sparse_engine_matmul24_destroy(void* product) { delete static_cast<MatMul24*>(product); }
+
+int sparse_engine_group_norm(const float* input, int64_t batch, int64_t channels, int64_t area, int64_t groups,
+                             float epsilon, const float* gamma, const float* beta, const float* scale,
+                             const float* shift, const char* activation, const char* tier, int threads, float* output,
+                             char* message, size_t message_size) {
+  return guarded(message, message_size, [&] {
+    const Tier parsed = parse_tier(tier);
+    find_tactic(parsed, Lanes::kTokens);  // throws where the machine lacks the tier
+    GroupNorm norm;
+    norm.batch = size_t(to_int(batch, "batch"));
+    norm.channels = size_t(to_int(channels, "channels"));
+    norm.area = size_t(to_int(area, "area"));
+    norm.groups = size_t(to_int(groups, "groups"));
+    norm.epsilon = epsilon;
+    norm.input = input;
+    norm.output = output;
+    norm.gamma = gamma;
+    norm.beta = beta;
+    norm.scale = scale;
+    norm.shift = shift;
+    norm.scale_stride = norm.shift_stride = norm.channels;
+    norm.activation = parse_activation(activation);
+    run_group_norm(norm, parsed, threads, parallel_for);
+  });
+}
 
 int sparse_engine_peak_flops(const char* tier, int load, double* flops_per_second, char* message, size_t message_size) {
   return guarded(message, message_size, [&] {

@@ -1,12 +1,12 @@
 #include "product24.h"
 
 #include <algorithm>
-#include <atomic>
 #include <string>
 
 #include "dispatch.h"
 #include "error.h"
 #include "partition.h"
+#include "work_queue.h"
 
 namespace sparse_engine {
 namespace {
@@ -35,19 +35,8 @@ void check_positions(const Weights24& weights) {
 template <class Run>
 void run_blocks(const Partition& partition, size_t scratch_bytes, int threads, const ParallelFor& parallel_for,
                 const Run& run) {
-  std::atomic<size_t> next{0};
-  const std::function<void()> work = [&] {
-    const Scratch scratch(scratch_bytes);
-    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < partition.size();) {
-      run(partition.block(i), scratch.data());
-    }
-  };
-  const int workers = int(std::min(partition.size(), size_t(std::max(1, threads))));
-  if (workers == 1) {
-    work();
-  } else {
-    parallel_for(workers, work);
-  }
+  for_each_item(partition.size(), scratch_bytes, threads, parallel_for,
+                [&](size_t index, void* scratch) { run(partition.block(index), scratch); });
 }
 
 }  // namespace
