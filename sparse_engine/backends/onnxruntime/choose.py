@@ -30,7 +30,6 @@ ENOUGH_TOKENS = 2048  # more of them take longer and change nothing
 DENSE = ("dense", "dense-bf16")
 PAIRED = ("t-lanes", "dense-bf16")  # kernels that compute two layers in a row
 ATTENTION_RULE = {"fp32": "onnxruntime", "bf16": "own"}  # without timing
-ALIKE = 16  # floats: the widest vector
 PATTERNS = (4, 8, 12, 9, 13, 14)  # the positions that two of four can have
 # Without timing: ours, its lanes by the tokens of the usual batch. Where T-lanes overtake N-lanes on a Zen 4: below it
 # most lanes of a tile are empty.
@@ -157,14 +156,10 @@ class Chooser:
         return {name: _alone(each, feed, output, {}, self._threads) for name, each in nodes.items() if each is not None}
 
     def group_norm(self, norm: GroupNorm) -> Choice | None:
-        """Our kernel ("own") or the nodes that a norm was written as ("onnxruntime"); None where ours cannot run.
-
-        ONNX Runtime adds a group up in an order that depends on where it lies in memory, unless all groups lie alike:
-        an image would depend on its batch, so there ours has no rival.
-        """
+        """Our kernel ("own") or the nodes that a norm was written as ("onnxruntime"); None where ours cannot run."""
         if self._obstacle:
             return None
-        if not self._autotune or norm.area * norm.sizes[1] // norm.groups % ALIKE:
+        if not self._autotune:
             return Choice("own", {})
         batch = max(1, min(self._batch, ENOUGH_TOKENS // norm.area))
         return self._cache.choose(
