@@ -140,7 +140,7 @@ def _match(graph: GraphView, node: NodeProto) -> tuple[GroupNorm, list[NodeProto
 
 def _instance_norm(graph: GraphView, norm: NodeProto) -> _Written | None:
     split, whole = graph.producer(norm.input[0], "Reshape"), graph.consumer(norm, "Reshape")
-    if split is None or whole is None or not graph.feeds(split, norm):
+    if split is None or whole is None:
         return None
     factor, offset = (_constant(graph, name) for name in norm.input[1:])
     if factor is None or offset is None or not ((factor == 1).all() and (offset == 0).all()):
@@ -166,7 +166,7 @@ def _written_out(graph: GraphView, centred: NodeProto) -> _Written | None:
     if not spread or spread[0].input[0] != square.output[0] or epsilon is None or epsilon.size != 1:
         return None
     inner = [*means, centred, square, *spread, variance, deviation, inverse, normed]
-    if not _closed(graph, [split, *inner, whole]):
+    if not _closed(graph, [*inner, whole]):
         return None
     groups = graph.sizes(split.output[0])
     return _between(graph, split, whole, groups[1] if len(groups) > 1 else 0, float(epsilon.reshape(())), inner)
@@ -186,8 +186,8 @@ def _between(
     of_x = shape is not None and shape.input[0] == x and all(not entry.i for entry in shape.attribute)
     if not of_x and graph.sizes(whole.output[0]) != sizes:
         return None
-    before = [shape] if shape is not None else []
-    return _Written(sizes, groups, epsilon, x, whole.output[0], [split, *inner, whole], before)
+    before = [split] if shape is None else [split, shape]
+    return _Written(sizes, groups, epsilon, x, whole.output[0], [*inner, whole], before)
 
 
 def _gamma(graph: GraphView, norm: _Written) -> _Written:
