@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparse_engine import SparseEngine
+from sparse_engine import SparseEngine, kernels
 from sparse_engine.artifact import EngineFile
+from sparse_engine.backends.onnxruntime.session import Prepared, create_session
 from sparse_engine.cli.main import run
 from sparse_engine.errors import (
     EngineClosedError,
@@ -108,6 +109,27 @@ def test_latents_are_decoded_as_diffusers_does(engine: SparseEngine, vae: Any) -
     assert np.abs(engine.sample(2, prompt="a cat", **FAST).astype(int) - rounded).max() <= 1
 
 
+@pytest.mark.skipif(not kernels.is_available(), reason="the kernels are not built")
+def test_the_decoders_norms_run_in_our_kernel(
+    engine_file: Path, engine: SparseEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
+    expected, opened = engine.decode(latents), list[Prepared]()
+
+    def create(prepared: Prepared, *arguments: Any) -> Any:
+        opened.append(prepared)
+        return create_session(prepared, *arguments)
+
+    monkeypatch.setattr("sparse_engine.backends.onnxruntime.assets.create_session", create)
+    for tier in (kernels.TIERS[0], kernels.available_tiers()[-1]):
+        monkeypatch.setenv(kernels.ISA_VARIABLE, tier)
+        with SparseEngine.load(engine_file, threads=1, autotune=False) as other:
+            found = other.decode(latents)
+        kinds = {node.op_type for node in opened.pop().model.graph.node}
+        assert kinds & {"GroupNorm", "ReduceMean"} == {"ReduceMean" if tier == "scalar" else "GroupNorm"}
+        assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
 def test_a_prompt_that_is_too_long_is_cut_aloud(engine: SparseEngine) -> None:
     with pytest.warns(UserWarning, match="a prompt has 9 tokens and the text encoder reads 5"):
         engine.sample(1, prompt="dog " * 9, **FAST)
@@ -133,7 +155,7 @@ def test_without_torch(engine_file: Path, tmp_path: Path) -> None:
     script = """
 import sys
 sys.modules["torch"] = sys.modules["transformers"] = sys.modules["diffusers"] = None
-from sparse_engine import SparseEngine
+from sparse_engine import SparseEngine, kernels
 with SparseEngine.load(sys.argv[1]) as engine:
     print(engine.sample(1, steps=2, sampler="dpm-solver++", prompt="a cat", guidance=2.0).shape)
 """

@@ -18,10 +18,9 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import onnx
-from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from .onnx_graph import only_consumer, sizes
+from .onnx_graph import GraphView, replace_patterns
 
 Layout = Literal["tokens", "tokens-heads", "heads"]
 SPLIT_HEADS, TURNED_KEYS, SPLIT_AND_TURNED = [0, 2, 1, 3], [0, 1, 3, 2], [0, 2, 3, 1]  # permutations
@@ -111,71 +110,15 @@ def fuse_attention(model: ModelProto, replace: Callable[[Attention], Sequence[No
     Those for which ``replace`` returns None are left as they are. The domains of the new nodes are imported. Anything
     that only resembles an attention is left alone.
     """
-    graph = _Graph(model)
+    graph = GraphView(model)
     found = [match for node in model.graph.node if node.op_type == "Softmax" and (match := _match(graph, node))]
-    replaced = 0
-    for attention, inner, before in found:
-        nodes = replace(attention)
-        if nodes is None:
-            continue
-        replaced += 1
-        position = list(model.graph.node).index(inner[-1])
-        for offset, node in enumerate(nodes):
-            model.graph.node.insert(position + offset, node)
-            if node.domain not in {entry.domain for entry in model.opset_import}:
-                model.opset_import.append(helper.make_opsetid(node.domain, 1))
-        for node in inner:
-            model.graph.node.remove(node)
-        _drop_unread(model.graph, before)
-    return replaced
-
-
-class _Graph:
-    """What the search asks of a graph, which it does not change."""
-
-    def __init__(self, model: ModelProto) -> None:
-        self.proto = model.graph
-        self.producers = {output: node for node in model.graph.node for output in node.output}
-        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._sizes = _sizes_of(model) | {name: tuple(tensor.dims) for name, tensor in self.constants.items()}
-
-    def sizes(self, name: str) -> tuple[int, ...]:
-        """Of a tensor's axes, 0 where one is dynamic; empty where nothing is known."""
-        return self._sizes.get(name, ())
-
-    def producer(self, name: str, kind: str) -> NodeProto | None:
-        """The node that makes a value, if it is of this kind."""
-        node = self.producers.get(name)
-        return node if node is not None and node.op_type == kind else None
-
-    def consumer(self, node: NodeProto | None, kind: str) -> NodeProto | None:
-        """The one node that reads what another makes, if it is of this kind."""
-        found = only_consumer(self.proto, node.output[0]) if node is not None else None
-        return found if found is not None and found.op_type == kind else None
-
-    def feeds(self, node: NodeProto, after: NodeProto) -> bool:
-        """Whether one node, and nothing else, reads what another makes."""
-        found = only_consumer(self.proto, node.output[0])
-        return found is not None and found.output[0] == after.output[0]
-
-
-def _sizes_of(model: ModelProto) -> dict[str, tuple[int, ...]]:
-    """Of every value: as the exporter said, else as ONNX infers.
-
-    Inferred without what the exporter said, which weights that were laid out anew since then contradict.
-    """
-    bare = ModelProto()
-    bare.CopyFrom(model)
-    bare.graph.ClearField("value_info")
-    inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
-    values = (*inferred.value_info, *model.graph.value_info, *model.graph.input, *model.graph.output)
-    return {value.name: sizes(value) for value in values if value.type.tensor_type.HasField("shape")}
+    return replace_patterns(model, found, replace)
 
 
 Match = tuple[Attention, list[NodeProto], list[NodeProto]]
 
 
-def _match(graph: _Graph, softmax: NodeProto) -> Match | None:
+def _match(graph: GraphView, softmax: NodeProto) -> Match | None:
     """The attention around a Softmax; the nodes that make it up, the last at the end; those that made its inputs."""
     front = _scores(graph, softmax)
     if front is None:
@@ -230,7 +173,7 @@ class _Scores(NamedTuple):
     bias: str | None
 
 
-def _scores(graph: _Graph, softmax: NodeProto) -> _Scores | None:
+def _scores(graph: GraphView, softmax: NodeProto) -> _Scores | None:
     axis = next((entry.i for entry in softmax.attribute if entry.name == "axis"), -1)
     if axis not in (-1, 3):
         return None
@@ -248,7 +191,7 @@ def _scores(graph: _Graph, softmax: NodeProto) -> _Scores | None:
     return None
 
 
-def _is_number(graph: _Graph, name: str) -> bool:
+def _is_number(graph: GraphView, name: str) -> bool:
     constant = graph.constants.get(name)
     return constant is not None and int(np.prod(constant.dims)) == 1
 
@@ -261,7 +204,7 @@ class _Heads(NamedTuple):
     nodes: list[NodeProto]
 
 
-def _keys(graph: _Graph, name: str) -> _Heads | None:
+def _keys(graph: GraphView, name: str) -> _Heads | None:
     """k, of which the product reads [B, H, D/H, L]."""
     turned = graph.producer(name, "Transpose")
     if turned is None or _permutation(turned) not in (TURNED_KEYS, SPLIT_AND_TURNED):
@@ -272,7 +215,7 @@ def _keys(graph: _Graph, name: str) -> _Heads | None:
     return found._replace(nodes=[turned, *found.nodes]) if found is not None else None
 
 
-def _operand(graph: _Graph, name: str) -> _Heads | None:
+def _operand(graph: GraphView, name: str) -> _Heads | None:
     """q or v, of which the product reads [B, H, L, D/H]."""
     transpose = graph.producer(name, "Transpose")
     if transpose is not None and _permutation(transpose) == SPLIT_HEADS:
@@ -284,7 +227,7 @@ def _operand(graph: _Graph, name: str) -> _Heads | None:
     return _Heads(Operand(name, "heads"), (batch, tokens, heads, head_dim), [])
 
 
-def _unmerged(graph: _Graph, name: str, after: list[NodeProto]) -> _Heads | None:
+def _unmerged(graph: GraphView, name: str, after: list[NodeProto]) -> _Heads | None:
     """From [B, L, H, D/H], or from [B, L, D] where that is what it was."""
     found = graph.sizes(name)
     if len(found) != 4 or min(found[1:]) < 1:
@@ -308,7 +251,7 @@ def _bias_fits(bias: tuple[int, ...], q: tuple[int, ...], keys: int) -> bool:
     return all(size in (1, full) for size, full in zip(bias, (batch, heads, queries), strict=False))
 
 
-def _split(graph: _Graph, *parts: _Heads) -> NodeProto | None:
+def _split(graph: GraphView, *parts: _Heads) -> NodeProto | None:
     """The node that cuts one tensor [B, L, 3D] into q, k and v, in this order; None where there is none."""
     split = graph.producer(parts[0].operand.name, "Split")
     if split is None or list(split.output) != [each.operand.name for each in parts]:
@@ -320,12 +263,3 @@ def _split(graph: _Graph, *parts: _Heads) -> NodeProto | None:
 
 def _permutation(transpose: NodeProto) -> list[int]:
     return next((list(entry.ints) for entry in transpose.attribute if entry.name == "perm"), [])
-
-
-def _drop_unread(graph: GraphProto, nodes: Sequence[NodeProto]) -> None:
-    """Take out those whose outputs nobody reads any more; each comes after those that read it."""
-    outputs = {value.name for value in graph.output}
-    for node in nodes:
-        read = outputs.union(*(each.input for each in graph.node))
-        if node in graph.node and not read.intersection(node.output):
-            graph.node.remove(node)

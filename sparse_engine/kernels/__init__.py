@@ -9,6 +9,7 @@ from sparse_engine.kernels.library import (
     MatMul24,
     available_tiers,
     best_tier,
+    group_norm,
     is_available,
     peak_flops,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "MatMul24",
     "available_tiers",
     "best_tier",
+    "group_norm",
     "is_available",
     "pack",
     "peak_flops",

@@ -25,7 +25,7 @@ class Conv24:
         upsample: how often each pixel of x is repeated along both axes before (nearest neighbour).
         tier: one of ``TIERS``, or None for the best for ``compute``.
         compute: precision of the products, where ``tier`` is None.
-        lanes: ``t-lanes`` (pixels in SIMD lanes) or ``n-lanes`` (output channels); see :class:`~sparse_engine.kernels.MatMul24`.
+        lanes: ``t-lanes`` (pixels in SIMD lanes) or ``n-lanes`` (output channels); see ``MatMul24``.
 
     Raises:
         InputError: weights that are not canonical 2:4, a window that is none, or a name that does not exist.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +66,69 @@ def peak_flops(tier: str, *, load: bool = False) -> float:
     flops = ctypes.c_double()
     _call("sparse_engine_peak_flops", tier.encode(), ctypes.c_int(load), ctypes.byref(flops))
     return flops.value
+
+
+def group_norm(
+    x: NDArray[np.float32],
+    groups: int,
+    *,
+    epsilon: float = 1e-5,
+    gamma: NDArray[np.float32] | None = None,
+    beta: NDArray[np.float32] | None = None,
+    scale: NDArray[np.float32] | None = None,
+    shift: NDArray[np.float32] | None = None,
+    activation: Activation = "none",
+    tier: str | None = None,
+    threads: int = 1,
+    out: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
+    """Group normalisation: ``activation((norm(x) * gamma + beta) * (1 + scale) + shift)``, of ``x``'s shape.
+
+    Source: Wu and He, "Group Normalization", ECCV 2018 (arXiv 1803.08494); scale and shift of each image as in Dhariwal
+    and Nichol (arXiv 2105.05233).
+
+    Args:
+        x: float32 ``[B, C, ...]``, C-contiguous.
+        groups: divides C.
+        epsilon: added to the variance.
+        gamma, beta: ``[C]``; None is 1 and 0.
+        scale, shift: ``[B, C]``; None is 0.
+        activation: ``none`` or ``silu``.
+        tier: one of ``TIERS``, or None for the best.
+        threads: the result does not depend on it.
+        out: where to write, which may be ``x``; allocated if None.
+
+    Raises:
+        InputError: an array of another shape, dtype or layout, groups that do not divide C, or a name that does not
+            exist.
+        UnsupportedError: the machine lacks the tier.
+    """
+    if x.ndim < 3:
+        raise InputError(f"x is of shape {list(x.shape)}, expected [B, C, L] or [B, C, H, W]")
+    out = np.empty(x.shape, np.float32) if out is None else out
+    batch, channels = x.shape[:2]
+    for name, array, shape in (
+        ("x", x, x.shape),
+        ("out", out, x.shape),
+        ("gamma", gamma, (channels,)),
+        ("beta", beta, (channels,)),
+        ("scale", scale, (batch, channels)),
+        ("shift", shift, (batch, channels)),
+    ):
+        if array is not None:
+            _check(name, array, shape)
+    _call(
+        "sparse_engine_group_norm",
+        _address(x),
+        *(ctypes.c_int64(size) for size in (batch, channels, math.prod(x.shape[2:]), groups)),
+        ctypes.c_float(epsilon),
+        *(_address(array) for array in (gamma, beta, scale, shift)),
+        activation.encode(),
+        (tier or best_tier()).encode(),
+        ctypes.c_int(threads),
+        _address(out),
+    )
+    return out
 
 
 class MatMul24:

@@ -1,13 +1,17 @@
-"""One small U-ViT with every kind of layer, exported once in each precision that a test asks for."""
+"""A small U-ViT with every kind of layer, exported once in each precision that a test asks for; sessions of graphs."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import onnxruntime
 import pytest
 
-from sparse_engine.backends.base import StepGraph
+from sparse_engine import kernels
+from sparse_engine.backends.base import StepGraph, weights_payload
 from sparse_engine.export.bake import Baked, bake
 from sparse_engine.export.build import export_baked
 from sparse_engine.export.families.uvit import UViTConfig
@@ -30,3 +34,17 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Baked]
 def step_graph(small_model: tuple[Model, Baked]) -> Callable[[str], StepGraph]:
     """Precision -> the step graph."""
     return functools.cache(lambda precision: export_baked(*small_model, precision))
+
+
+def open_session(graph: StepGraph, folder: Path) -> Any:
+    """As the backend opens it: with ONNX Runtime's own optimisations."""
+    weights = weights_payload(graph.weights)
+    with (folder / weights.name).open("wb") as stream:
+        stream.writelines(weights.chunks())
+    (folder / "step.onnx").write_bytes(graph.proto.SerializeToString())
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 2
+    options.log_severity_level = 3
+    if any(node.domain == "sparse_engine" for node in graph.proto.graph.node):
+        options.register_custom_ops_library(str(kernels.LIBRARY_PATH))
+    return onnxruntime.InferenceSession(folder / "step.onnx", options, providers=["CPUExecutionProvider"])

@@ -159,6 +159,7 @@ class FakeTensorRTBuilder:
     HardwareCompatibilityLevel = enum.Enum("HardwareCompatibilityLevel", "NONE AMPERE_PLUS SAME_COMPUTE_CAPABILITY")
     MemoryPoolType = enum.Enum("MemoryPoolType", "WORKSPACE DLA_MANAGED_SRAM TACTIC_DRAM TACTIC_SHARED_MEMORY")
     NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", {"STRONGLY_TYPED": 1})
+    OnnxParserFlag = enum.Enum("OnnxParserFlag", "NATIVE_INSTANCENORM ENABLE_UINT8_AND_ASYMMETRIC_QUANTIZATION_DLA")
     LayerInformationFormat = enum.Enum("LayerInformationFormat", "ONELINE JSON")
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
 
@@ -195,10 +196,16 @@ class FakeTensorRTBuilder:
         class OnnxParser:
             def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
                 self.network, self.refused = network, list[onnx.NodeProto]()
+                self.flags = set[Any]()
 
             num_errors = property(lambda self: len(self.refused))
 
+            def set_flag(self, flag: Any) -> None:
+                assert isinstance(flag, library.OnnxParserFlag)
+                self.flags.add(flag)
+
             def parse_from_file(self, model: str) -> bool:
+                assert library.OnnxParserFlag.NATIVE_INSTANCENORM in self.flags
                 proto = onnx.load(model)
                 self.refused = [node for node in proto.graph.node if not library.takes(node)]
                 library.read(proto, self.network)

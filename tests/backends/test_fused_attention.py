@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from sparse_engine import kernels
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.attention import Attention, fuse_attention
-from sparse_engine.backends.base import StepGraph, weights_payload
+from sparse_engine.backends.base import StepGraph
 from sparse_engine.backends.onnxruntime import session
 from sparse_engine.backends.onnxruntime.attention import own_nodes, runtime_nodes
 from sparse_engine.backends.onnxruntime.choose import Chooser, shape_of
@@ -28,7 +27,7 @@ from sparse_engine.conditioning import Condition
 from sparse_engine.export.precision import lower
 from sparse_engine.export.step_graph import export_step_graph
 from sparse_engine.tactics import Choice
-from tests.backends.conftest import EVERY_LAYER
+from tests.backends.conftest import EVERY_LAYER, open_session
 from tests.conftest import save_checkpoint
 
 WIDTH, HEADS, TEXT = 24, 3, 7
@@ -117,20 +116,6 @@ def fused(form: str, replace: Callable[[Attention], Any], precision: str = "fp32
 
 def own(compute: str = "fp32", threads: int = 2) -> Callable[[Attention], list[NodeProto]]:
     return lambda attention: own_nodes(attention, compute, threads)
-
-
-def open_session(graph: StepGraph, folder: Path) -> Any:
-    """As the backend opens it: with ONNX Runtime's own optimisations."""
-    weights = weights_payload(graph.weights)
-    with (folder / weights.name).open("wb") as stream:
-        stream.writelines(weights.chunks())
-    (folder / "step.onnx").write_bytes(graph.proto.SerializeToString())
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 2
-    options.log_severity_level = 3
-    if any(node.domain == "sparse_engine" for node in graph.proto.graph.node):
-        options.register_custom_ops_library(str(kernels.LIBRARY_PATH))
-    return onnxruntime.InferenceSession(folder / "step.onnx", options, providers=["CPUExecutionProvider"])
 
 
 def feed_of(batch: int) -> dict[str, np.ndarray]:

@@ -84,6 +84,19 @@ def test_inspector_names_the_kernel_of_each_fused_layer() -> None:
     assert reports["fc2"]["kernel"] == "sm80_xmma_gemm_f16f16_f16f32_f32_tn_n"
 
 
+def test_a_convolution_with_what_was_fused_into_it() -> None:
+    sparse = "sm80_xmma_fprop_sparse_conv_f16f16_f16f32_f32_nhwckrsc_nhwc_tilesize128x128x64_sptensor16x8x32"
+    dense = "sm80_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc_tilesize128x128x64_stage4"
+    kernels = inspected(
+        {"Name": "down.conv1 + node_silu", "Metadata": "[ONNX Layer: down.conv1]", "TacticName": sparse},
+        {"Name": "down.conv2", "Metadata": "[ONNX Layer: down.conv2]", "TacticName": dense},
+    )
+    names = ["down.conv1", "down.conv2"]
+    reports = layer_reports(names, names, parse_log([]), kernels)
+    assert [reports[name]["chosen"] for name in names] == [True, False]
+    assert [reports[name]["kernel"] for name in names] == [sparse, dense]
+
+
 @pytest.mark.parametrize("kernel", ["cutlass_80_tensorop_spmma_f16", "sm90_xmma_gemm_SPARSE_e4m3", "x_sptensor16x8x64"])
 def test_sparse_kernels_by_name(kernel: str) -> None:
     assert layer_reports(["a"], ["a"], parse_log([]), {"a": (kernel,)})["a"]["chosen"] is True

@@ -17,6 +17,7 @@ from sparse_engine.backends.torch.candidates import calls_in_graph, check_produc
 from sparse_engine.backends.torch.choose import Chooser, nearest
 from sparse_engine.backends.torch.layers import FloatLayer
 from sparse_engine.backends.torch.network import (
+    TwoFourConvolution,
     TwoFourLinear,
     TwoFourPointwise,
     choose_attention,
@@ -330,16 +331,17 @@ def test_other_batches_take_the_nearest_in_ratio(wanted: int, found: int) -> Non
 
 
 class Small(nn.Module):
-    """A linear layer, a 1x1 convolution, and one that is no product."""
+    """A linear layer, a 1x1 convolution, and two larger ones, of which one is in groups."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(64, 32)
         self.pointwise = nn.Conv2d(64, 32, 1)
         self.conv = nn.Conv2d(64, 32, 3, padding=1)
+        self.groups = nn.Conv2d(64, 32, 3, padding=1, groups=2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x.movedim(1, -1)).movedim(-1, 1) + self.pointwise(x) + self.conv(x)
+        return self.fc(x.movedim(1, -1)).movedim(-1, 1) + self.pointwise(x) + self.conv(x) + self.groups(x)
 
 
 def test_layers_are_replaced_and_compute_the_same(
@@ -349,26 +351,92 @@ def test_layers_are_replaced_and_compute_the_same(
     network = Small().requires_grad_(False)
     x = torch.randn(2, 64, 5, 5)
     expected = network(x)
-    report = choose_products(network, ["fc", "pointwise", "conv"], chooser())
+    names = ["fc", "pointwise", "conv", "groups"]
+    report = choose_products(network, names, chooser(), inputs={"x": torch.zeros(1, 64, 5, 5)})
     assert isinstance(network.fc, TwoFourLinear)
     assert isinstance(network.pointwise, TwoFourPointwise)
+    assert isinstance(network.conv, TwoFourConvolution)
     torch.testing.assert_close(network(x), expected)
-    assert [report[name]["chosen"] for name in ("fc", "pointwise", "conv")] == [True, True, False]
-    assert report["conv"]["why"] == "a Conv2d that is not 1x1: PyTorch has no 2:4 product for it"
+    assert [report[name]["chosen"] for name in names] == [True, True, True, False]
+    assert report["groups"]["why"] == "a Conv2d that is in groups: there is no 2:4 product for it"
+
+
+WINDOWS = [
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 3, "stride": 2},
+    {"kernel_size": (3, 1), "stride": (1, 2), "padding": (0, 2)},
+    {"kernel_size": 1, "stride": 2},
+    {"kernel_size": 4, "stride": 4, "padding": "valid"},
+]
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_a_convolution_is_a_product_over_its_patches(
+    window: dict[str, Any], timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(candidates.TOLERANCE, torch.float32, 1e-5)
+    network = nn.Sequential(nn.Conv2d(64, 32, **window)).requires_grad_(False)
+    x = torch.randn(3, 64, 9, 8)
+    expected = network(x)
+    report = choose_products(network, ["0"], convolution_chooser(), inputs={"input": x[:1]})
+    assert timed == [("cusparselt", "cutlass", "dense", *SEARCHED)] * 3
+    assert (report["0"]["chosen"], report["0"]["kernel"]) == (True, "cusparselt")
+    assert isinstance(network[0], TwoFourConvolution)
+    products = [product.product for product in network[0].products]
+    assert {(type(product), product.algorithm) for product in products} == {(FakeCusparselt, (3, 2, 1))}
+    assert network[0].places == expected[0, 0].numel()
+    torch.testing.assert_close(network(x), expected)
+
+
+def convolution_chooser(autotune: bool = True) -> Chooser:
+    return Chooser({"0": TOKENS}, BATCHES, CUDA, autotune)
+
+
+def test_a_faster_dense_convolution_stays_as_it_was(
+    timed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(candidates.TOLERANCE, torch.float32, 1e-5)
+    monkeypatch.setitem(SPEED, "dense", 0.5)
+    network = nn.Sequential(nn.Conv2d(64, 32, 3))
+    report = choose_products(network, ["0"], convolution_chooser(), inputs={"input": torch.zeros(1, 64, 5, 5)})["0"]
+    assert (type(network[0]), report["chosen"], report["kernel"]) == (nn.Conv2d, False, "dense")
+    assert report["why"] == "faster at the usual batch"
+    assert report["timed_by_tokens"]["40"]["milliseconds"].keys() >= {"dense", "cusparselt", "cutlass"}
+
+
+def test_a_convolution_that_is_not_timed_is_dense(timed: list[tuple[str, ...]]) -> None:
+    network = nn.Sequential(nn.Conv2d(64, 32, 3))
+    chooser = convolution_chooser(autotune=False)
+    report = choose_products(network, ["0"], chooser, inputs={"input": torch.zeros(1, 64, 5, 5)})["0"]
+    assert (type(network[0]), report["kernel"], report["why"]) == (nn.Conv2d, "dense", "not timed: dense by default")
+    assert timed == []
+
+
+def test_a_convolution_of_two_sizes_of_maps_is_dense() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(self.conv(x))
+
+    report = choose_products(Twice(), ["conv"], chooser(torch.device("cpu")), inputs={"x": torch.zeros(1, 8, 9, 9)})
+    assert report["conv"]["why"].startswith("a Conv2d that is given maps of several sizes, or of none")
 
 
 @pytest.mark.parametrize(
     "conv,obstacle",
     [
-        (nn.Conv2d(8, 8, 3, groups=2), "not 1x1"),
+        (nn.Conv2d(8, 8, 3, groups=2), "in groups"),
         (nn.Conv2d(8, 8, 1, groups=2), "in groups"),
-        (nn.Conv2d(8, 8, 1, stride=2), "strided or padded"),
-        (nn.Conv2d(8, 8, 1, padding=1), "strided or padded"),
+        (nn.Conv2d(8, 8, 3, dilation=2), "dilated"),
+        (nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), "padded otherwise than by zeros"),
     ],
 )
 def test_what_keeps_a_convolution_from_being_a_product(conv: nn.Conv2d, obstacle: str) -> None:
     report = choose_products(nn.Sequential(conv), ["0"], chooser(torch.device("cpu")))
-    assert report["0"]["why"] == f"a Conv2d that is {obstacle}: PyTorch has no 2:4 product for it"
+    assert report["0"]["why"] == f"a Conv2d that is {obstacle}: there is no 2:4 product for it"
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,51 @@ bool run_attention_case(const char* tier, int queries, int keys, int head_dim, i
   return false;
 }
 
+// Against the definition, in double, far from 0: with scale and shift of each image and SiLU, or alone.
+bool run_group_norm_case(const char* tier, int channels, int groups, int area, bool modulated) {
+  const int batch = 2;
+  std::mt19937 random(channels * 1000 + area);
+  std::normal_distribution<float> normal;
+  const auto floats = [&](size_t count, float mean) {
+    std::vector<float> values(count);
+    for (float& value : values) value = mean + normal(random);
+    return values;
+  };
+  const std::vector<float> x = floats(size_t(batch) * channels * area, 1000.0f);
+  const std::vector<float> gamma = floats(channels, 0.0f), beta = floats(channels, 0.0f);
+  const std::vector<float> scale = floats(size_t(batch) * channels, 0.0f), shift = floats(scale.size(), 0.0f);
+  std::vector<float> y(x.size());
+  char message[256] = "";
+  if (sparse_engine_group_norm(x.data(), batch, channels, area, groups, 1e-5f, modulated ? gamma.data() : nullptr,
+                               modulated ? beta.data() : nullptr, modulated ? scale.data() : nullptr,
+                               modulated ? shift.data() : nullptr, modulated ? "silu" : "none", tier, 2, y.data(),
+                               message, sizeof message)) {
+    std::printf("%s group norm: %s\n", tier, message);
+    return false;
+  }
+  double largest = 0, error = 0;
+  const size_t count = size_t(channels / groups) * area;
+  for (size_t begin = 0; begin < x.size(); begin += count) {
+    double mean = 0, variance = 0;
+    for (size_t i = begin; i < begin + count; ++i) mean += x[i] / double(count);
+    for (size_t i = begin; i < begin + count; ++i) variance += (x[i] - mean) * (x[i] - mean) / double(count);
+    for (size_t i = begin; i < begin + count; ++i) {
+      const size_t map = i / area, channel = map % channels;
+      double expected = (x[i] - mean) / std::sqrt(variance + 1e-5);
+      if (modulated) {
+        expected = (expected * gamma[channel] + beta[channel]) * (1.0 + scale[map]) + shift[map];
+        expected = activate(expected, "silu");
+      }
+      largest = std::fmax(largest, std::fabs(expected));
+      error = std::fmax(error, std::fabs(y[i] - expected));
+    }
+  }
+  if (error <= 4e-6 * std::fmax(largest, 1.0)) return true;
+  std::printf("%s group norm of %d channels in %d groups, %d places: error %g of %g\n", tier, channels, groups, area,
+              error, largest);
+  return false;
+}
+
 }  // namespace
 
 int main() {
@@ -196,6 +241,11 @@ int main() {
             good &= run_attention_case(tier, queries, keys, head_dim, bias_rows, tolerance);
           }
         }
+      }
+    }
+    for (const int area : {1, 5, 16, 35, 64, 4099}) {
+      for (const int groups : {1, 3, 12}) {
+        for (const bool modulated : {false, true}) good &= run_group_norm_case(tier, 12, groups, area, modulated);
       }
     }
     std::printf("%s ran\n", tier);

@@ -1,26 +1,15 @@
 """The operators sparse_engine::SelfAttention and Attention in ONNX Runtime sessions, on every tier of this machine."""
 
-import platform
-import re
-import shutil
-import subprocess
-from pathlib import Path
-
 import numpy as np
 import onnxruntime
 import pytest
+from kernel_cases import AVX2, AVX512, AVX512_BF16, defined_symbols, needs_compiler
 from onnx import TensorProto, helper
 
 from sparse_engine import kernels
 
 HEADS = 2
-SOURCES = Path(kernels.__file__).parent / "src"
-AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-FLAGS = {
-    "attention_avx2.cpp": ["-mavx2", "-mfma"],
-    "attention_avx512.cpp": AVX512,
-    "attention_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
-}
+FLAGS = {"attention_avx2.cpp": AVX2, "attention_avx512.cpp": AVX512, "attention_avx512_bf16.cpp": AVX512_BF16}
 LENGTHS = (1, 2, 15, 16, 17, 18, 65, 257, 300)
 # Relative to the largest result. bf16 against a reference whose q, k and v are rounded too: what is left is the
 # rounding of the probabilities.
@@ -388,16 +377,7 @@ def test_tensors_that_do_not_fit_are_refused_when_run(changed, message):
         separate(told).run(None, told)
 
 
-@pytest.mark.skipif(
-    not shutil.which("g++") or not SOURCES.is_dir() or platform.machine() != "x86_64",
-    reason="there is no compiler, or nothing to compile",
-)
+@needs_compiler
 @pytest.mark.parametrize("source", FLAGS)
 def test_an_instruction_set_shares_no_code_with_the_others(source, tmp_path):
-    """A weak symbol in one of these files could be the copy that the linker keeps for all."""
-    built = tmp_path / "attention.o"
-    command = ["g++", "-std=c++17", "-O0", "-w", "-fPIC", "-DSPARSE_ENGINE_X86", *FLAGS[source]]
-    subprocess.run([*command, "-c", SOURCES / source, "-o", built], check=True)
-    symbols = subprocess.run(["nm", "-C", built], check=True, capture_output=True, text=True).stdout
-    assert [line for line in symbols.splitlines() if re.match(r"\S+ [WVu] ", line)] == []
-    assert len(re.findall(r"^\S+ [A-Z] (.+)$", symbols, re.MULTILINE)) == 1, "the kernel, and nothing else"
+    assert len(defined_symbols(source, FLAGS[source], tmp_path)) == 1, "the kernel, and nothing else"

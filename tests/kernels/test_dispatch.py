@@ -2,24 +2,17 @@
 
 import platform
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from kernel_cases import AVX2, AVX512, AVX512_BF16, defined_symbols, needs_compiler
 
 from sparse_engine import kernels
 from sparse_engine.errors import InputError, UnsupportedError
 from sparse_engine.kernels import library
 
-SOURCES = Path(kernels.__file__).parent / "src"
-AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-FLAGS = {
-    "tier_avx2.cpp": ["-mavx2", "-mfma"],
-    "tier_avx512.cpp": AVX512,
-    "tier_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
-}
+FLAGS = {"tier_avx2.cpp": AVX2, "tier_avx512.cpp": AVX512, "tier_avx512_bf16.cpp": AVX512_BF16}
 
 
 def test_the_best_tier_is_the_highest_for_the_precision(monkeypatch):
@@ -108,17 +101,10 @@ def test_the_peak_of_a_tier_is_plausible():
         kernels.peak_flops("mmx")
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the vector tiers are x86-64's")
-@pytest.mark.skipif(not shutil.which("g++") or not shutil.which("nm"), reason="needs g++ and nm")
+@needs_compiler
 @pytest.mark.parametrize("source", FLAGS)
 def test_an_instruction_set_shares_no_code_with_the_others(source, tmp_path):
-    """A weak symbol in one of these files could be the copy that the linker keeps for all."""
-    built = tmp_path / "tier.o"
-    command = ["g++", "-std=c++17", "-O0", "-w", "-fPIC", "-fno-exceptions", "-DSPARSE_ENGINE_X86", *FLAGS[source]]
-    subprocess.run([*command, "-c", SOURCES / source, "-o", built], check=True)
-    symbols = subprocess.run(["nm", "-C", built], check=True, capture_output=True, text=True).stdout
-    shared = [line for line in symbols.splitlines() if re.match(r"\S+ [WVu] ", line)]
-    assert shared == []
-    defined = re.findall(r"^\S+ [A-Z] (.+)$", symbols, re.MULTILINE)
     expected = 4 if "bf16" in source else 3
-    assert len(defined) == expected, "its tactics (in bf16 a dense one too) and the peak loop, and nothing else"
+    assert len(defined_symbols(source, FLAGS[source], tmp_path)) == expected, (
+        "its tactics (in bf16 a dense one too) and the peak loop, and nothing else"
+    )

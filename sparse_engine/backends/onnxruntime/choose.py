@@ -1,4 +1,4 @@
-"""Which kernel each 2:4 layer and each attention gets, by timing the candidates on this machine."""
+"""Which kernel each 2:4 layer, each attention and each group norm gets, by timing the candidates on this machine."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from sparse_engine import __version__, kernels
 from sparse_engine.backends.attention import Attention
 from sparse_engine.cores import pool_size
+from sparse_engine.kernels.library import Compute
 from sparse_engine.manifest import Manifest
 from sparse_engine.tactics import Choice, TacticCache
 
 from .attention import MICROSOFT, own_nodes, runtime_nodes
 from .compute import attention_in, products_in
+from .group_norm import GroupNorm
 from .layers import DOMAIN, FusedLayer
 from .library import load_onnxruntime
 
 log = logging.getLogger(__name__)
 
-# Tokens beyond which rows in lanes never won; in bf16 they do at any number where a core permutes as fast as it multiplies.
+# Tokens beyond which rows in lanes never won; in bf16 they do at any number, where a core permutes as fast as it
+# multiplies.
 N_LANES_UP_TO = {"fp32": 64, "bf16": 1 << 30}
 ENOUGH_TOKENS = 2048  # more of them take longer and change nothing
 DENSE = ("dense", "dense-bf16")
@@ -56,6 +59,15 @@ class LayerChoice:
         return {"chosen": self.kernel not in DENSE, "kernel": self.kernel, "why": self.why, "timed_by_tokens": timed}
 
 
+def find_obstacle(compute: Compute) -> str | None:
+    """Why no kernel of ours can run here; None where they can."""
+    if not kernels.is_available():
+        return "the compiled kernels are not installed"
+    if kernels.best_tier(compute) == "scalar":
+        return "this processor has no vector unit that the kernels know"
+    return None
+
+
 class Chooser:
     """Chooses for the layers of one engine."""
 
@@ -66,7 +78,7 @@ class Chooser:
         self._compute, self._attention_compute = products_in(manifest.precision), attention_in(manifest.precision)
         self._batch = manifest.batch[1]
         self._positions = {layer["name"]: layer["macs"] // layer["parameters"] for layer in manifest.layers}
-        self._obstacle = self._find_obstacle()
+        self._obstacle = find_obstacle(self._compute)
         if self._obstacle and manifest.sparse:
             log.warning("sparse layers run dense: %s", self._obstacle)
         self._cache = TacticCache(
@@ -76,14 +88,6 @@ class Chooser:
             threads=pool_size(threads),
             tier=None if self._obstacle else kernels.best_tier(self._compute),
         )
-
-    def _find_obstacle(self) -> str | None:
-        """Why no sparse kernel can run here."""
-        if not kernels.is_available():
-            return "the compiled kernels are not installed"
-        if kernels.best_tier(self._compute) == "scalar":
-            return "this processor has no vector unit that the kernels know"
-        return None
 
     def choose(self, layer: FusedLayer) -> LayerChoice:
         """The kernel for a layer: the fastest at the usual batch."""
@@ -151,6 +155,39 @@ class Chooser:
             "onnxruntime": runtime_nodes(attention),
         }
         return {name: _alone(each, feed, output, {}, self._threads) for name, each in nodes.items() if each is not None}
+
+    def group_norm(self, norm: GroupNorm) -> Choice | None:
+        """Our kernel ("own") or the nodes that a norm was written as ("onnxruntime"); None where ours cannot run."""
+        if self._obstacle:
+            return None
+        if not self._autotune:
+            return Choice("own", {})
+        batch = max(1, min(self._batch, ENOUGH_TOKENS // norm.area))
+        return self._cache.choose(
+            f"fp32 group norm batch {batch} {norm.words()}",
+            lambda: self._group_norm_candidates(norm, batch),
+            ("own", "onnxruntime"),
+        )
+
+    def _group_norm_candidates(self, norm: GroupNorm, batch: int) -> Mapping[str, Callable[[], object]]:
+        rng = np.random.default_rng(0)
+        channels, *places = norm.sizes[1:]
+        feed = {norm.x: rng.standard_normal((batch, channels, *places), np.float32)}
+        told = [name for name in (norm.scale, norm.shift) if name]
+        feed |= {name: rng.standard_normal((batch, channels, *[1] * len(places)), np.float32) for name in told}
+        nodes = {"own": [norm.node(pool_size(self._threads))], "onnxruntime": norm.plain}
+        output = {norm.output: (batch, channels, *places)}
+        arrays = norm.arrays()
+        return {
+            name: _alone(
+                each,
+                feed,
+                output,
+                {key: array for key, array in arrays.items() if any(key in node.input for node in each)},
+                self._threads,
+            )
+            for name, each in nodes.items()
+        }
 
     def _tokens(self, layer: FusedLayer) -> int:
         return layer.tokens(self._batch, self._positions[layer.name], ENOUGH_TOKENS)

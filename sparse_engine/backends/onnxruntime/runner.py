@@ -44,6 +44,7 @@ class OnnxRuntimeRunner:
             "device": "cpu",
             "threads": threads,
             "attention": prepared.attention,
+            "group_norm": prepared.group_norm,
             "batch_invariant": True,  # one kernel a layer, and each adds up in an order of its own: tested to the bit
             "layers": prepared.report,
         }

@@ -22,6 +22,7 @@ from .attention import own_nodes, runtime_nodes
 from .choose import Chooser, LayerChoice, shape_of
 from .compress import layers_in
 from .compute import EXACT_PRODUCTS, attention_in, products_in
+from .group_norm import GroupNorm, fuse_group_norms
 from .layers import DOMAIN, FusedLayer, from_nibbles
 from .library import load_onnxruntime
 
@@ -35,12 +36,14 @@ class Prepared:
         overrides: initializer name -> array in memory that takes its place.
         report: layer -> what was chosen.
         attention: how many attentions were fused, and into what; of each shape too.
+        group_norm: the same of group norms: those that run as they were written are not fused.
     """
 
     model: ModelProto
     overrides: dict[str, np.ndarray] = field(default_factory=dict)
     report: dict[str, dict[str, Any]] = field(default_factory=dict)
     attention: dict[str, Any] = field(default_factory=dict)
+    group_norm: dict[str, Any] = field(default_factory=dict)
 
     @property
     def has_own_nodes(self) -> bool:
@@ -61,6 +64,7 @@ def prepare(engine: EngineFile, threads: int | None, autotune: bool) -> Prepared
     prepared = Prepared(model)
     chooser = Chooser(engine.manifest, threads, autotune)
     _fuse_attentions(prepared, chooser, threads, attention_in(engine.manifest.precision))
+    _fuse_group_norms(prepared, chooser, threads)
     layers = layers_in(model)
     for layer in layers:
         choice = chooser.choose(layer)
@@ -147,12 +151,35 @@ def _fuse_attentions(prepared: Prepared, chooser: Chooser, threads: int | None, 
             report["fused"] += 1
         return nodes
 
-    fused = fuse_attention(prepared.model, replace)
-    if shapes:
-        used = sorted({each["kernel"] for each in shapes.values()})
-        largest = max(shapes.values(), key=lambda each: each["fused"])
-        prepared.attention = {"kernel": " and ".join(used), "milliseconds": largest["milliseconds"], "shapes": shapes}
-    prepared.attention["fused"] = fused
+    prepared.attention = _summary(shapes, fuse_attention(prepared.model, replace))
+
+
+def _fuse_group_norms(prepared: Prepared, chooser: Chooser, threads: int | None) -> None:
+    shapes: dict[str, dict[str, Any]] = {}
+
+    def replace(norm: GroupNorm) -> list[NodeProto] | None:
+        choice = chooser.group_norm(norm)
+        kernel = choice.kernel if choice else "onnxruntime"
+        timed = choice.milliseconds if choice else {}
+        report = shapes.setdefault(norm.words(), {"kernel": kernel, "milliseconds": timed, "fused": 0})
+        report["fused"] += kernel == "own"
+        return [norm.node(pool_size(threads))] if kernel == "own" else None
+
+    prepared.group_norm = _summary(shapes, fuse_group_norms(prepared.model, replace))
+
+
+def _summary(shapes: dict[str, dict[str, Any]], fused: int) -> dict[str, Any]:
+    """What was fused of one kind: which kernels, the times of the commonest shape, and each shape's."""
+    if not shapes:
+        return {"fused": fused}
+    used = sorted({each["kernel"] for each in shapes.values()})
+    largest = max(shapes.values(), key=lambda each: each["fused"])
+    return {
+        "kernel": " and ".join(used),
+        "milliseconds": largest["milliseconds"],
+        "shapes": shapes,
+        "fused": fused,
+    }
 
 
 def weights_in_place(model: ModelProto, engine: EngineFile, member: str = WEIGHTS_FILE) -> dict[str, tuple[int, int]]:

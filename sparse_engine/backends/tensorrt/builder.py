@@ -114,6 +114,7 @@ def _on_disk(graph: StepGraph) -> Iterator[Path]:
 
 def _parse(trt: Any, library: Library, network: Any, logger: Any, path: Path) -> None:
     parser = trt.OnnxParser(network, logger)
+    parser.set_flag(trt.OnnxParserFlag.NATIVE_INSTANCENORM)  # of group norms; portable plans cannot have its plugin
     if not parser.parse_from_file(str(path)):
         found = [parser.get_error(i) for i in range(parser.num_errors)]
         what = "; ".join(f"{each.node_operator() or 'model'} {each.node_name()}: {each.desc()}" for each in found[:3])

@@ -1,4 +1,8 @@
-"""The step graph as TensorRT's parser is to see it: Linears in the form asked for, attention as one node."""
+"""The step graph as TensorRT's parser is to see it: Linears in the form asked for, attention as one node.
+
+Convolutions are as exported: their weights are initializers [O, I, kh, kw], and what makes sparse kernels eligible is
+that each group of four input channels, of each output channel and tap, keeps two.
+"""
 
 from __future__ import annotations
 

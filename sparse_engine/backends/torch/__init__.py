@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from .runner import TorchRunner
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
-NOT_A_PRODUCT = "a convolution that is not 1x1: PyTorch has no 2:4 product for it"
 
 
 def float_precision(precision: str) -> str:
@@ -71,15 +70,13 @@ class TorchBackend:
                     f"{name}: the torch backend has 8-bit products for linear layers and 1x1 convolutions",
                     f"build with --keep-float {name!r}",
                 )
-        packable = [name for name in sparse_layers if _is_product(graph.weights[graph.layers[name][0]])]
         later = {"kernel": "chosen where it is loaded"}
         layers: dict[str, dict[str, Any]] = {}
         for name in graph.layers:
             layers[name] = {"chosen": False, "kernel": "dense"} | (later if name in quantised else {})
-            layers[name] |= {"chosen": None, **later} if name in packable else {}
-            layers[name] |= {"why": NOT_A_PRODUCT} if name in sparse_layers and name not in packable else {}
+            layers[name] |= {"chosen": None, **later} if name in sparse_layers else {}
         state = _lowered(graph, self.graph_precision(options))
-        return Payload([network_payload(state, packable, quantised)], {"name": self.name}, layers)
+        return Payload([network_payload(state, sparse_layers, quantised)], {"name": self.name}, layers)
 
     def load(self, engine: EngineFile, *, threads: int | None, device: str | None, autotune: bool) -> TorchRunner:
         """Rebuild the network and choose the products of its 2:4 layers on this machine."""

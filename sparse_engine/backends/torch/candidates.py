@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .convolutions import PatchProduct
 from .layers import CUSPARSELT, DENSE, Layer
 from .products import DEFAULT_ALGORITHM, Algorithm, ObstacleError, first_line
 from .recorded import Recorder, repeats
@@ -43,13 +44,13 @@ def ready_products(
     Args:
         made: name -> product.
         layer: what they are to compute.
-        rows: of the input.
+        rows: of the matrix that the weight is multiplied with.
         recorder: on the layer's device.
         left_out: gets the name of each that fails or computes something else, and why.
 
     Raises what the dense product raises, and OutOfMemoryError.
     """
-    x = torch.randn(rows, layer.shape[1], device=layer.device, dtype=layer.dtype)
+    x = layer.sample(rows)
     count = calls_in_graph(made, layer, rows)
     candidates: Ready = {}
     for name, product in {**made, **_searched(made, layer, x, left_out)}.items():
@@ -92,7 +93,10 @@ def ready_attentions(module: Any, shape: torch.Size, length: int, dtype: torch.d
 
 
 def check_product(product: nn.Module, layer: Layer, x: Tensor) -> None:
-    """Hold a product's first and last rows against float32. Raises ObstacleError where it computes something else."""
+    """Hold what a product gives for x's first and last rows, or images, against float32.
+
+    Raises ObstacleError where it computes something else.
+    """
     check_output(product(x), layer, x)
 
 
@@ -121,7 +125,8 @@ def _searched(made: Mapping[str, nn.Module], layer: Layer, x: Tensor, left_out: 
     if CUSPARSELT not in made:
         return {}
     try:
-        algorithm, split_k, mode = made[CUSPARSELT].search(x[: searched_rows(layer)])  # type: ignore[operator]
+        product: Any = _of_rows(made[CUSPARSELT])
+        algorithm, split_k, mode = product.search(layer.rows(x)[: searched_rows(layer)])
     except REFUSALS as error:
         left_out[f"{CUSPARSELT}, searched"] = first_line(error)
         log.debug("cuSPARSELt's search failed: %s", error)
@@ -158,10 +163,17 @@ def parse_name(name: str) -> tuple[str, Algorithm | None]:
     return (name, None) if found is None else (found[1], (int(found[2]), int(found[3]), int(found[4])))
 
 
+def _of_rows(product: nn.Module) -> nn.Module:
+    """The product of matrices in a convolution's; any other is one."""
+    return product.product if isinstance(product, PatchProduct) else product
+
+
 def with_algorithm(product: nn.Module, algorithm: Algorithm) -> nn.Module:
     """The same product, sharing its packed weight, by another algorithm."""
     if algorithm == DEFAULT_ALGORITHM:
         return product
+    if isinstance(product, PatchProduct):
+        return PatchProduct(with_algorithm(product.product, algorithm), product.window)
     other = copy.copy(product)
     other.algorithm = algorithm  # type: ignore[assignment]
     return other

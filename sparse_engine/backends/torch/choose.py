@@ -34,7 +34,7 @@ class LayerChoice:
     """What a layer runs.
 
     Attributes:
-        products: tokens (rows of its input) -> the product for about as many.
+        products: tokens (rows of its input, or places of what a convolution gives) -> the product for about as many.
         kernel: that of the usual batch.
         why: how that was decided; where it is dense, why.
         measured: tokens -> what was timed, in milliseconds per product.
@@ -61,7 +61,8 @@ class Chooser:
         positions: layer -> how often its weights are applied to one sample.
         batch: smallest, usual and largest, the passes of guidance not counted.
         device: where it runs.
-        autotune: time the candidates; otherwise the stated rule: the first sparse product that runs.
+        autotune: time the candidates; otherwise the stated rule: the first sparse product that runs, and of a
+            convolution that is not 1x1 the dense one.
     """
 
     def __init__(
@@ -82,6 +83,9 @@ class Chooser:
         made, obstacles = self._candidates(layer)
         if list(made) == [DENSE]:
             return LayerChoice({tokens[self._usual]: made[DENSE]}, DENSE, "; ".join(obstacles))
+        if not self._autotune and layer.only_where_timed:
+            why = "; ".join(["not timed: dense by default", *obstacles])
+            return LayerChoice({tokens[self._usual]: made[DENSE]}, DENSE, why)
         if not self._autotune:
             kernel = next(name for name in made if name != DENSE)
             why = f"not timed: {'sparse' if kernel in SPARSE else '8 bits'} by default"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .codes import QuantisedWeight, rounded
+from .convolutions import DenseConvolution, PatchProduct, Window
+from .packing import as_matrix
 from .products import CusparseltProduct, CutlassProduct, DenseProduct
 from .quantised import NAMES, CusparseltCodesProduct, DenseCodesProduct, DequantisedProduct
 
@@ -20,7 +23,7 @@ Makers = Mapping[str, Callable[[], nn.Module]]
 
 
 class Layer(Protocol):
-    """A linear layer, its weight [N, K] and its bias [N] on the device."""
+    """A linear layer or a convolution, its weight [N, K] and its bias [N] on the device."""
 
     @property
     def bias(self) -> Tensor | None:
@@ -52,16 +55,46 @@ class Layer(Protocol):
         ...
 
     def others(self) -> Makers:
-        """Name -> what makes another product, or raises; the first that can be made is taken where none is timed."""
+        """Name -> what makes another product, or raises."""
+        ...
+
+    @property
+    def only_where_timed(self) -> bool:
+        """Whether it stays dense where nothing is timed; else the first of ``others`` that can be made is taken."""
+        ...
+
+    def sample(self, rows: int) -> Tensor:
+        """A random input of so many rows."""
+        ...
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The matrix [M, K] that the weight is multiplied with, for such an input."""
         ...
 
     def expected(self, x: Tensor) -> Tensor:
-        """The product for x [M, K], in float32."""
+        """What the layer gives for such an input, in float32."""
         ...
 
 
+class _OverRows:
+    """What linear layers have in common: their input is the matrix."""
+
+    @property
+    def only_where_timed(self) -> bool:
+        """See ``Layer``."""
+        return False
+
+    def sample(self: Layer, rows: int) -> Tensor:
+        """See ``Layer``."""
+        return torch.randn(rows, self.shape[1], device=self.device, dtype=self.dtype)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """See ``Layer``."""
+        return x
+
+
 @dataclass(frozen=True)
-class FloatLayer:
+class FloatLayer(_OverRows):
     """A 2:4 layer in a float type."""
 
     weight: Tensor
@@ -104,7 +137,80 @@ class FloatLayer:
 
 
 @dataclass(frozen=True)
-class QuantisedLayer:
+class ConvolutionLayer:
+    """A 2:4 convolution in a float type, its weight [N, C, kh, kw], over maps of one size [H, W].
+
+    Its sparse products are those of a linear layer over its window's patches, which are laid out first: an
+    implicit product of matrices where torch.compile makes that one kernel. What is dense is PyTorch's own, which has no
+    such copy to make, so that dense stays wherever nothing is timed.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    window: Window
+    size: tuple[int, int]
+
+    @property
+    def shape(self) -> torch.Size:
+        """See ``Layer``."""
+        return torch.Size((len(self.weight), self.weight[0].numel()))
+
+    @property
+    def device(self) -> torch.device:
+        """See ``Layer``."""
+        return self.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See ``Layer``."""
+        return self.weight.dtype
+
+    @property
+    def weights(self) -> str:
+        """See ``Layer``."""
+        return f"{self.weight.dtype} {self.window.words} over {'x'.join(map(str, self.size))}"
+
+    @property
+    def places(self) -> int:
+        """Of a map that it gives."""
+        return math.prod(self.window.output(self.size))
+
+    @property
+    def only_where_timed(self) -> bool:
+        """See ``Layer``."""
+        return True
+
+    def dense(self) -> nn.Module:
+        """See ``Layer``."""
+        return DenseConvolution(self.weight, self.bias, self.window)
+
+    def others(self) -> Makers:
+        """See ``Layer``."""
+        return {
+            CUSPARSELT: lambda: PatchProduct(CusparseltProduct(self._matrix(), self.bias), self.window),
+            CUTLASS: lambda: PatchProduct(CutlassProduct(self._matrix(), self.bias), self.window),
+        }
+
+    def sample(self, rows: int) -> Tensor:
+        """See ``Layer``. Channels last, as compiled networks have it and as both kinds of product like it best."""
+        shape = (max(1, rows // self.places), self.weight.shape[1], *self.size)
+        x = torch.randn(shape, device=self.device, dtype=self.dtype)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """See ``Layer``."""
+        return self.window.patches(x).flatten(0, 2)
+
+    def expected(self, x: Tensor) -> Tensor:
+        """See ``Layer``."""
+        return self.window.convolve(x.float(), self.weight.float(), _float(self.bias))
+
+    def _matrix(self) -> Tensor:
+        return as_matrix(self.weight).contiguous()
+
+
+@dataclass(frozen=True)
+class QuantisedLayer(_OverRows):
     """A layer in 8 bits, between layers of type ``dtype``; ``sparse`` where its codes are 2:4."""
 
     weight: QuantisedWeight

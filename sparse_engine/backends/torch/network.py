@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,9 @@ from sparse_engine.manifest import Manifest
 from . import float_precision
 from .choose import Chooser, nearest
 from .codes import QuantisedWeight
-from .layers import FloatLayer, Layer, QuantisedLayer
+from .convolutions import DenseConvolution, Window
+from .layers import ConvolutionLayer, FloatLayer, Layer, QuantisedLayer
+from .packing import from_matrix
 from .payload import StoredNetwork
 
 if TYPE_CHECKING:
@@ -48,8 +50,14 @@ def rebuild(manifest: Manifest, stored: StoredNetwork, where: str) -> nn.Module:
             f"{where}: {len(wrong)} weights are not those of its {manifest.family} network, such as {sorted(wrong)[0]}",
             "rebuild it with sparse-engine build",
         )
-    network.load_state_dict({name: state[name].reshape(shape) for name, shape in expected.items()}, assign=True)
+    shaped = {name: _shaped(state[name], shape) for name, shape in expected.items()}
+    network.load_state_dict(shaped, assign=True)
     return lower(network.eval().requires_grad_(False), family.float32_layers, precision)
+
+
+def _shaped(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor as the network has it: packed weights are stored as matrices."""
+    return from_matrix(tensor, shape) if (tensor.ndim, len(shape)) == (2, 4) else tensor.reshape(shape)
 
 
 def config_of(manifest: Manifest) -> FamilyConfig:
@@ -66,6 +74,7 @@ def choose_products(
     chooser: Chooser,
     progress: Callable[[str], None] = lambda layer: None,
     quantised: Mapping[str, QuantisedWeight] | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Replace layers of a network by the products that ``chooser`` picks.
 
@@ -75,11 +84,14 @@ def choose_products(
         chooser: picks.
         progress: told each layer.
         quantised: layer -> its weight in 8 bits, 2:4 or not.
+        inputs: of one call with one sample, by name: where ``layers`` has convolutions that are not 1x1, it is run once
+            for the sizes of their maps.
 
     Returns:
         The report of each layer.
     """
     weights = quantised or {}
+    sizes = map_sizes(network, [name for name in layers if is_window(network.get_submodule(name))], inputs or {})
     report = {}
     for name in dict.fromkeys([*layers, *weights]):
         progress(name)
@@ -89,9 +101,46 @@ def choose_products(
             kind = TwoFourLinear if isinstance(module, nn.Linear) else TwoFourPointwise
             network.set_submodule(name, kind(choice.products, module.weight.dtype))
             report[name] = choice.to_dict()
+        elif name in sizes:
+            layer = _convolution(module, sizes[name])
+            choice = chooser.choose(name, layer)
+            if any(not isinstance(product, DenseConvolution) for product in choice.products.values()):
+                network.set_submodule(name, TwoFourConvolution(choice.products, layer.dtype, layer.places))
+            report[name] = choice.to_dict()
         else:
             report[name] = {"chosen": False, "kernel": "dense", "why": _why_no_product(module)}
     return report
+
+
+def map_sizes(network: nn.Module, layers: Sequence[str], inputs: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Layer -> [H, W] of the maps that a convolution is given in a network call with these inputs.
+
+    Those that the call does not come by, or gives maps of several sizes, are left out.
+    """
+    if not layers:
+        return {}
+    found: dict[str, set[tuple[int, int]]] = {name: set() for name in layers}
+    hooks = []
+    for name in layers:
+
+        def note(module: nn.Module, given: tuple[Any, ...], name: str = name) -> None:
+            found[name].add(tuple(given[0].shape[2:]))
+
+        hooks.append(network.get_submodule(name).register_forward_pre_hook(note))
+    try:
+        with torch.no_grad():
+            network(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: next(iter(sizes)) for name, sizes in found.items() if len(sizes) == 1}
+
+
+def _convolution(module: Any, size: tuple[int, int]) -> ConvolutionLayer:
+    """A convolution of a network, as products are chosen for it."""
+    bias = None if module.bias is None else module.bias.detach()
+    padding = (0, 0) if module.padding == "valid" else module.padding
+    return ConvolutionLayer(module.weight.detach(), bias, Window(module.kernel_size, module.stride, padding), size)
 
 
 def _layer(module: Any, quantised: QuantisedWeight | None, sparse: bool) -> Layer:
@@ -145,12 +194,21 @@ def is_product(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
+def is_window(module: nn.Module) -> bool:
+    """Whether a layer is a convolution that is a product over patches, and not one as it is."""
+    if not isinstance(module, nn.Conv2d) or is_product(module):
+        return False
+    plain = module.groups == 1 and module.dilation == (1, 1) and module.padding_mode == "zeros"
+    return plain and module.padding != "same"
+
+
 def _why_no_product(module: Any) -> str:
-    """What keeps a layer from being one matrix product."""
-    obstacle = "not 1x1"
-    if module.kernel_size == (1, 1):
-        obstacle = "in groups" if module.groups != 1 else "strided or padded"
-    return f"a {type(module).__name__} that is {obstacle}: PyTorch has no 2:4 product for it"
+    """What keeps a convolution from being a product."""
+    obstacle = "given maps of several sizes, or of none"
+    if not is_window(module):
+        plain = module.groups == 1 and module.dilation == (1, 1)
+        obstacle = "padded otherwise than by zeros" if plain else "in groups" if module.groups != 1 else "dilated"
+    return f"a {type(module).__name__} that is {obstacle}: there is no 2:4 product for it"
 
 
 class TwoFourLinear(nn.Module):
@@ -165,8 +223,24 @@ class TwoFourLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
         rows = x.flatten(0, -2).to(self.dtype)
-        product = self.products[self.tokens.index(nearest(self.tokens, len(rows)))]
-        return product(rows).unflatten(0, x.shape[:-1])
+        return self.product_for(len(rows))(rows).unflatten(0, x.shape[:-1])
+
+    def product_for(self, tokens: int) -> nn.Module:
+        """The product for about so many."""
+        return self.products[self.tokens.index(nearest(self.tokens, tokens))]
+
+
+class TwoFourConvolution(TwoFourLinear):
+    """A convolution whose product depends on the number of images; each gives so many ``places``."""
+
+    def __init__(self, products: Mapping[int, nn.Module], dtype: torch.dtype, places: int) -> None:
+        super().__init__(products, dtype)
+        self.places = places
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, N, H', W']."""
+        y: Tensor = self.product_for(self.places * len(x))(x.to(self.dtype))
+        return y
 
 
 class TwoFourPointwise(TwoFourLinear):

@@ -18,6 +18,17 @@ from sparse_engine.errors import EngineFileError, UnsupportedError
 BLOCK = 1 << 24  # weights packed at once: bounds the memory of the int64 indices that torch gathers with
 
 
+def as_matrix(weight: Tensor) -> Tensor:
+    """A weight [N, K], or that of a convolution, [N, C, kh, kw], as [N, kh kw C]: 2:4 where it is so along channels."""
+    return weight.movedim(1, -1).flatten(1)
+
+
+def from_matrix(matrix: Tensor, shape: torch.Size) -> Tensor:
+    """What ``as_matrix`` was given, of that shape."""
+    outputs, channels, *window = shape
+    return matrix.reshape(outputs, *window, channels).movedim(-1, 1).contiguous()
+
+
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Pack a weight [N, K] that is 2:4 along K, a multiple of 4. Raises UnsupportedError where it is not."""
     if weight.dtype == torch.float8_e4m3fn:

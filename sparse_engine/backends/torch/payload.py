@@ -20,7 +20,7 @@ from sparse_engine.errors import EngineFileError
 from sparse_engine.files import parsed_json
 
 from .codes import LIMITS, QuantisedWeight
-from .packing import pack, unpack
+from .packing import as_matrix, pack, unpack
 
 NETWORK_FILE = "network.safetensors"
 WEIGHT, VALUES, POSITIONS = ".weight", ".values", ".positions"
@@ -43,7 +43,7 @@ class StoredNetwork:
     """What a payload holds.
 
     Attributes:
-        state: the float weights, under the checkpoint's keys; those that were packed are dense again.
+        state: the float weights, under the checkpoint's keys; those that were packed are dense again, and matrices.
         packed: the names of the layers that were, which are 2:4.
         quantised: layer -> its weight in 8 bits; ``state`` does not have it.
     """
@@ -60,7 +60,7 @@ def network_payload(
 
     Args:
         state: under the checkpoint's keys, each in the type that the network computes in.
-        sparse_layers: those whose ``weight`` is 2:4 along its inputs (a 1x1 convolution's, along its channels).
+        sparse_layers: those whose ``weight`` is 2:4 along its inputs (a convolution's, along its channels).
         quantised: layer -> its weight in 8 bits, stored in the place of that in ``state``.
     """
     stored: dict[str, Tensor] = dict(state)
@@ -69,7 +69,7 @@ def network_payload(
         stored |= {layer + CODES: weight.codes, layer + SCALE: weight.scale, layer + INPUT_SCALE: weight.input_scale}
     for layer in sparse_layers:
         key = layer + (CODES if layer + CODES in stored else WEIGHT)
-        values, positions = pack(stored.pop(key).flatten(1))
+        values, positions = pack(as_matrix(stored.pop(key)))
         stored |= {key + VALUES: values, key + POSITIONS: positions}
     header, end = {}, 0
     for name, tensor in stored.items():

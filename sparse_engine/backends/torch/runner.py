@@ -74,10 +74,13 @@ class TorchRunner(DeviceLoop[torch.Tensor]):
         chooser = chooser_for(engine.manifest, device, autotune)
         try:
             network.to(device)
+            example = _example(engine.manifest, device)
             with torch_threads(pool_of(threads)):
                 report = {
-                    "attention": choose_attention(network, _example(engine.manifest, device), chooser),
-                    "layers": choose_products(network, stored.packed, chooser, quantised=stored.quantised),
+                    "attention": choose_attention(network, example, chooser),
+                    "layers": choose_products(
+                        network, stored.packed, chooser, quantised=stored.quantised, inputs=example
+                    ),
                 }
         except RuntimeError as error:
             raise BackendError(f"{engine.path} cannot be loaded on {device}: {error}") from error

@@ -1,9 +1,8 @@
 #include "attention_loop.h"
 
 #include <algorithm>
-#include <atomic>
 
-#include "buffer.h"
+#include "work_queue.h"
 
 namespace sparse_engine {
 namespace {
@@ -47,29 +46,18 @@ void run_attention(const Attention& attention, Tier tier, int threads, const Par
   const AttentionKernel& kernel = find_kernel(tier);
   const size_t scratch_bytes = kernel.scratch_bytes(attention);
   const size_t tiles = divide_up(attention.queries, kernel.tile_queries);
-  const size_t most_threads = size_t(std::max(1, threads));
-  const size_t parts = parts_per_head(heads, tiles, most_threads);
+  const size_t parts = parts_per_head(heads, tiles, size_t(std::max(1, threads)));
 
-  std::atomic<size_t> next{0};
-  const std::function<void()> work = [&] {
-    const Scratch scratch(scratch_bytes);
-    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < heads * parts;) {
-      const size_t head = i / parts;
-      const size_t part = i % parts;
-      QueryBlock block;
-      block.batch = head / attention.heads;
-      block.head = int(head % attention.heads);
-      block.begin = tiles * part / parts * kernel.tile_queries;
-      block.end = std::min(attention.queries, tiles * (part + 1) / parts * kernel.tile_queries);
-      kernel.run(attention, block, scratch.data());
-    }
-  };
-  const size_t workers = std::min(heads * parts, most_threads);
-  if (workers == 1) {
-    work();
-  } else {
-    parallel_for(int(workers), work);
-  }
+  for_each_item(heads * parts, scratch_bytes, threads, parallel_for, [&](size_t i, void* scratch) {
+    const size_t head = i / parts;
+    const size_t part = i % parts;
+    QueryBlock block;
+    block.batch = head / attention.heads;
+    block.head = int(head % attention.heads);
+    block.begin = tiles * part / parts * kernel.tile_queries;
+    block.end = std::min(attention.queries, tiles * (part + 1) / parts * kernel.tile_queries);
+    kernel.run(attention, block, scratch);
+  });
 }
 
 }  // namespace sparse_engine

@@ -12,6 +12,7 @@
 #include "cpu_features.h"
 #include "dispatch.h"
 #include "error.h"
+#include "group_norm_loop.h"
 #include "product24.h"
 
 namespace {
@@ -150,6 +151,31 @@ int sparse_engine_conv24_run(const void* conv, const float* input, int64_t batch
 }
 
 void sparse_engine_conv24_destroy(void* conv) { delete static_cast<Conv24*>(conv); }
+
+int sparse_engine_group_norm(const float* input, int64_t batch, int64_t channels, int64_t area, int64_t groups,
+                             float epsilon, const float* gamma, const float* beta, const float* scale,
+                             const float* shift, const char* activation, const char* tier, int threads, float* output,
+                             char* message, size_t message_size) {
+  return guarded(message, message_size, [&] {
+    const Tier parsed = parse_tier(tier);
+    find_tactic(parsed, Lanes::kTokens);  // throws where the machine lacks the tier
+    GroupNorm norm;
+    norm.batch = size_t(to_int(batch, "batch"));
+    norm.channels = size_t(to_int(channels, "channels"));
+    norm.area = size_t(to_int(area, "area"));
+    norm.groups = size_t(to_int(groups, "groups"));
+    norm.epsilon = epsilon;
+    norm.input = input;
+    norm.output = output;
+    norm.gamma = gamma;
+    norm.beta = beta;
+    norm.scale = scale;
+    norm.shift = shift;
+    norm.scale_stride = norm.shift_stride = norm.channels;
+    norm.activation = parse_activation(activation);
+    run_group_norm(norm, parsed, threads, parallel_for);
+  });
+}
 
 int sparse_engine_peak_flops(const char* tier, int load, double* flops_per_second, char* message, size_t message_size) {
   return guarded(message, message_size, [&] {

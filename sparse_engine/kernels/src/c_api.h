@@ -63,6 +63,15 @@ SPARSE_ENGINE_API int sparse_engine_conv24_run(const void* conv, const float* in
 
 SPARSE_ENGINE_API void sparse_engine_conv24_destroy(void* conv);
 
+// output[batch, channels, area] = activation((norm(input) * gamma + beta) * (1 + scale) + shift), norm() over each
+// group of channels / groups adjacent channels of an image. gamma, beta [channels]; scale, shift [batch, channels];
+// each may be null. activation: none, silu. The output may be the input. Starts threads - 1 threads and joins them.
+SPARSE_ENGINE_API int sparse_engine_group_norm(const float* input, int64_t batch, int64_t channels, int64_t area,
+                                               int64_t groups, float epsilon, const float* gamma, const float* beta,
+                                               const float* scale, const float* shift, const char* activation,
+                                               const char* tier, int threads, float* output, char* message,
+                                               size_t message_size);
+
 // The machine's peak with one thread, in floating-point operations per second: of multiply-adds between
 // registers, or (load = 1) with an operand from L1. Takes about 20 ms. NaN for the scalar tier.
 SPARSE_ENGINE_API int sparse_engine_peak_flops(const char* tier, int load, double* flops_per_second, char* message,

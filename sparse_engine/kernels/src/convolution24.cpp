@@ -6,6 +6,7 @@
 #include "dispatch.h"
 #include "error.h"
 #include "packing.h"
+#include "partition.h"
 
 namespace sparse_engine {
 namespace {

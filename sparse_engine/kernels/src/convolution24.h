@@ -3,7 +3,7 @@
 
 #include "buffer.h"
 #include "conv24.h"
-#include "run_blocks.h"
+#include "work_queue.h"
 
 namespace sparse_engine {
 

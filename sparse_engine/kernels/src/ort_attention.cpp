@@ -10,17 +10,6 @@
 namespace sparse_engine::ort {
 namespace {
 
-// KernelInfoGetAttribute_float, place 85 of the runtime's functions. Attributes have no "is it there": a failed
-// read means that it is missing.
-std::optional<float> float_attribute(const Api& api, const KernelInfo* info, const char* name) {
-  using Function = Status* (*)(const KernelInfo*, const char*, float*);
-  float value = 0.0f;
-  Status* const status = reinterpret_cast<Function>(const_cast<void*>(api.table[85]))(info, name, &value);
-  if (!status) return value;
-  api.ReleaseStatus(status);
-  return std::nullopt;
-}
-
 int heads_attribute(const Api& api, const KernelInfo* info) {
   const int64_t heads = int_attribute(api, info, "heads");
   if (heads < 1 || heads > std::numeric_limits<int>::max()) {

@@ -100,6 +100,16 @@ int64_t int_attribute(const Api& api, const KernelInfo* info, const char* name, 
   return succeeded(api, api.KernelInfoGetAttribute_int64(info, name, &value)) ? value : missing;
 }
 
+// KernelInfoGetAttribute_float, place 85 of the runtime's functions.
+std::optional<float> float_attribute(const Api& api, const KernelInfo* info, const char* name) {
+  using Function = Status* (*)(const KernelInfo*, const char*, float*);
+  float value = 0.0f;
+  if (!succeeded(api, reinterpret_cast<Function>(const_cast<void*>(api.table[85]))(info, name, &value))) {
+    return std::nullopt;
+  }
+  return value;
+}
+
 std::string string_attribute(const Api& api, const KernelInfo* info, const char* name, const char* missing) {
   size_t size = 0;  // asking without a buffer returns the size, with the terminating zero
   if (!succeeded(api, api.KernelInfoGetAttribute_string(info, name, nullptr, &size))) return missing;

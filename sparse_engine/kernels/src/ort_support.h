@@ -57,6 +57,7 @@ float* allocate_output(const Api& api, KernelContext* context, const Shape& shap
 
 int64_t int_attribute(const Api& api, const KernelInfo* info, const char* name);
 int64_t int_attribute(const Api& api, const KernelInfo* info, const char* name, int64_t missing);
+std::optional<float> float_attribute(const Api& api, const KernelInfo* info, const char* name);
 std::string string_attribute(const Api& api, const KernelInfo* info, const char* name, const char* missing);
 
 // The attribute "threads" of every operator here: how many of the session's threads to use at most; 0, or none: the

@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "matmul24.h"
+#include "work_queue.h"
 
 namespace sparse_engine {
 
@@ -21,5 +22,13 @@ class Partition {
   int rows_, row_unit_;
   size_t row_units_, row_parts_ = 1;
 };
+
+// Calls run(block, scratch) for every block of a partition, on up to `threads` threads.
+template <class Run>
+void run_blocks(const Partition& partition, size_t scratch_bytes, int threads, const ParallelFor& parallel_for,
+                const Run& run) {
+  for_each_item(partition.size(), scratch_bytes, threads, parallel_for,
+                [&](size_t index, void* scratch) { run(partition.block(index), scratch); });
+}
 
 }  // namespace sparse_engine

@@ -6,7 +6,7 @@
 #include "dispatch.h"
 #include "error.h"
 #include "packing.h"
-#include "run_blocks.h"
+#include "partition.h"
 
 namespace sparse_engine {
 

@@ -3,7 +3,7 @@
 
 #include "buffer.h"
 #include "matmul24.h"
-#include "run_blocks.h"
+#include "work_queue.h"
 
 namespace sparse_engine {
 

@@ -1,4 +1,4 @@
-// The blocks of a partition, shared out among threads.
+// Work that threads take from a shared queue, one item at a time.
 #pragma once
 
 #include <algorithm>
@@ -6,25 +6,22 @@
 #include <functional>
 
 #include "buffer.h"
-#include "partition.h"
 
 namespace sparse_engine {
 
 // Runs `work` on up to `workers` threads at once, and returns when all calls have returned.
 using ParallelFor = std::function<void(int workers, const std::function<void()>& work)>;
 
-// Calls run(block, scratch) for every block of a partition, on up to `threads` threads.
+// Calls run(item, scratch) for each of `items`, on up to `threads` threads. Whichever thread is free takes the next, so
+// what an item computes must not depend on the others.
 template <class Run>
-void run_blocks(const Partition& partition, size_t scratch_bytes, int threads, const ParallelFor& parallel_for,
-                const Run& run) {
+void for_each_item(size_t items, size_t scratch_bytes, int threads, const ParallelFor& parallel_for, const Run& run) {
   std::atomic<size_t> next{0};
   const std::function<void()> work = [&] {
     const Scratch scratch(scratch_bytes);
-    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < partition.size();) {
-      run(partition.block(i), scratch.data());
-    }
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) run(i, scratch.data());
   };
-  const int workers = int(std::min(partition.size(), size_t(std::max(1, threads))));
+  const int workers = int(std::min(items, size_t(std::max(1, threads))));
   if (workers == 1) {
     work();
   } else {
