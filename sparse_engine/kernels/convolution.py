@@ -25,11 +25,12 @@ class Conv24:
         upsample: how often each pixel of x is repeated along both axes before (nearest neighbour).
         tier: one of ``TIERS``, or None for the best for ``compute``.
         compute: precision of the products, where ``tier`` is None.
-        lanes: ``t-lanes`` (pixels in SIMD lanes) or ``n-lanes`` (output channels); see ``MatMul24``.
+        lanes: ``t-lanes`` (pixels in SIMD lanes) or ``n-lanes`` (output channels), see ``MatMul24``; in bf16 also
+            ``r-lanes`` (output channels, a register of the input's permuted at once).
 
     Raises:
         InputError: weights that are not canonical 2:4, a window that is none, or a name that does not exist.
-        UnsupportedError: the machine lacks the tier.
+        UnsupportedError: the machine lacks the tier, or the tier the lanes.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ ISA_VARIABLE = "SPARSE_ENGINE_ISA"
 _ABI_VERSION = 5
 _MESSAGE_BYTES = 512
 
-Lanes = Literal["t-lanes", "n-lanes"]
+Lanes = Literal["t-lanes", "n-lanes", "r-lanes"]  # the last of convolutions in bf16 alone
 Compute = Literal["fp32", "bf16"]
 Activation = Literal["none", "gelu", "gelu-tanh", "silu"]
 

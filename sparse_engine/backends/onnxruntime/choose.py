@@ -19,6 +19,7 @@ from sparse_engine.tactics import Choice, TacticCache
 
 from .attention import MICROSOFT, own_nodes, runtime_nodes
 from .compute import attention_in, products_in
+from .convolutions import FusedConv
 from .group_norm import GroupNorm
 from .layers import DOMAIN, FusedLayer
 from .library import load_onnxruntime
@@ -43,7 +44,7 @@ class LayerChoice:
     """What a layer runs.
 
     Attributes:
-        kernel: "dense" (ONNX Runtime's, float32), "dense-bf16" (ours); sparse: "t-lanes", "n-lanes". One for every
+        kernel: "dense" (ONNX Runtime's, float32), "dense-bf16" (ours); sparse: "t-lanes", "n-lanes", "r-lanes". One for every
             number of tokens: each adds up in an order of its own, and what is drawn must not depend on the batch.
         why: how that was decided.
         measured: tokens -> what was timed; at the usual batch alone.
@@ -241,7 +242,8 @@ def _attention_feed(attention: Attention, batch: int) -> dict[str, np.ndarray]:
 def _candidates(layer: FusedLayer, tokens: int, compute: str) -> tuple[str, ...]:
     if not layer.is_sparse:
         return DENSE
-    return ("dense", "t-lanes", "n-lanes") if tokens <= N_LANES_UP_TO[compute] else ("dense", "t-lanes")
+    names = ("dense", "t-lanes", "n-lanes") if tokens <= N_LANES_UP_TO[compute] else ("dense", "t-lanes")
+    return (*names, "r-lanes") if compute == "bf16" and isinstance(layer, FusedConv) else names
 
 
 def _product(layer: FusedLayer, tokens: int, kernel: str, compute: str, threads: int | None) -> Callable[[], object]:

@@ -51,7 +51,7 @@ struct ConvTactic {
 extern const ConvTactic kScalarConv;
 #ifdef SPARSE_ENGINE_X86
 extern const ConvTactic kAvx2Conv, kAvx512Conv, kAvx512Bf16Conv;
-extern const ConvTactic kAvx2ConvRows, kAvx512ConvRows, kAvx512Bf16ConvRows;
+extern const ConvTactic kAvx2ConvRows, kAvx512ConvRows, kAvx512Bf16ConvRows, kAvx512Bf16ConvRegisters;
 #endif
 #ifdef SPARSE_ENGINE_NEON
 extern const ConvTactic kNeonConv, kNeonConvRows;

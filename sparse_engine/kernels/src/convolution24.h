@@ -16,7 +16,8 @@ struct ConvEpilogue {
 class Conv24 {
  public:
   // Weights [rows, channels / 4 * taps * 4]: see conv24.h. They are packed now, and may then be freed.
-  // Throws Error: kInvalidInput for weights or a window that are none, kUnsupported for a missing tier.
+  // Throws Error: kInvalidInput for weights or a window that are none, kUnsupported for a tier that is missing or lacks
+  // the lanes.
   Conv24(const Weights24& weights, const Window& window, Tier tier, Lanes lanes);
 
   // The size of the output for images of height x width. Throws Error(kInvalidInput) where there is none.

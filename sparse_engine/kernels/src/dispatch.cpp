@@ -9,7 +9,7 @@ namespace sparse_engine {
 namespace {
 
 constexpr const char* kTierNames[kTierCount] = {"scalar", "avx2", "avx512", "avx512-bf16", "neon"};
-constexpr const char* kLanesNames[] = {"t-lanes", "n-lanes"};
+constexpr const char* kLanesNames[] = {"t-lanes", "n-lanes", "r-lanes"};
 constexpr const char* kActivationNames[] = {"none", "gelu", "gelu-tanh", "silu"};
 constexpr const char* kComputeNames[] = {"fp32", "bf16"};
 
@@ -27,6 +27,13 @@ void require(Tier tier, const std::string& asked_by) {
   if (machine_has(tier)) return;
   throw Error(Status::kUnsupported,
               asked_by + " asks for " + tier_name(tier) + ", which this machine or its operating system lacks");
+}
+
+// Of lanes that a tier's products, or convolutions, do not have.
+void require_lanes(const char* what, Tier tier, Lanes lanes, bool exist) {
+  if (exist) return;
+  throw Error(Status::kUnsupported,
+              std::string(what) + " in " + lanes_name(lanes) + " are not computed on " + tier_name(tier));
 }
 
 }  // namespace
@@ -65,6 +72,7 @@ Tier best_tier(bool bfloat16) {
 
 const Tactic& find_tactic(Tier tier, Lanes lanes) {
   require(tier, "the caller");
+  require_lanes("products", tier, lanes, lanes != Lanes::kRegisters);
   [[maybe_unused]] const bool rows = lanes == Lanes::kRows;
 #ifdef SPARSE_ENGINE_X86
   if (tier == Tier::kAvx2) return rows ? kAvx2Rows : kAvx2Tokens;
@@ -87,6 +95,10 @@ const Tactic& find_dense_tactic(Tier tier) {
 
 const ConvTactic& find_conv_tactic(Tier tier, Lanes lanes) {
   require(tier, "the caller");
+#ifdef SPARSE_ENGINE_X86
+  if (tier == Tier::kAvx512Bf16 && lanes == Lanes::kRegisters) return kAvx512Bf16ConvRegisters;
+#endif
+  require_lanes("convolutions", tier, lanes, lanes != Lanes::kRegisters);
   [[maybe_unused]] const bool rows = lanes == Lanes::kRows;
 #ifdef SPARSE_ENGINE_X86
   if (tier == Tier::kAvx2) return rows ? kAvx2ConvRows : kAvx2Conv;

@@ -13,7 +13,7 @@ const char* lanes_name(Lanes lanes);
 
 // Each throws Error(kInvalidInput) for a name that is not one of those listed.
 Tier parse_tier(const std::string& name);                 // scalar, avx2, avx512, avx512-bf16, neon
-Lanes parse_lanes(const std::string& name);               // t-lanes, n-lanes
+Lanes parse_lanes(const std::string& name);               // t-lanes, n-lanes, r-lanes
 Activation parse_activation(const std::string& name);     // none, gelu, gelu-tanh, silu
 bool parse_compute_is_bfloat16(const std::string& name);  // fp32, bf16
 
@@ -24,13 +24,13 @@ Tier highest_tier();
 // The fastest tier for products of that precision. bf16 has one, and no substitute: Error(kUnsupported).
 Tier best_tier(bool bfloat16);
 
-// Throws Error(kUnsupported) where the machine lacks the tier.
+// For 2:4 products. Throws Error(kUnsupported) where the machine lacks the tier, or the tier the lanes.
 const Tactic& find_tactic(Tier tier, Lanes lanes);
 
 // For dense weights; there is one, in bf16. Throws Error(kUnsupported) for any other tier.
 const Tactic& find_dense_tactic(Tier tier);
 
-// For 2:4 convolutions. Throws Error(kUnsupported) where the machine lacks the tier.
+// For 2:4 convolutions. Throws Error(kUnsupported) where the machine lacks the tier, or the tier the lanes.
 const ConvTactic& find_conv_tactic(Tier tier, Lanes lanes);
 
 // Null for the scalar tier. Throws Error(kUnsupported) where the machine lacks the tier.

@@ -18,9 +18,10 @@ enum class Activation : int { kNone = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3 };
 enum class Tier : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kNeon = 4 };
 constexpr int kTierCount = 5;
 
-// What lies in the lanes of a vector: tokens, or output rows. The two add an element's products up in different orders,
+// What lies in the lanes of a vector: tokens, or output rows (kRegisters: of a convolution, each picking its x out of a
+// whole register of them). They add an element's products up in different orders,
 // so a layer has one of them, whatever the number of tokens: its results do not depend on what else is in a call.
-enum class Lanes : int { kTokens = 0, kRows = 1 };
+enum class Lanes : int { kTokens = 0, kRows = 1, kRegisters = 2 };
 
 // Canonical 2:4 weights, as an engine file stores them; or dense ones, which have no positions.
 struct Weights24 {

@@ -240,4 +240,34 @@ void pack_panels(const Weights24& weights, int taps, Operand operand, int lane_c
   }
 }
 
+size_t register_bytes(int rows, const RegisterWalk& walk) {
+  return size_t(round_up(rows, walk.lane_count) / walk.lane_count) * walk.bytes(0, walk.registers());
+}
+
+void pack_registers(const Weights24& weights, const RegisterWalk& walk, void* packed) {
+  std::memset(packed, 0, register_bytes(weights.rows, walk));
+  const int lanes = walk.lane_count, groups_of_register = lanes / 2;
+  uint8_t* out = static_cast<uint8_t*>(packed);
+  for (int begin = 0; begin < walk.registers(); begin += kBlockRegisters) {
+    const int end = std::min(walk.registers(), begin + kBlockRegisters);
+    for (int panel = 0; panel < weights.rows; panel += lanes) {
+      for (int index = begin; index < end; ++index) {
+        const int tap = index / walk.per_tap(), place = index % walk.per_tap(), steps = walk.steps(place);
+        uint32_t* const weight = reinterpret_cast<uint32_t*>(out);
+        uint32_t* const chosen = weight + size_t(steps) * lanes;
+        out += size_t(steps) * walk.step_bytes();
+        for (int lane = 0; lane < lanes && panel + lane < weights.rows; ++lane) {
+          for (int step = 0; step < steps; ++step) {
+            const int quad = place * groups_of_register + step;
+            const Group group = group_at(weights, panel + lane, quad * walk.taps + tap);
+            weight[step * lanes + lane] = bfloat16_pair(group.value);
+            chosen[step * lanes + lane] =
+                uint32_t(4 * step + group.position[0]) | uint32_t(4 * step + group.position[1]) << 16;
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace sparse_engine

@@ -80,4 +80,36 @@ size_t panel_bytes(int rows, int depth, Operand operand, int lane_count, int pan
 // product has one tap.
 void pack_panels(const Weights24& weights, int taps, Operand operand, int lane_count, int panel_multiple, void* packed);
 
+// R-lanes, of convolutions in bf16: panels of `lane_count` rows, whose depth (taps, channels) is cut into registers of
+// twice as many channels; a tap's last register may be full in part. A step multiplies the two kept weights of a group,
+// a pair; which two of the register they are multiplied with is said lane by lane. Blocks of kBlockRegisters have
+// panels; a panel's registers follow one another, each
+//   weights: steps x lane_count x 4 bytes
+//   indices: steps x lane_count x 2 x 2 bytes, which are what a permutation takes: smaller ones would have to be
+//   widened by
+//     instructions that want the ports of the permutations (measured: a fifth slower)
+struct RegisterWalk {
+  int taps, channels, lane_count;
+
+  constexpr SPARSE_ENGINE_INLINE int per_tap() const { return (channels + 2 * lane_count - 1) / (2 * lane_count); }
+  constexpr SPARSE_ENGINE_INLINE int registers() const { return taps * per_tap(); }
+  // Of a register, by its place in the tap.
+  constexpr SPARSE_ENGINE_INLINE int steps(int place) const {
+    const int left = channels - place * 2 * lane_count;
+    return (left < 2 * lane_count ? left : 2 * lane_count) / 4;
+  }
+  constexpr SPARSE_ENGINE_INLINE size_t step_bytes() const { return size_t(lane_count) * 8; }
+  // Of a panel's registers [begin, end).
+  constexpr SPARSE_ENGINE_INLINE size_t bytes(int begin, int end) const {
+    size_t steps_in_all = 0;
+    for (int i = begin; i < end; ++i) steps_in_all += steps(i % per_tap());
+    return steps_in_all * step_bytes();
+  }
+};
+
+constexpr int kBlockRegisters = 12;  // 12 KiB of a panel: two of them stay in L1
+
+size_t register_bytes(int rows, const RegisterWalk& walk);
+void pack_registers(const Weights24& weights, const RegisterWalk& walk, void* packed);
+
 }  // namespace sparse_engine

@@ -10,6 +10,7 @@
 // The instruction rounds to nearest even, treats denormals as zero, and cannot be told otherwise.
 #include "conv_lanes.h"
 #include "conv_n_lanes.h"
+#include "conv_r_lanes.h"
 #include "n_lanes.h"
 #include "peak.h"
 #include "t_lanes.h"
@@ -186,6 +187,20 @@ struct Bfloat16Panels {
   }
 };
 
+// R-lanes: pixels as those of N-lanes, of which a step picks a pair in each lane.
+struct Bfloat16Registers : Bfloat16Panels {
+  using Register = __m512i;
+
+  static SPARSE_ENGINE_INLINE Register load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static SPARSE_ENGINE_INLINE __m512 pick_and_add(__m512 sum, Register weights, Register indices, Register x) {
+    return multiply_pairs(sum, (__m512)weights, _mm512_permutexvar_epi16(indices, x));
+  }
+};
+
+// How the work of a convolution in R-lanes is split.
+constexpr Tactic kRegisterBlocks = {Tier::kAvx512Bf16, Lanes::kRegisters, 8,       kPixelTile, 32,
+                                    nullptr,           nullptr,           nullptr, nullptr};
+
 }  // namespace
 
 constexpr Tactic kAvx512Bf16Tokens = tokens_in_lanes<Bfloat16Streams>(Tier::kAvx512Bf16);
@@ -193,6 +208,7 @@ constexpr Tactic kAvx512Bf16Dense = tokens_in_lanes<DenseBfloat16Streams>(Tier::
 constexpr Tactic kAvx512Bf16Rows = rows_in_lanes<Bfloat16Panels>(Tier::kAvx512Bf16);
 constexpr ConvTactic kAvx512Bf16Conv = conv_in_lanes<Bfloat16Streams>(kAvx512Bf16Tokens);
 constexpr ConvTactic kAvx512Bf16ConvRows = conv_rows_in_lanes<Bfloat16Panels>(kAvx512Bf16Rows);
+constexpr ConvTactic kAvx512Bf16ConvRegisters = conv_in_registers<Bfloat16Registers>(kRegisterBlocks);
 constexpr PeakLoop kAvx512Bf16Peak = peak_loop<Bfloat16Streams>(2);
 
 }  // namespace sparse_engine
