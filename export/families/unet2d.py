@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparse_engine.conditioning import Condition, class_condition
-from sparse_engine.errors import CheckpointError
+from sparse_engine.errors import CheckpointError, OptionError
 
 from .base import Family, Layout, Recipe, Shapes
 from .diffusers_parts import BY_ANALOGY, check_fixed
@@ -162,9 +162,15 @@ def _own_name(name: str, levels: int) -> str:
 def _read_config(shapes: Shapes, given: Mapping[str, Any]) -> tuple[UNet2DConfig, list[str]]:
     check_fixed(given, FIXED, KIND)
     read = read_sizes(shapes, KIND)
+    if given.get("heads") is not None:
+        raise OptionError(
+            f"heads = {given['heads']} is given, and a {KIND} has them by their width, attention_head_dim",
+            "leave it out: config.json says it",
+        )
     one_head = "attention_head_dim" in given and given["attention_head_dim"] is None
     given = own_names(given, NAMES, BLOCKS)
-    given.setdefault("head_dim", 0) if one_head else None
+    if one_head:
+        given.setdefault("head_dim", 0)
     agree(given, read)
     values, notes = settled(given, {**DEFAULTS, "head_dim": HEAD_DIM}, KIND)
     multiple = 1 << (len(read["widths"]) - 1)
