@@ -227,9 +227,22 @@ def own_names(given: Mapping[str, Any], names: Mapping[str, str], blocks: Mappin
                 f"expected {' or '.join(TIME_FORMS)}"
             )
         own["scaled"] = TIME_FORMS[own["scaled"]]
-    if isinstance(own.get("layers"), int) and isinstance(own.get("widths"), tuple):
-        own["layers"] = (own["layers"],) * len(own["widths"])
-    return own
+    widths = own.get("widths")
+    if isinstance(widths, tuple):
+        own["layers"] = of_stages(own.get("layers"), len(widths))
+        depths = of_stages(own.get("depths", 1), len(widths))
+        for way, name in (("Down", "down_attention"), ("Up", "up_attention")):
+            types = given.get(f"{way.lower()}_block_types")
+            if isinstance(types, list | tuple) and len(types) == len(widths) == len(depths):
+                along = depths if way == "Down" else depths[::-1]
+                attended = {_block_name(kind, way) for kind, has in blocks.items() if has}
+                own[name] = tuple(depth if kind in attended else 0 for kind, depth in zip(types, along, strict=True))
+    return {name: value for name, value in own.items() if value is not None}
+
+
+def of_stages(value: Any, stages: int) -> Any:
+    """A number for all stages, or one for each: one for each."""
+    return (value,) * stages if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _check_channels(given: Mapping[str, Any]) -> None:
