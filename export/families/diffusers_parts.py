@@ -17,6 +17,8 @@ from .uvit import Attends, PublishedHeads, settle, timestep_embedding
 
 TIME_DIM = 256  # sinusoids of a time, and of other numbers
 BLOCKS = "transformer_blocks"
+# What diffusers called the projections of attention before, and calls them now.
+OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 BY_ANALOGY = "by analogy with the layers that SparseDM masks in a U-ViT: none of this family was published 2:4"
 
 
@@ -148,6 +150,13 @@ class RMSNorm(nn.Module):
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (wide * scale * self.weight.float()).to(x.dtype)
+
+
+def today_named(name: str) -> str:
+    """A tensor's name, attention's projections as diffusers calls them today."""
+    for old, new in OLD_ATTENTION.items():
+        name = name.replace(old, new)
+    return name
 
 
 def depth_of(shapes: Shapes) -> int:

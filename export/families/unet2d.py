@@ -18,7 +18,7 @@ from sparse_engine.conditioning import Condition, class_condition
 from sparse_engine.errors import CheckpointError, OptionError
 
 from .base import Family, Layout, Recipe, Shapes
-from .diffusers_parts import BY_ANALOGY, check_fixed
+from .diffusers_parts import BY_ANALOGY, check_fixed, today_named
 from .unet_parts import MapAttention, positions_with, size_of
 from .unet_stages import (
     DEFAULTS,
@@ -67,7 +67,6 @@ ERMONGROUP_PARTS = {
     "resnets": {"temb_proj": "time_emb_proj", "nin_shortcut": "conv_shortcut"},
     "attentions": {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"},
 }
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +119,7 @@ def _recognises(shapes: Shapes) -> bool:
 def _layout(shapes: Shapes) -> Layout | None:
     if set(shapes) >= ERMONGROUP_KEYS:
         return _of_ermongroup(shapes)
-    old = {
-        name: re.sub(r"\.(query|key|value|proj_attn)\.", lambda match: f".{OLD_ATTENTION[match[1]]}.", name)
-        for name in shapes
-        if ".attentions." in name
-    }
-    return Layout({name: new for name, new in old.items() if new != name})
+    return Layout({name: today_named(name) for name in shapes if ".attentions." in name})
 
 
 def _of_ermongroup(shapes: Shapes) -> Layout:
