@@ -245,6 +245,8 @@ def _read_config(shapes: Shapes, given: Mapping[str, Any]) -> tuple[UNetConditio
     if length is None:
         length = CONTEXT_LENGTH
         notes.append(f"context_length = {length}: not in the weights; CLIP's; say --context-length")
+    if read["guidance_dim"]:
+        notes.append(ONLY_NETWORK)
     pooled_dim, size_dim = _added(shapes, own)
     # A map that is no multiple is cut to what the way down had: with padding on one side alone it would be too small.
     multiple = 1 if values["padding"] else 1 << (len(read["widths"]) - 1)

@@ -11,12 +11,16 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from sparse_engine.errors import CheckpointError
+from sparse_engine import SparseEngine
+from sparse_engine.errors import CheckpointError, OptionError
 from sparse_engine.export.bake import bake
+from sparse_engine.export.build import build_engine
 from sparse_engine.export.families import recognise
 from sparse_engine.export.families.unet_condition import FAMILY, UNetConditionConfig
 from sparse_engine.export.model import Model, load_model
+from sparse_engine.export.options import ModelOptions
 from sparse_engine.export.precision import lower
+from sparse_engine.export.verify import verify_engine
 from tests.export.diffusers_networks import inputs_of, randomised, step_errors
 from tests.export.references import Array, relative_error
 from tests.export.test_unet2d import TIMES, change, found_by
@@ -179,6 +183,23 @@ def test_whether_2x_predicts_v_is_asked_for(tmp_path: Path) -> None:
     assert load(tmp_path, **given).recipe.prediction == "v"
     DDIMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "scheduler")
     assert load(tmp_path).recipe.prediction == "v"
+
+
+def test_an_lcms_engine_says_what_it_is_for(tmp_path: Path) -> None:
+    """``network`` is diffusers' own; samplers are refused, for its own is none of them."""
+    sizes = {**SD15, "time_cond_proj_dim": 12, "block_out_channels": (16,)}
+    sizes |= {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    reference = saved(tmp_path, sizes)
+    file = tmp_path / "lcm.sengine"
+    build_engine(tmp_path, file, model=ModelOptions(context_length=LENGTH), backend="onnxruntime")
+    assert verify_engine(file, tmp_path).passed
+    with SparseEngine.load(file, threads=1) as engine:
+        engine.warmup(1)
+        x, t, told = told_to(load(tmp_path), 3)
+        assert relative_error(engine.network(x, t, conditioning=told), predicted(reference, x, t, told)) < 1e-4
+        for sampler in (None, "ddim"):
+            with pytest.raises(OptionError, match="latent consistency model, whose own sampler is not offered: use"):
+                engine.sample(3, steps=4, sampler=sampler, conditioning=told, output="float")
 
 
 def test_which_layers_are_masked_and_their_macs(tmp_path: Path) -> None:
