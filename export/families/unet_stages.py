@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -127,7 +127,7 @@ class Stage(nn.Module):
         return self.attentions[index](h, *told)
 
 
-class UNet(nn.Module):
+class UNet(nn.Module, ABC):
     """All of a U-Net but what it is told: subclasses make its attention and its embedding."""
 
     def __init__(self, config: UNetSizes) -> None:

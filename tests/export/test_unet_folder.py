@@ -88,6 +88,16 @@ def test_wherever_its_files_lie(part: str, folder: Path, tmp_path: Path) -> None
     assert all(np.array_equal(model.checkpoint.state[name], each) for name, each in expected.checkpoint.state.items())
 
 
+def test_latents_are_told_by_what_decodes_them(tmp_path: Path) -> None:
+    """As CompVis/ldm-celebahq-256 is: three channels, and no pixels."""
+    UNet2DModel(**GOOGLE).save_pretrained(tmp_path / "unet")
+    assert load_model(tmp_path).recipe.value_range == (-1.0, 1.0)
+    (tmp_path / "vqvae").mkdir()
+    model = load_model(tmp_path)
+    assert model.recipe.value_range is None
+    assert "latents: vqvae/ beside the network decodes what it draws" in model.notes
+
+
 @pytest.fixture
 def damaged(folder: Path, tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     """A copy of the folder without its weights, and what they were."""
