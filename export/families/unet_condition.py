@@ -82,6 +82,8 @@ BLOCKS = {"": False, "CrossAttn": True}
 HEADS = 8  # diffusers' default
 CONTEXT_LENGTH = 77  # vectors of CLIP
 SIZES = 6  # numbers that SDXL is told: height, width, crop's top and left, target's height and width
+# SDXL's refiner is told five, an aesthetic score in place of the target; known by the columns that they and 1280 make.
+REFINER_SIZES, REFINER_COLUMNS = 5, 2560
 SIZE_DIM = 256  # sinusoids of each, in SDXL
 NORM_EPS = 1e-6  # of the norm before a transformer, whatever that of the residual blocks
 MLP_RATIO = 4
@@ -102,7 +104,7 @@ class UNetConditionConfig(UNetSizes):
 
     ``stage_heads`` is one number for each stage; ``linear_projection`` says that linears, not convolutions, lead into
     and out of a transformer; ``pooled_dim`` and ``size_dim`` are those of SDXL's pooled text and of the sinusoids of
-    each of its six sizes, 0 elsewhere; ``guidance_dim`` that of what an LCM is told of guidance, 0 elsewhere.
+    each of its ``sizes`` numbers, 0 elsewhere; ``guidance_dim`` that of what an LCM is told of guidance, 0 elsewhere.
     """
 
     stage_heads: tuple[int, ...]
@@ -111,6 +113,7 @@ class UNetConditionConfig(UNetSizes):
     linear_projection: bool
     pooled_dim: int = 0
     size_dim: int = 0
+    sizes: int = SIZES
     guidance_dim: int = 0
 
     @property
@@ -120,7 +123,7 @@ class UNetConditionConfig(UNetSizes):
         told += class_condition(self.num_classes)
         if self.pooled_dim:
             told.append(Condition("pooled", (self.pooled_dim,), null=None))
-            told.append(Condition("time_ids", (SIZES,), null="same"))
+            told.append(Condition("time_ids", (self.sizes,), null="same"))
         if self.guidance_dim:
             told.append(Condition("timestep_cond", (self.guidance_dim,), null="same"))
         return tuple(told)
@@ -188,7 +191,7 @@ class UNetCondition(UNet):
         if config.guidance_dim:
             self.time_embedding = GuidedTime(config.time_width, config.time_dim, config.guidance_dim)
         if config.pooled_dim:
-            self.add_embedding = TwoLinears(config.pooled_dim + SIZES * config.size_dim, config.time_dim)
+            self.add_embedding = TwoLinears(config.pooled_dim + config.sizes * config.size_dim, config.time_dim)
 
     def attention(self, level: int, depth: int, middle: bool) -> nn.Module:
         """See ``UNet``."""
@@ -212,8 +215,8 @@ class UNetCondition(UNet):
             context: [B, context_length, context_dim], of the text.
             y: [B] int64 labels, for a network that is told one.
             pooled: [B, pooled_dim], of the text as a whole, for SDXL.
-            time_ids: [B, 6], for SDXL: the picture's height and width, the crop's top and left, the target's height and
-                width, in pixels.
+            time_ids: [B, sizes], for SDXL: the picture's height and width, the crop's top and left, the target's height
+                and width, in pixels.
             timestep_cond: [B, guidance_dim], for an LCM: sinusoids of the strength of guidance.
         """
         sinusoids = self.sinusoids(t, self.config.time_width)
@@ -221,7 +224,11 @@ class UNetCondition(UNet):
         if y is not None:
             emb = emb + self.class_embedding(y)
         if pooled is not None and time_ids is not None:
-            sizes = self.sinusoids(time_ids.flatten(), self.config.size_dim).unflatten(0, (-1, SIZES)).flatten(1)
+            sizes = (
+                self.sinusoids(time_ids.flatten(), self.config.size_dim)
+                .unflatten(0, (-1, self.config.sizes))
+                .flatten(1)
+            )
             emb = emb + self.add_embedding(torch.cat([pooled, sizes], dim=1))
         return self.predict(x, emb, context)
 
@@ -247,7 +254,7 @@ def _read_config(shapes: Shapes, given: Mapping[str, Any]) -> tuple[UNetConditio
         notes.append(f"context_length = {length}: not in the weights; CLIP's; say --context-length")
     if read["guidance_dim"]:
         notes.append(ONLY_NETWORK)
-    pooled_dim, size_dim = _added(shapes, own)
+    pooled_dim, size_dim, sizes = _added(shapes, own)
     # A map that is no multiple is cut to what the way down had: with padding on one side alone it would be too small.
     multiple = 1 if values["padding"] else 1 << (len(read["widths"]) - 1)
     config = UNetConditionConfig(
@@ -256,6 +263,7 @@ def _read_config(shapes: Shapes, given: Mapping[str, Any]) -> tuple[UNetConditio
         context_length=positive(length, "context_length"),
         pooled_dim=pooled_dim,
         size_dim=size_dim,
+        sizes=sizes,
         **read,
         **values,
     )
@@ -285,18 +293,19 @@ def _check_heads(heads: Any, widths: tuple[int, ...]) -> None:
     )
 
 
-def _added(shapes: Shapes, given: Mapping[str, Any]) -> tuple[int, int]:
-    """(width of the pooled text, sinusoids of each size) of SDXL; zeros elsewhere. Raises CheckpointError."""
+def _added(shapes: Shapes, given: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(width of the pooled text, sinusoids of each size, sizes) of SDXL; zeros elsewhere. Raises CheckpointError."""
     if ADDED not in shapes:
-        return 0, 0
+        return 0, 0, SIZES
     size_dim = positive(given.get("size_dim") or SIZE_DIM, "addition_time_embed_dim")
     columns = shape_of(shapes, ADDED, 2, KIND)[1]
-    if columns <= SIZES * size_dim:
+    sizes = REFINER_SIZES if (columns, size_dim) == (REFINER_COLUMNS, SIZE_DIM) else SIZES
+    if columns <= sizes * size_dim:
         raise CheckpointError(
-            f"{ADDED} has {columns} columns, {SIZES} x {size_dim} of them of sizes; expected more, of a pooled text",
+            f"{ADDED} has {columns} columns, {sizes} x {size_dim} of them of sizes; expected more, of a pooled text",
             "correct addition_time_embed_dim in config.json",
         )
-    return columns - SIZES * size_dim, size_dim
+    return columns - sizes * size_dim, size_dim, sizes
 
 
 def _recipe(config: UNetConditionConfig) -> Recipe:

@@ -154,6 +154,10 @@ def test_what_it_is_told(tmp_path: Path) -> None:
         ("time_ids", (6,), "same", True),
     ]
     assert any(note.startswith("context_length = 77: not in the weights; CLIP's") for note in model.notes)
+    refiner = {**SDXL, "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2560}
+    saved(tmp_path / "refiner", refiner)
+    told = load_model(tmp_path / "refiner").conditions
+    assert [(each.name, each.shape) for each in told[1:]] == [("pooled", (1280,)), ("time_ids", (5,))]
     saved(tmp_path / "lcm", NETWORKS["an LCM"])
     told = load_model(tmp_path / "lcm").conditions
     assert [(each.name, each.shape, each.null) for each in told[1:]] == [("timestep_cond", (12,), "same")]
