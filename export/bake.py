@@ -106,7 +106,7 @@ def bake(
     globs = tuple(layers) if layers else model.family.sparse_layers
     modules = _maskable_modules(model)
     for glob in globs:
-        if layers and not any(fnmatchcase(name, glob) for name in modules):
+        if glob not in model.family.sparse_layers and not any(fnmatchcase(name, glob) for name in modules):
             raise OptionError(
                 f"--mask-layers {glob!r} matches none of the {len(modules)} layers",
                 f"names look like {', '.join(list(modules)[:3])}; `sparse-engine inspect` lists them",

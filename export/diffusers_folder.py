@@ -16,6 +16,7 @@ from sparse_engine.errors import CheckpointError
 PIPELINE = "model_index.json"
 # The folders of a pipeline's network; those of averaged weights, which training scripts write, come first.
 NETWORKS = ("transformer_ema", "transformer", "unet_ema", "unet")
+DECODERS = ("vae", "vqvae", "movq")
 WEIGHTS = re.compile(
     r"^diffusion_pytorch_model(?:\.(?P<variant>[a-z]\w*))?\.(?P<kind>safetensors|bin)"
     r"(?P<index>\.index(?:\.(?P<of>\w+))?\.json)?$"
@@ -51,6 +52,14 @@ def check_config(folder: Path) -> None:
             f"{folder} has no config.json; expected diffusers' configuration of the network beside its weights",
             "download it too: the number of heads and more cannot be read off the weights",
         )
+
+
+def decoder_beside(weights: Path) -> Path | None:
+    """The folder of what decodes a pipeline's latents, beside that of the network's file; None where there is none."""
+    if weights.parent.name not in NETWORKS:
+        return None
+    pipeline = weights.parent.parent
+    return next((pipeline / name for name in DECODERS if (pipeline / name).is_dir()), None)
 
 
 def weights_in(folder: Path) -> tuple[Path, list[str]] | None:

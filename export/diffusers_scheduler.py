@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_engine.errors import CheckpointError
+from sparse_engine.sampling import SAMPLERS as OUR_SAMPLERS
 
 from .weight_files import read_json
 
@@ -27,6 +28,23 @@ SAMPLERS = {
     ("DPMSolverSinglestepScheduler", "dpmsolver"): "dpm-solver",
     ("FlowMatchEulerDiscreteScheduler", None): "euler-ode",
 }
+# Schedulers that are not offered -> the sampler of ours that does most nearly the same. Euler's steps in sigma / alpha
+# are DDIM's, its ancestral ones DDPM's.
+NEAREST = {
+    "PNDMScheduler": "dpm-solver++",
+    "LMSDiscreteScheduler": "dpm-solver++",
+    "UniPCMultistepScheduler": "dpm-solver++",
+    "DEISMultistepScheduler": "dpm-solver++",
+    "DPMSolverMultistepScheduler": "dpm-solver++",
+    "DPMSolverSinglestepScheduler": "dpm-solver++-singlestep",
+    "HeunDiscreteScheduler": "dpm-solver++-singlestep",
+    "KDPM2DiscreteScheduler": "dpm-solver++-singlestep",
+    "EulerDiscreteScheduler": "ddim",
+    "EulerAncestralDiscreteScheduler": "ddpm",
+    "KDPM2AncestralDiscreteScheduler": "sde-dpm-solver++",
+    "DPMSolverSDEScheduler": "sde-dpm-solver++",
+}
+CHAINS = ("ddpm", "ddim")  # that clip what they draw
 ENDS = {"beta_start": 1e-4, "beta_end": 0.02}  # where a configuration is silent
 FLOW = "FlowMatchEulerDiscreteScheduler"
 # What changes the schedule into one that is not offered.
@@ -65,12 +83,30 @@ def scheduler_settings(weights: Path, given: Mapping[str, Any]) -> tuple[dict[st
     sampler = SAMPLERS.get((name, config.get("algorithm_type", "dpmsolver++") if "DPMSolver" in name else None))
     if sampler is not None:
         settings["sampler"] = sampler
+    nearest = None if sampler is not None else NEAREST.get(name)
+    if nearest is not None and not (_is_flow(config) and OUR_SAMPLERS[nearest].not_flow):
+        settings["sampler"] = nearest
     said = ", ".join(f"{setting} = {value}" for setting, value in settings.items())
     notes = [f"{said}: from {name} in {file}"] if said else []
+    if sampler is None:
+        taken = f"{nearest} is the nearest" if settings.get("sampler") else "no sampler here is near it"
+        notes.append(f"{name} is not offered: {taken}; say another with --sampler")
+    if sampler in CHAINS:
+        notes += _of_chain(config, sampler)
     spaced = [option for option in SPACINGS if config.get(option)]
     if spaced:
         notes.append(f"{spaced[0]} of {file.name} is not offered: a sampler's times are its own, see --spacing")
     return settings, notes
+
+
+def _of_chain(config: Mapping[str, Any], sampler: str) -> list[str]:
+    """What a scheduler of DDPM or DDIM is told that an engine has to be told at each call."""
+    notes = []
+    if sampler == "ddpm" and config.get("variance_type") == "fixed_large":
+        notes.append("variance_type is fixed_large: sample with --variance large")
+    if config.get("clip_sample") is False:
+        notes.append("clip_sample is false: of pixels, sample with --no-clip")
+    return notes
 
 
 def _check_offered(file: Path, config: Mapping[str, Any], schedule_given: bool) -> None:

@@ -17,6 +17,7 @@ from sparse_engine.errors import CheckpointError, OptionError, SparseEngineError
 from sparse_engine.sampling import SAMPLERS, make_trajectory, normal, schedule_from_dict
 
 from .checkpoint import Checkpoint, load_checkpoint
+from .diffusers_folder import decoder_beside
 from .diffusers_scheduler import scheduler_settings
 from .families import Family, FamilyConfig, Layout, Recipe, class_of, family_named, recognise
 from .names import listed
@@ -122,7 +123,12 @@ def load_model(path: str | Path, family: str | None = None, **given: Any) -> Mod
     if layout is not None:
         checkpoint, settings = _renamed(checkpoint, layout), {**layout.settings, **settings}
     config, notes = chosen.read_config(checkpoint.shapes, settings)
-    model = Model(checkpoint, chosen, config, *_recipe(chosen.recipe(config), config, settings, notes))
+    default = chosen.recipe(config)
+    decoder = decoder_beside(checkpoint.path) if class_of(stored) else None
+    if decoder is not None and default.value_range is not None and "value_range" not in settings:
+        default = dataclasses.replace(default, value_range=None)
+        notes = [*notes, f"latents: {decoder.name}/ beside the network decodes what it draws"]
+    model = Model(checkpoint, chosen, config, *_recipe(default, config, settings, notes))
     _check_weights(model, where)
     remarks = chosen.remarks(config, checkpoint.state)
     return dataclasses.replace(model, notes=[*checkpoint.notes, *said, *model.notes, *remarks])

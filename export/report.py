@@ -18,6 +18,9 @@ from .masks import Pattern
 from .model import load_model
 from .options import ModelOptions
 
+# What each half of the chart shows: all, what a mask leaves of it, and what it is.
+PANELS = (("parameters", "nonzeros", "parameters"), ("macs", "macs_nonzero", "multiply-accumulates"))
+
 
 def inspect_checkpoint(
     path: Path, *, rule: str, pattern: str, layers: Sequence[str] | None, model: ModelOptions
@@ -41,7 +44,9 @@ def inspect_checkpoint(
 
 
 def plot_layers(layers: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw parameters per layer before and after masking, to a PNG, an SVG or a PDF.
+    """Draw parameters and multiply-accumulates per layer, before and after masking, to a PNG, an SVG or a PDF.
+
+    A layer's multiply-accumulates are those of one sample: its weights times the places that they are applied to.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -54,18 +59,18 @@ def plot_layers(layers: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     names = [layer["name"] for layer in layers]
-    before = np.array([layer["parameters"] for layer in layers])
-    after = np.array([layer["nonzeros"] for layer in layers])
     with mpl.rc_context({"font.size": 8}):
-        figure = Figure(figsize=(max(6.0, 0.17 * len(layers) + 2.0), 4.2), layout="constrained")
-        axes = figure.add_subplot()
-        positions = np.arange(len(layers))
-        axes.bar(positions, before, width=0.85, color="#bbbbbb", label=f"stored: {before.sum() / 1e6:.2f} M")
-        axes.bar(positions, after, width=0.85, color="#0072b2", label=f"after the mask: {after.sum() / 1e6:.2f} M")
-        axes.set_xticks(positions, names, rotation=90, fontsize=5 if len(layers) > 40 else 7)
-        axes.set_ylabel("parameters")
-        axes.set_title("Parameters per layer, before and after the mask", loc="left")
-        axes.margins(x=0.01)
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside upper right", ncols=2, frameon=False)
+        figure = Figure(figsize=(max(6.0, 0.17 * len(layers) + 2.0), 6.4), layout="constrained")
+        above, below = figure.subplots(2, sharex=True)
+        places = np.arange(len(layers))
+        for axes, (all_of, kept, unit) in zip((above, below), PANELS, strict=True):
+            before, after = (np.array([layer[name] for layer in layers], np.float64) for name in (all_of, kept))
+            axes.bar(places, before, width=0.85, color="#bbbbbb", label=f"stored: {before.sum() / 1e6:.2f} M")
+            axes.bar(places, after, width=0.85, color="#0072b2", label=f"after the mask: {after.sum() / 1e6:.2f} M")
+            axes.set_ylabel(unit)
+            axes.margins(x=0.01)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(loc="upper left", frameon=False)
+        below.set_xticks(places, names, rotation=90, fontsize=5 if len(layers) > 40 else 7)
+        above.set_title("Per layer, before and after the mask", loc="left")
         save_figure(figure, path)

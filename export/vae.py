@@ -21,6 +21,7 @@ from sparse_engine.errors import InputError
 from sparse_engine.files import check_readable
 
 from .asset_graph import graph_files, load_float32, read_tensors
+from .families.diffusers_parts import today_named
 from .weight_files import read_json
 
 CLASS = "AutoencoderKL"
@@ -32,7 +33,6 @@ WEIGHT_FILES = (
     "diffusion_pytorch_model.fp16.safetensors",
     "diffusion_pytorch_model.fp16.bin",
 )
-OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 PARTS = ("decoder.", "post_quant_conv.")
 FIX = "name the folder of a diffusers AutoencoderKL, or a pipeline's that has one in vae/"
 KNOWN_SCALES = "0.18215 for Stable Diffusion's latents and U-ViT's of ImageNet, 0.23010 for U-ViT's of MS-COCO"
@@ -260,8 +260,7 @@ def _renamed(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> d
     for name, tensor in tensors.items():
         if not name.startswith(PARTS):
             continue
-        for old, new in OLD_NAMES.items():
-            name = name.replace(old, new)
+        name = today_named(name)
         if name in expected and tensor.ndim == 4 and expected[name].ndim == 2:
             tensor = tensor.flatten(1)
         state[name] = tensor

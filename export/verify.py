@@ -25,7 +25,7 @@ from .step_graph import solver_lines
 
 TIMES = (0.999, 0.75, 0.5, 0.25, 0.1, 0.01)  # of the schedule's end
 BATCH = 2
-TRAJECTORY_STEPS = 10
+TRAJECTORY_STEPS, TRAJECTORY_SAMPLER = 10, "dpm-solver++"
 # Of eps, relative to the largest: more than a precision's rounding leaves (docs/precision.md), with room to spare.
 TOLERANCES = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 5e-2, "int8": 0.15, "fp8": 0.15}
 
@@ -45,8 +45,8 @@ class Verification:
 
     Attributes:
         times: one error per time.
-        psnr: of a short deterministic trajectory against the reference's, in dB; inf where they are equal, NaN or -inf
-            where one of them is not finite.
+        psnr: of a short deterministic trajectory against the reference's, in dB; inf where they are equal, and where
+            the model is not offered its sampler; NaN or -inf where one of them is not finite.
         tolerance: for ``relative``.
         same_checkpoint: whether the checkpoint is the file that the engine was built from.
     """
@@ -163,13 +163,15 @@ def _time_error(engine: SparseEngine, reference: Reference, t: float, seed: int)
 
 
 def _trajectory_psnr(engine: SparseEngine, reference: Reference, seed: int) -> float:
-    trajectory = engine.trajectory(TRAJECTORY_STEPS, "dpm-solver++")
+    if TRAJECTORY_SAMPLER in engine.manifest.excluded_samplers:
+        return math.inf
+    trajectory = engine.trajectory(TRAJECTORY_STEPS, TRAJECTORY_SAMPLER)
     x = sampling.normal(seed, np.arange(BATCH), 0, engine.manifest.data_shape)
     expected = sampling.walk(trajectory, reference.step, x, noise=None)
     found = engine.sample(
         BATCH,
         steps=TRAJECTORY_STEPS,
-        sampler="dpm-solver++",
+        sampler=TRAJECTORY_SAMPLER,
         noise=x,
         conditioning=reference.conditioning,
         batch_size=BATCH,

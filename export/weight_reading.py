@@ -22,6 +22,7 @@ from sparse_engine.errors import CheckpointError
 from .weight_files import WeightFiles, differing, parse_json
 
 CHECK_FILE = "check that it is a .pth/.pt/.safetensors checkpoint, whole; copy or download it again"
+LIST_ENTRIES = ("model", "optimizer", "epoch", "step", "ema")  # of a training checkpoint that is a list
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -80,11 +81,19 @@ def _read_pickle(file: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
         raise CheckpointError(
             f"{file} is truncated, damaged or no checkpoint ({_reason(error)})", CHECK_FILE
         ) from error
+    if _is_training_list(loaded):
+        loaded = dict(zip(LIST_ENTRIES, loaded, strict=False))
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{file} holds a {type(loaded).__name__}; expected a dictionary of tensors")
     config, line = loaded.get("config"), loaded.get("args")
     inside = dict(config) if isinstance(config, Mapping) else {}
     return dict(loaded), {**inside, "args": _plain(line)} if isinstance(line, argparse.Namespace) else inside
+
+
+def _is_training_list(loaded: Any) -> bool:
+    """Whether it is ``[model, optimizer, epoch, step, ema]``, as ermongroup/ddim and PNDM save, or without the last."""
+    fits = isinstance(loaded, list) and len(LIST_ENTRIES) - 1 <= len(loaded) <= len(LIST_ENTRIES)
+    return fits and isinstance(loaded[0], Mapping) and isinstance(loaded[1], Mapping)
 
 
 def _plain(line: argparse.Namespace) -> dict[str, Any]:

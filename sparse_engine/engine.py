@@ -366,9 +366,12 @@ class SparseEngine:
         return decoder(self._checked_images("latents", latents, None))
 
     def warmup(self, batch_size: int | None = None) -> None:
-        """Run one step at a batch size, so that the first sample is not slower than the next."""
+        """Run one step at a batch size, so that the first sample, or call of ``network``, is as fast as the next."""
         size = self.manifest.batch[1] if batch_size is None else batch_size
         told = {each.name: np.zeros(each.shape, each.dtype) for each in self.manifest.conditions if each.needed}
+        if self.manifest.sampler in self.manifest.excluded_samplers:  # of a model that none is offered
+            self.network(np.zeros((size, *self.manifest.data_shape), np.float32), 1.0, conditioning=told)
+            return
         options: dict[str, Any] = {"output": "float", "allow_nonfinite": True, "conditioning": told}
         self.sample(size, steps=1, batch_size=size, **options)
 

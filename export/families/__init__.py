@@ -13,11 +13,13 @@ from .dit import FAMILY as DIT
 from .dit_diffusers import FAMILY as DIT_DIFFUSERS
 from .pixart import FAMILY as PIXART
 from .sd3 import FAMILY as SD3
+from .unet2d import FAMILY as UNET2D
+from .unet_condition import FAMILY as UNET_CONDITION
 from .unet_ddpm import FAMILY as UNET_DDPM
 from .uvit import FAMILY as UVIT
 from .uvit_t2i import FAMILY as UVIT_T2I
 
-FAMILIES: tuple[Family, ...] = (UVIT, UVIT_T2I, DIT, DIT_DIFFUSERS, SD3, PIXART, UNET_DDPM)
+FAMILIES: tuple[Family, ...] = (UVIT, UVIT_T2I, DIT, DIT_DIFFUSERS, SD3, PIXART, UNET_DDPM, UNET2D, UNET_CONDITION)
 
 __all__ = ["FAMILIES", "Family", "FamilyConfig", "Layout", "Recipe", "Shapes", "class_of", "family_named", "recognise"]
 

@@ -17,6 +17,8 @@ from .uvit import Attends, PublishedHeads, settle, timestep_embedding
 
 TIME_DIM = 256  # sinusoids of a time, and of other numbers
 BLOCKS = "transformer_blocks"
+# What diffusers called the projections of attention before, and calls them now.
+OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 BY_ANALOGY = "by analogy with the layers that SparseDM masks in a U-ViT: none of this family was published 2:4"
 
 
@@ -58,12 +60,25 @@ class GELU(nn.Module):
         return F.gelu(self.proj(x), approximate="tanh")
 
 
-class FeedForward(nn.Module):
-    """Two linears with a tanh-GELU between them."""
+class GEGLU(nn.Module):
+    """A linear of which one half is multiplied by an erf-GELU of the other (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GELU(dim, hidden), nn.Identity(), nn.Linear(hidden, dim))  # a dropout in the middle
+        self.proj = nn.Linear(dim, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, hidden]."""
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Two linears with a tanh-GELU between them, or what else ``first`` makes."""
+
+    def __init__(self, dim: int, hidden: int, first: Callable[[int, int], nn.Module] = GELU) -> None:
+        super().__init__()
+        self.net = nn.Sequential(first(dim, hidden), nn.Identity(), nn.Linear(hidden, dim))  # a dropout in the middle
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, D]."""
@@ -106,6 +121,22 @@ class SelfAttention(Heads, Attends):
         return q, k, v
 
 
+class CrossAttention(Heads, Attends):
+    """Multi-head attention of an image to something else, with three projections."""
+
+    def __init__(self, dim: int, heads: int, other_dim: int, bias: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_k, self.to_v = (nn.Linear(other_dim, dim, bias=bias) for _ in range(2))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x: [B, P, D]; context: [B, L, D of it]; bias: [B, 1, 1, L], added to the scores -> [B, P, D]."""
+        q, k, v = self.split(self.to_q(x)), self.split(self.to_k(context)), self.split(self.to_v(context))
+        return self.to_out[0](self.merged(self.attend(q, k, v, bias=bias)))
+
+
 class RMSNorm(nn.Module):
     """Each vector over the root of its mean square, in float32, times a weight (Zhang and Sennrich 2019)."""
 
@@ -119,6 +150,13 @@ class RMSNorm(nn.Module):
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (wide * scale * self.weight.float()).to(x.dtype)
+
+
+def today_named(name: str) -> str:
+    """A tensor's name, attention's projections as diffusers calls them today."""
+    for old, new in OLD_ATTENTION.items():
+        name = name.replace(old, new)
+    return name
 
 
 def depth_of(shapes: Shapes) -> int:

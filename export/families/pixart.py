@@ -26,8 +26,8 @@ from .base import Family, Recipe, Shapes, SquareConfig
 from .diffusers_parts import (
     BLOCKS,
     BY_ANALOGY,
+    CrossAttention,
     FeedForward,
-    Heads,
     NumberEmbedder,
     SelfAttention,
     TwoLinears,
@@ -106,29 +106,6 @@ class PixArtConfig(SquareConfig):
         )
 
 
-class CrossAttention(Heads):
-    """Multi-head attention of the image to the text."""
-
-    def __init__(self, config: PixArtConfig) -> None:
-        super().__init__()
-        dim, bias = config.embed_dim, config.attention_bias
-        of_text = dim if config.projected else config.context_dim
-        self.heads = config.heads
-        self.to_q = nn.Linear(dim, dim, bias=bias)
-        self.to_k, self.to_v = (nn.Linear(of_text, dim, bias=bias) for _ in range(2))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-
-    def forward(self, x: Tensor, context: Tensor, bias: Tensor) -> Tensor:
-        """x: [B, P, D]; context: [B, L, D of it]; bias: [B, 1, 1, L], added to the scores -> [B, P, D]."""
-        q, k, v = self.split(self.to_q(x)), self.split(self.to_k(context)), self.split(self.to_v(context))
-        if torch.compiler.is_exporting():
-            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-            seen = (scores.float() + bias).softmax(dim=-1).to(v.dtype) @ v
-        else:
-            seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-        return self.to_out[0](self.merged(seen))
-
-
 class Block(nn.Module):
     """Attention to the image, attention to the text, an MLP; time modulates the first and the last."""
 
@@ -136,7 +113,8 @@ class Block(nn.Module):
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.zeros(6, config.embed_dim))
         self.attn1 = SelfAttention(config.embed_dim, config.heads, config.attention_bias)
-        self.attn2 = CrossAttention(config)
+        of_text = config.embed_dim if config.projected else config.context_dim
+        self.attn2 = CrossAttention(config.embed_dim, config.heads, of_text, config.attention_bias)
         self.ff = FeedForward(config.embed_dim, config.mlp_hidden)
 
     def forward(self, h: Tensor, context: Tensor, bias: Tensor, c: Tensor) -> Tensor:

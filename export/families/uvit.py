@@ -155,15 +155,16 @@ class Attends(nn.Module):
 
     fused = True
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        """softmax(scale q k^T) v, [B, H, L, D]; plain in an exported graph: every runtime's matcher knows it.
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
+        """softmax(scale q k^T + bias) v, [B, H, L, D]; plain in an exported graph: every runtime's matcher knows it.
 
-        ``scale`` None is 1 / sqrt(D).
+        ``scale`` None is 1 / sqrt(D); ``bias`` is float32 [B or 1, H or 1, L or 1, S].
         """
         if self.fused and not torch.compiler.is_exporting():
-            return F.scaled_dot_product_attention(q, k, v, scale=scale)
-        scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
-        return scores.float().softmax(dim=-1).to(v.dtype) @ v
+            mask = None if bias is None else bias.to(q.dtype)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        scores = ((q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)).float()
+        return (scores if bias is None else scores + bias).softmax(dim=-1).to(v.dtype) @ v
 
 
 class Attention(Attends):

@@ -15,7 +15,17 @@ from sparse_engine.errors import EngineFileError, OptionError, UnsupportedError
 from sparse_engine.files import in_folder
 from sparse_engine.plots import check_plot
 
-from .options import ContextLength, FamilyName, GuidanceChannels, Heads, ImageSize, NullClass, model_options
+from .options import (
+    ContextLength,
+    FamilyName,
+    GuidanceChannels,
+    Heads,
+    ImageSize,
+    NullClass,
+    Prediction,
+    ScheduleName,
+    model_options,
+)
 from .terminal import console, export_module, human, make_table, parse_globs, print_json, tell
 
 
@@ -27,6 +37,8 @@ def command(
     family: FamilyName = None,
     heads: Heads = None,
     null_class: NullClass = None,
+    schedule: ScheduleName = None,
+    prediction: Prediction = None,
     image_size: ImageSize = None,
     context_length: ContextLength = None,
     guidance_channels: GuidanceChannels = None,

@@ -202,7 +202,7 @@ BETAS = {"beta_start": 1e-4, "beta_end": 0.02}
             "v",
             "sde-dpm-solver++",
         ),
-        (EulerDiscreteScheduler(num_train_timesteps=500), {"betas": "linear", **BETAS, "steps": 500}, "eps", None),
+        (EulerDiscreteScheduler(num_train_timesteps=500), {"betas": "linear", **BETAS, "steps": 500}, "eps", "ddim"),
         (FlowMatchEulerDiscreteScheduler(shift=3.0), {"name": "flow", "shift": 3.0}, "flow", "euler-ode"),
         (
             DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=2.0, prediction_type="flow_prediction"),
@@ -213,10 +213,7 @@ BETAS = {"beta_start": 1e-4, "beta_end": 0.02}
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, DDPMScheduler) else None,
 )
-def test_schedulers(
-    scheduler: Any, schedule: dict[str, Any], prediction: str, sampler: str | None, pipeline: Path
-) -> None:
-    plain = load_model(pipeline).recipe
+def test_schedulers(scheduler: Any, schedule: dict[str, Any], prediction: str, sampler: str, pipeline: Path) -> None:
     scheduler.save_pretrained(pipeline / "scheduler")
     model = load_model(pipeline)
     steps = schedule.pop("steps", 1000)
@@ -224,7 +221,7 @@ def test_schedulers(
     if schedule.get("name") == "flow":
         expected = {"time_scale": 1000.0}
     assert model.recipe.schedule == expected | schedule
-    assert (model.recipe.prediction, model.recipe.sampler) == (prediction, sampler or plain.sampler)
+    assert (model.recipe.prediction, model.recipe.sampler) == (prediction, sampler)
     assert any(f"from {type(scheduler).__name__} in" in note for note in model.notes)
     assert load_model(pipeline / "transformer").recipe == model.recipe
     # The times that the network was trained at, first and last.
@@ -269,6 +266,29 @@ def test_schedulers_that_are_not_offered(cls: Any, values: dict[str, Any], messa
         load_model(pipeline)
     if "thresholding" not in values:
         assert load_model(pipeline, schedule="vp-linear", prediction="eps", sampler="ddim").recipe.prediction == "eps"
+
+
+@pytest.mark.parametrize(
+    "name, sampler, said",
+    [
+        ("PNDMScheduler", "dpm-solver++", "PNDMScheduler is not offered: dpm-solver++ is the nearest"),
+        ("EulerAncestralDiscreteScheduler", "ddpm", "ddpm is the nearest; say another with --sampler"),
+        ("LCMScheduler", "ddim", "LCMScheduler is not offered: no sampler here is near it"),
+    ],
+)
+def test_the_nearest_sampler_is_said_aloud(name: str, sampler: str, said: str, pipeline: Path) -> None:
+    DDIMScheduler().save_pretrained(pipeline / "scheduler")
+    change(pipeline / "scheduler" / "scheduler_config.json", _class_name=name)
+    model = load_model(pipeline)
+    assert model.recipe.sampler == sampler
+    assert any(said in note for note in model.notes)
+
+
+def test_what_has_to_be_said_at_each_call_is_noted(pipeline: Path) -> None:
+    DDPMScheduler(variance_type="fixed_large", clip_sample=False).save_pretrained(pipeline / "scheduler")
+    notes = load_model(pipeline).notes
+    assert "variance_type is fixed_large: sample with --variance large" in notes
+    assert "clip_sample is false: of pixels, sample with --no-clip" in notes
 
 
 def test_times_that_only_diffusers_visits_are_noted(pipeline: Path) -> None:

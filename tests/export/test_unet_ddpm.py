@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_engine.cli.main import run
 from sparse_engine.errors import CheckpointError
 from sparse_engine.export.bake import bake
 from sparse_engine.export.families import recognise
@@ -205,6 +206,17 @@ def test_what_the_weights_do_not_say_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps(said | {"schedule": schedule}))
     recipe = load_model(file).recipe
     assert (recipe.schedule, recipe.prediction, recipe.sampler) == (schedule, "v", "ddim")
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, engine = str(save(tmp_path / "nnet_ema.pth", AFFINE)), str(tmp_path / "m.sengine")
+    assert run(["inspect", file, "--heads", "4", "--image-size", "8"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 2
+    said = ["--heads", "4", "--image-size", "8", "--schedule", "vp-linear", "--prediction", "eps"]
+    assert run(["inspect", file, *said]) == 0
+    assert run(["build", file, "--sparse", "-o", engine, *said]) == 0
+    assert run(["verify", engine, "--against", file]) == 0
+    assert run(["sample", engine, "-n", "2", "--steps", "2", "--sampler", "ddim", "-o", str(tmp_path / "x.npz")]) == 0
 
 
 @pytest.mark.parametrize("wrap", [lambda w: {"G": w, "n_timesteps": 1024}, lambda w: {"model": w, "ema": w}])

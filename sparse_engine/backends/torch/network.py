@@ -167,7 +167,7 @@ def choose_attention(network: nn.Module, inputs: Mapping[str, Tensor], chooser: 
     modules = [module for module in network.modules() if hasattr(module, "attend") and hasattr(module, "fused")]
     for module in modules:
 
-        def note(q: Tensor, k: Tensor, v: Tensor, *others: Any, module: Any = module) -> Tensor:
+        def note(q: Tensor, k: Tensor, v: Tensor, *_: Any, module: Any = module, **__: Any) -> Tensor:
             found[module] = (q.shape[1:], k.shape[-2], q.dtype)
             return q
 
