@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from .base import WEIGHTS_FILE, weight_offsets
+from .base import WEIGHTS_FILE, Weights, weight_offsets
 
 STEP_INPUTS = ("x", "t", "guidance", "coef", "clip", "base", "h1", "h2", "z")  # all but the conditions
 
@@ -35,7 +33,7 @@ def only_consumer(graph: GraphProto, name: str) -> NodeProto | None:
     return consumers[0] if len(consumers) == 1 and name not in outputs else None
 
 
-def refer_to_weights(proto: ModelProto, weights: Mapping[str, np.ndarray]) -> None:
+def refer_to_weights(proto: ModelProto, weights: Weights) -> None:
     """Point the graph's external initializers at their places in ``weights.bin``."""
     kept = [tensor for tensor in proto.graph.initializer if tensor.name not in weights and not tensor.external_data]
     del proto.graph.initializer[:]

@@ -78,9 +78,8 @@ class OnnxRuntimeBackend:
         linear = [name for name in sparse_layers if graph.layers[name][1] == 0 and name not in quantised]
         others = [name for name in graph.layers if name not in linear and _worth_bf16(graph, name)]
         others = others if options.precision == "bf16" else []
-        if linear or others:
-            graph = compress(graph, linear, others)
-        files = [bytes_payload(GRAPH_FILE, graph.proto.SerializeToString()), weights_payload(graph.weights)]
+        proto, weights = compress(graph, linear, others) if linear or others else (graph.proto, graph.weights)
+        files = [bytes_payload(GRAPH_FILE, proto.SerializeToString()), weights_payload(weights)]
         opset = next(entry.version for entry in graph.proto.opset_import if entry.domain == "")
         later = "chosen where it is loaded"
         layers: dict[str, dict[str, Any]] = {name: {"chosen": False, "kernel": "dense"} for name in graph.layers}

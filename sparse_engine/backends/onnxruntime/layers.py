@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
-from sparse_engine.backends.base import StepGraph
+from sparse_engine.backends.base import LazyArray, StepGraph, Weights
 from sparse_engine.backends.onnx_graph import only_consumer, refer_to_weights
 from sparse_engine.kernels.packing import pack
 
@@ -115,8 +116,8 @@ class FusedLayer:
         return nodes
 
 
-def compress(graph: StepGraph, sparse: Iterable[str], dense: Iterable[str] = ()) -> StepGraph:
-    """The step graph with some layers as nodes of our own operators.
+def compress(graph: StepGraph, sparse: Iterable[str], dense: Iterable[str] = ()) -> tuple[ModelProto, Weights]:
+    """The step graph with some layers as nodes of our own operators, and its weights, packed where they are read.
 
     Args:
         graph: as exported.
@@ -125,20 +126,31 @@ def compress(graph: StepGraph, sparse: Iterable[str], dense: Iterable[str] = ())
     """
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
-    weights = dict(graph.weights)
+    weights: dict[str, np.ndarray | LazyArray] = dict(graph.weights)
+
+    @lru_cache(maxsize=1)  # values and positions of a layer are read one after the other
+    def packed(initializer: str) -> tuple[np.ndarray, np.ndarray]:
+        values, positions = pack(np.ascontiguousarray(graph.weights[initializer].T))
+        return values, _to_nibbles(positions)
+
+    def part_of(initializer: str, index: int) -> np.ndarray:
+        return packed(initializer)[index]
+
     for name in sparse:
-        weight = np.ascontiguousarray(weights.pop(graph.layers[name][0]).T)
-        values, positions = pack(weight)
-        weights[f"{name}.values"] = values
-        weights[f"{name}.positions"] = _to_nibbles(positions)
-        _fuse(proto, name, weight.shape, f"{name}.values", f"{name}.positions")
+        initializer, _ = graph.layers[name]
+        rows, depth = weights.pop(initializer).shape[::-1]
+        kinds = {"values": ((rows, depth // 2), np.float32), "positions": ((rows, -(-depth // 8)), np.uint8)}
+        for index, (part, (shape, kind)) in enumerate(kinds.items()):
+            weights[f"{name}.{part}"] = LazyArray(shape, np.dtype(kind), partial(part_of, initializer, index))
+        _fuse(proto, name, (rows, depth), f"{name}.values", f"{name}.positions")
     for name in dense:
-        weight = np.ascontiguousarray(weights.pop(graph.layers[name][0]).T)
-        weights[f"{name}.values"] = weight
+        initializer, _ = graph.layers[name]
+        del weights[initializer]
+        weights[f"{name}.values"] = weight = graph.weights[initializer].T
         _fuse(proto, name, weight.shape, f"{name}.values", "")
     proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     refer_to_weights(proto, weights)
-    return StepGraph(proto, weights, graph.layers, graph.state)
+    return proto, weights
 
 
 def _fuse(proto: ModelProto, name: str, shape: tuple[int, ...], values: str, positions: str) -> None:
