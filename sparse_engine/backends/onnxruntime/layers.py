@@ -154,13 +154,17 @@ def compress(graph: StepGraph, sparse: Iterable[str], dense: Iterable[str] = ())
 
 
 def _fuse(proto: ModelProto, name: str, shape: tuple[int, ...], values: str, positions: str) -> None:
-    """Replace a MatMul, and what follows it, by one node over a weight of shape [N, K]."""
+    """Replace a MatMul, and what follows it, by one node over a weight of shape [N, K]; a bias is [N], and no other."""
     graph = proto.graph
-    constants = {tensor.name for tensor in graph.initializer}
+    constants = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     start = next(node for node in graph.node if node.name == name)
     absorbed, activation, bias, residual = [start], "none", "", ""
     follower = only_consumer(graph, start.output[0])
-    if follower is not None and follower.op_type == "Add" and (other := _other_input(follower, start)) in constants:
+    if (
+        follower is not None
+        and follower.op_type == "Add"
+        and (constants.get(other := _other_input(follower, start)) == shape[:1])
+    ):
         absorbed, bias = [*absorbed, follower], other
         follower = only_consumer(graph, follower.output[0])
     if follower is not None and follower.op_type == "Gelu":
