@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -135,9 +136,11 @@ def check_settings(settings: Mapping[str, Any], where: str, kind: type[SparseEng
         raise kind(f"{where}: sampler {settings['sampler']!r} is not known; expected one of {', '.join(SAMPLERS)}")
     pixels = settings.get("value_range")
     if pixels is not None and not (
-        len(pixels) == 2 and all(isinstance(end, (int, float)) for end in pixels) and pixels[0] < pixels[1]
+        len(pixels) == 2
+        and all(isinstance(end, (int, float)) for end in pixels)
+        and -sys.float_info.max <= pixels[0] < pixels[1] <= sys.float_info.max
     ):
-        raise kind(f"{where}: value_range is {pixels!r}; expected two numbers, the lower first")
+        raise kind(f"{where}: value_range is {pixels!r}; expected two finite numbers, the lower first")
 
 
 def _recipe(

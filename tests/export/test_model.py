@@ -235,7 +235,7 @@ def published_forward(
         ('"heads": 4.0', "heads is 4.0; expected int"),
         ('"null_class": "4"', "null_class is '4'; expected int"),
         ('"sampler": "fast"', "sampler 'fast' is not known"),
-        ('"value_range": [1, -1]', r"value_range is \[1, -1\]; expected two numbers, the lower first"),
+        ('"value_range": [1, -1]', r"value_range is \[1, -1\]; expected two finite numbers, the lower first"),
         ('"value_range": "abc"', "value_range is 'abc'"),
         ('"schedule": 3', "schedule is 3; expected str or Mapping"),
     ],
@@ -245,6 +245,11 @@ def test_a_stored_configuration_is_checked(tmp_path: Path, entry: str, message: 
     (tmp_path / "x.json").write_text("{" + entry + "}")
     with pytest.raises(CheckpointError, match=f"the configuration of .*: {message}"):
         load_model(checkpoint)
+
+
+def test_a_number_that_no_float_holds(tiny_checkpoint: Path) -> None:
+    with pytest.raises(OptionError, match="expected two finite numbers"):
+        load_model(tiny_checkpoint, heads=4, value_range=(-1, 10**400))
 
 
 def test_settings_that_no_family_knows(tiny_checkpoint: Path) -> None:

@@ -53,7 +53,10 @@ def _any_key(held: dict[Any, Any], rng: random.Random) -> Any:
 def _tensor_changed(held: dict[Any, Any], rng: random.Random) -> dict[Any, Any]:
     key = _any_key(held, rng)
     if isinstance(held[key], torch.Tensor):
-        return {**held, key: _other_tensor(held[key], rng)}
+        try:
+            return {**held, key: _other_tensor(held[key], rng)}
+        except RuntimeError:  # what PyTorch cannot do with a tensor that was changed before
+            return held
     return {**held, key: rng.choice(mutate.VALUES[:12])}
 
 
