@@ -25,7 +25,8 @@ from sparse_engine.export.model import Model
 PAPER_SAMPLER = "euler-sde"
 UVIT_PATCH, UVIT_MLP_RATIO = 2, 4  # U-ViT's own
 SEED = 0
-ZERO_STD = 0.2  # of what zeros become: gates and scales of a DiT about as large as trained ones
+# Of what zeros become: matrices as the authors' others; biases, that a DiT's gates let its branches through.
+WEIGHT_STD, BIAS_STD = 0.02, 0.2
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class RandomNetwork:
         state = {name: tensor.numpy() for name, tensor in self.family.network(self.config).state_dict().items()}
         rng = np.random.default_rng(SEED)
         for name in [name for name, array in state.items() if array.ndim > 1 and not array.any()]:
-            for part in (name, name.removesuffix("weight") + "bias"):
+            for part, std in ((name, WEIGHT_STD), (name.removesuffix("weight") + "bias", BIAS_STD)):
                 if part in state:
-                    state[part] = ZERO_STD * rng.standard_normal(state[part].shape, np.float32)
+                    state[part] = np.float32(std) * rng.standard_normal(state[part].shape, np.float32)
         recipe = self.family.recipe(self.config)
         recipe = dataclasses.replace(recipe, sampler=self.sampler or recipe.sampler)
         return Model(Checkpoint(Path("random"), state, {}, {}, sha256="0" * 64), self.family, self.config, recipe, [])

@@ -171,7 +171,7 @@ def _external(model: ModelProto) -> list[TensorProto]:
 
 def _ort_value(array: np.ndarray, onnx_type: int) -> Any:
     onnxruntime = load_onnxruntime()
-
+    array = np.ascontiguousarray(array)  # what ONNX Runtime uses in place
     if array.dtype.kind in "fiu":  # a type that NumPy itself has
         return onnxruntime.OrtValue.ortvalue_from_numpy(array)
     return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(f"u{array.itemsize}"), onnx_type)

@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from sparse_engine import __version__, arguments
 from sparse_engine.artifact import SUFFIX, write_engine
 from sparse_engine.backends import Backend, BuildOptions, Payload, StepGraph, TensorRTOptions, usable_backend
@@ -165,8 +168,15 @@ def export_baked(model: Model, baked: Baked, precision: str = "fp32") -> StepGra
     """The step graph of a baked model, lowered and checked against what was baked. Raises BackendError."""
     network = lower(model.network(baked.state), model.family.float32_layers, precision)
     graph = export_step_graph(network, model.config)
+    _let_go(network)
     check_graph(graph, baked.state)
     return dataclasses.replace(graph, state=baked.state)
+
+
+def _let_go(network: nn.Module) -> None:
+    """Take a network's weights away: the exporter's libraries keep the modules of the last export for good."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data = torch.empty(0, dtype=tensor.dtype)
 
 
 def write_built(

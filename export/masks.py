@@ -14,6 +14,7 @@ import numpy as np
 from sparse_engine.errors import CheckpointError, OptionError
 
 MAX_GROUP = 64  # the widest N:M of the literature is 1:16; ranks are counted pair by pair
+GROUPS_AT_ONCE = 1 << 14  # whose weights and ranks stay in a core's own cache
 
 
 @dataclass(frozen=True)
@@ -116,16 +117,26 @@ def _unflattened(flat: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _keep_largest(groups: np.ndarray, n: int) -> tuple[np.ndarray, int]:
-    """True for the ``n`` largest of each row; rank by pairwise comparison, the higher index winning a tie."""
-    m = groups.shape[1]
-    columns = [groups[:, i] for i in range(m)]
-    rank = np.zeros(groups.shape, dtype=np.uint16)  # how many of its group each element beats
+    """True for the ``n`` largest of each row, and how many rows a tie decided; some rows at a time, within caches."""
+    kept, tied = np.empty(groups.shape, bool), 0
+    for start in range(0, len(groups), GROUPS_AT_ONCE):
+        rows = slice(start, start + GROUPS_AT_ONCE)
+        columns, of_columns = _keep_largest_of(np.ascontiguousarray(groups[rows].T), n)
+        kept[rows] = columns.T
+        tied += of_columns
+    return kept, tied
+
+
+def _keep_largest_of(columns: np.ndarray, n: int) -> tuple[np.ndarray, int]:
+    """The same of groups that stand in columns; rank by pairwise comparison, the higher index winning a tie."""
+    m = len(columns)
+    rank = np.zeros(columns.shape, np.uint8)  # how many of its group each element beats
     for low in range(m):
         for high in range(low + 1, m):
             low_wins = columns[low] > columns[high]
-            rank[:, low] += low_wins
-            rank[:, high] += ~low_wins
+            rank[low] += low_wins
+            rank[high] += ~low_wins
     kept = rank >= m - n
-    smallest_kept = np.where(kept, groups, np.inf).min(axis=1)
-    largest_pruned = np.where(kept, 0, groups).max(axis=1)
+    smallest_kept = np.where(kept, columns, np.inf).min(axis=0)
+    largest_pruned = np.where(kept, 0, columns).max(axis=0)
     return kept, int(np.count_nonzero((smallest_kept == largest_pruned) & (largest_pruned > 0)))

@@ -200,7 +200,7 @@ def to_graph(model: onnx_ir.Model, weights_file: str = WEIGHTS_FILE) -> StepGrap
     weights, of_layers = {}, {initializer for initializer, _ in layers.values()}
     for name, value in model.graph.initializers.items():
         if value.const_value is not None and (name in of_layers or value.const_value.nbytes >= INLINE_BELOW):
-            weights[name] = np.ascontiguousarray(value.const_value.numpy())
+            weights[name] = value.const_value.numpy()  # a view of the module's own, perhaps transposed
     offsets, _ = weight_offsets(weights)
     for name, array in weights.items():
         value = model.graph.initializers[name]

@@ -16,7 +16,7 @@ from sparse_engine.assets import Assets
 from sparse_engine.backends import StepRunner, backend_named
 from sparse_engine.backends.base import StepCallback, with_kernel
 from sparse_engine.backends.cuda.dlpack_in import DeviceArray, receive
-from sparse_engine.conditioning import Conditioning, Rows
+from sparse_engine.conditioning import Conditioning, Rows, zeros_for
 from sparse_engine.ending import callers_code, keep_until_the_end, library_call
 from sparse_engine.errors import EngineClosedError, OptionError, UnsupportedError
 from sparse_engine.manifest import Manifest
@@ -347,7 +347,10 @@ class SparseEngine:
             return self._live().network(x, times, conditioning=told.arrays, guidance=told.weights)
 
     def decode(self, latents: Any) -> np.ndarray:
-        """What the engine's own decoder makes of latents.
+        """What the engine's own decoder makes of latents, one image at a time.
+
+        A decoder with attention in its middle (Stable Diffusion's has one) holds the weights of every place of the
+        latents for every other there: (H W)^2 float32 at its peak, 64 MiB at 64x64, 1 GiB at 128x128.
 
         Args:
             latents: float32 [B, C, H, W], as ``sample`` returns them with ``output="float"``.
@@ -368,7 +371,7 @@ class SparseEngine:
     def warmup(self, batch_size: int | None = None) -> None:
         """Run one step at a batch size, so that the first sample, or call of ``network``, is as fast as the next."""
         size = self.manifest.batch[1] if batch_size is None else batch_size
-        told = {each.name: np.zeros(each.shape, each.dtype) for each in self.manifest.conditions if each.needed}
+        told = zeros_for(self.manifest.conditions)
         if self.manifest.sampler in self.manifest.excluded_samplers:  # of a model that none is offered
             self.network(np.zeros((size, *self.manifest.data_shape), np.float32), 1.0, conditioning=told)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,6 +26,31 @@ NO_CLIP = np.array([-np.inf, np.inf], np.float32)
 BUILT_DENSE = "the engine was built without --sparse"
 NoiseSource = Callable[[int], np.ndarray]
 StepCallback = Callable[[int, float, np.ndarray], object]
+
+
+@dataclass(frozen=True)
+class LazyArray:
+    """An array that is made when it is read, and not kept: ``numpy.asarray`` makes it.
+
+    Attributes:
+        shape, dtype: of the array.
+        make: makes it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.make(), dtype)
+
+
+Weights = Mapping[str, "np.ndarray | LazyArray"]
 
 
 @dataclass(frozen=True)
@@ -148,7 +174,7 @@ class Backend(Protocol):
         ...
 
 
-def weight_offsets(weights: Mapping[str, np.ndarray]) -> tuple[dict[str, int], int]:
+def weight_offsets(weights: Weights) -> tuple[dict[str, int], int]:
     """Where each weight lies in ``weights.bin``, and the file's size."""
     offsets, end = {}, 0
     for name, array in weights.items():
@@ -158,7 +184,7 @@ def weight_offsets(weights: Mapping[str, np.ndarray]) -> tuple[dict[str, int], i
     return offsets, end
 
 
-def weights_payload(weights: dict[str, np.ndarray], name: str = WEIGHTS_FILE) -> PayloadFile:
+def weights_payload(weights: Weights, name: str = WEIGHTS_FILE) -> PayloadFile:
     """``weights.bin``, or weights of another name, as a payload file."""
     offsets, size = weight_offsets(weights)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from .base import WEIGHTS_FILE, weight_offsets
+from .base import WEIGHTS_FILE, Weights, weight_offsets
 
 STEP_INPUTS = ("x", "t", "guidance", "coef", "clip", "base", "h1", "h2", "z")  # all but the conditions
 
@@ -147,7 +147,7 @@ def _drop_unread(graph: GraphProto, nodes: Sequence[NodeProto]) -> None:
             graph.node.remove(node)
 
 
-def refer_to_weights(proto: ModelProto, weights: Mapping[str, np.ndarray]) -> None:
+def refer_to_weights(proto: ModelProto, weights: Weights) -> None:
     """Point the graph's external initializers at their places in ``weights.bin``."""
     kept = [tensor for tensor in proto.graph.initializer if tensor.name not in weights and not tensor.external_data]
     del proto.graph.initializer[:]

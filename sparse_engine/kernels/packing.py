@@ -15,6 +15,18 @@ from sparse_engine.errors import InputError, UnsupportedError
 Values = NDArray[np.float32]
 Positions = NDArray[np.uint8]
 
+_CROWDED = 255  # more than two nonzeros
+
+
+def _kept_by_pattern() -> Positions:
+    """uint8 [16]: pattern of nonzeros (bit i is weight i) -> ``first | second << 2``, or _CROWDED."""
+    nonzero = np.unpackbits(np.arange(16, dtype=np.uint8)[:, None], axis=1, bitorder="little")[:, :4]
+    kept = np.sort(np.argsort(1 - nonzero, axis=1, kind="stable")[:, :2], axis=1)
+    return np.where(nonzero.sum(axis=1) > 2, _CROWDED, kept[:, 0] | kept[:, 1] << 2).astype(np.uint8)
+
+
+_KEPT = _kept_by_pattern()
+
 
 def pack(weight: NDArray[np.float32]) -> tuple[Values, Positions]:
     """Compress a dense weight that is 2:4 along its last axis.
@@ -37,7 +49,8 @@ def pack(weight: NDArray[np.float32]) -> tuple[Values, Positions]:
         )
     groups = weight.reshape(weight.shape[0], -1, 4)
     nonzero = groups != 0  # NaN counts, -0.0 does not
-    crowded = np.argwhere(nonzero.sum(axis=-1) > 2)
+    positions = _KEPT[np.packbits(nonzero, axis=-1, bitorder="little")[..., 0]]
+    crowded = np.argwhere(positions == _CROWDED)
     if len(crowded):
         row, group = (int(i) for i in crowded[0])
         raise UnsupportedError(
@@ -45,10 +58,11 @@ def pack(weight: NDArray[np.float32]) -> tuple[Values, Positions]:
             f"{int(nonzero[row, group].sum())} nonzeros, expected at most 2; {len(crowded)} groups have too many",
             fix="bake the 2:4 mask into the weight first, or run this layer dense",
         )
-    kept = np.sort(np.argsort(~nonzero, axis=-1, kind="stable")[..., :2], axis=-1)
-    values = np.take_along_axis(groups, kept, axis=-1).reshape(weight.shape[0], -1)
-    positions = (kept[..., 0] | kept[..., 1] << 2).astype(np.uint8)
-    return np.ascontiguousarray(values), positions
+    first = np.arange(0, weight.size, 4).reshape(positions.shape)
+    values = np.empty((*positions.shape, 2), np.float32)
+    np.take(weight.reshape(-1), first + (positions & 3), out=values[..., 0])
+    np.take(weight.reshape(-1), first + (positions >> 2), out=values[..., 1])
+    return values.reshape(weight.shape[0], -1), positions
 
 
 def unpack(values: Values, positions: Positions) -> NDArray[np.float32]:

@@ -78,9 +78,8 @@ class OnnxRuntimeBackend:
         ours = [name for name, why in obstacles.items() if why is None]
         others = [name for name in graph.layers if name not in ours and _worth_bf16(graph, name)]
         others = others if options.precision == "bf16" else []
-        if ours or others:
-            graph = compress(graph, ours, others)
-        files = [bytes_payload(GRAPH_FILE, graph.proto.SerializeToString()), weights_payload(graph.weights)]
+        proto, weights = compress(graph, ours, others) if ours or others else (graph.proto, graph.weights)
+        files = [bytes_payload(GRAPH_FILE, proto.SerializeToString()), weights_payload(weights)]
         opset = next(entry.version for entry in graph.proto.opset_import if entry.domain == "")
         later = "chosen where it is loaded"
         layers: dict[str, dict[str, Any]] = {name: {"chosen": False, "kernel": "dense"} for name in graph.layers}

@@ -44,8 +44,8 @@ class LayerChoice:
     """What a layer runs.
 
     Attributes:
-        kernel: "dense" (ONNX Runtime's, float32), "dense-bf16" (ours); sparse: "t-lanes", "n-lanes", "r-lanes". One for every
-            number of tokens: each adds up in an order of its own, and what is drawn must not depend on the batch.
+        kernel: "dense" (ONNX Runtime's, float32), "dense-bf16" (ours); sparse: "t-lanes", "n-lanes", "r-lanes". One for
+            every number of tokens: each adds up in an order of its own, and what is drawn must not depend on the batch.
         why: how that was decided.
         measured: tokens -> what was timed; at the usual batch alone.
     """

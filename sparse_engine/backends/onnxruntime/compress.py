@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from functools import lru_cache, partial
 
 import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
-from sparse_engine.backends.base import StepGraph
+from sparse_engine.backends.base import LazyArray, StepGraph, Weights
 from sparse_engine.backends.onnx_graph import refer_to_weights
 from sparse_engine.kernels.packing import conv_as_matrix, pack
 
@@ -31,13 +33,13 @@ def why_no_kernel(graph: StepGraph, name: str) -> str | None:
     node = _node(graph.proto, name)
     if node.op_type == "Conv":
         return why_not(graph.proto.graph, node)
-    if node.op_type == "Gemm" and not _is_linear(node):
+    if node.op_type == "Gemm" and not _is_linear(graph.proto, node):
         return "a product of another form than x W^T + b"
     return None
 
 
-def compress(graph: StepGraph, sparse: Iterable[str], dense: Iterable[str] = ()) -> StepGraph:
-    """The step graph with some layers as nodes of our own operators.
+def compress(graph: StepGraph, sparse: Iterable[str], dense: Iterable[str] = ()) -> tuple[ModelProto, Weights]:
+    """The step graph with some layers as nodes of our own operators, and its weights, packed where they are read.
 
     Args:
         graph: as exported.
@@ -46,33 +48,51 @@ def compress(graph: StepGraph, sparse: Iterable[str], dense: Iterable[str] = ())
     """
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
-    weights = dict(graph.weights)
+    weights: dict[str, np.ndarray | LazyArray] = dict(graph.weights)
+
+    @lru_cache(maxsize=1)  # values and positions of a layer are read one after the other
+    def packed(layer: str) -> tuple[np.ndarray, np.ndarray]:
+        values, positions = pack(_matrix(graph, layer))
+        return values, to_nibbles(positions)
+
+    def part_of(layer: str, index: int) -> np.ndarray:
+        return packed(layer)[index]
+
     for name in sparse:
-        weight, axis = weights.pop(graph.layers[name][0]), graph.layers[name][1]
-        is_conv = weight.ndim == 4
-        matrix = conv_as_matrix(weight) if is_conv else np.ascontiguousarray(weight if axis else weight.T)
-        values, positions = pack(matrix)
-        weights[f"{name}.values"] = values
-        weights[f"{name}.positions"] = to_nibbles(positions)
-        if is_conv:
-            fuse_conv(proto, name, len(matrix), f"{name}.values", f"{name}.positions")
-        else:
-            fuse(proto, name, matrix.shape, f"{name}.values", f"{name}.positions")
+        initializer, axis = graph.layers[name]
+        weight = weights.pop(initializer)
+        rows, depth = weight.shape[1 - axis], math.prod(weight.shape) // weight.shape[1 - axis]
+        kinds = {"values": ((rows, depth // 2), np.float32), "positions": ((rows, -(-depth // 8)), np.uint8)}
+        for index, (part, (shape, kind)) in enumerate(kinds.items()):
+            weights[f"{name}.{part}"] = LazyArray(shape, np.dtype(kind), partial(part_of, name, index))
+        fused = fuse_conv if len(weight.shape) == 4 else fuse
+        fused(proto, name, (rows, depth), f"{name}.values", f"{name}.positions")
     for name in dense:
-        weight = np.ascontiguousarray(weights.pop(graph.layers[name][0]).T)
-        weights[f"{name}.values"] = weight
-        fuse(proto, name, weight.shape, f"{name}.values", "")
+        initializer, _ = graph.layers[name]
+        del weights[initializer]
+        weights[f"{name}.values"] = matrix = graph.weights[initializer].T
+        fuse(proto, name, matrix.shape, f"{name}.values", "")
     proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     refer_to_weights(proto, weights)
-    return StepGraph(proto, weights, graph.layers, graph.state)
+    return proto, weights
+
+
+def _matrix(graph: StepGraph, layer: str) -> np.ndarray:
+    """A layer's weight as the kernels' [N, K]."""
+    initializer, axis = graph.layers[layer]
+    weight = graph.weights[initializer]
+    return conv_as_matrix(weight) if weight.ndim == 4 else np.ascontiguousarray(weight if axis else weight.T)
 
 
 def _node(proto: ModelProto, name: str) -> NodeProto:
     return next(node for node in proto.graph.node if node.name == name)
 
 
-def _is_linear(gemm: NodeProto) -> bool:
-    """Whether a Gemm is x W^T + b."""
+def _is_linear(proto: ModelProto, gemm: NodeProto) -> bool:
+    """Whether a Gemm is x W^T + b, b one number an output."""
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
+    if len(gemm.input) > 2 and shapes.get(gemm.input[2]) != shapes[gemm.input[1]][:1]:
+        return False
     found = {entry.name: helper.get_attribute_value(entry) for entry in gemm.attribute}
     plain = found.get("alpha", 1.0) == 1.0 and found.get("beta", 1.0) == 1.0
     return plain and not found.get("transA", 0) and found.get("transB", 0) == 1

@@ -180,8 +180,9 @@ def why_not(graph: GraphProto, node: NodeProto) -> str | None:
     return None
 
 
-def fuse_conv(proto: ModelProto, name: str, rows: int, values: str, positions: str) -> None:
-    """Replace a Conv that the kernel takes, and what goes before and follows it, by one node."""
+def fuse_conv(proto: ModelProto, name: str, shape: tuple[int, int], values: str, positions: str) -> None:
+    """Replace a Conv that the kernel takes, and what goes before and follows it, by one node over a weight [N, K]."""
+    rows, depth = shape
     graph = proto.graph
     constants = {tensor.name for tensor in graph.initializer}
     start = next(node for node in graph.node if node.name == name)
@@ -209,7 +210,7 @@ def fuse_conv(proto: ModelProto, name: str, rows: int, values: str, positions: s
     conv = FusedConv(
         name=name,
         rows=rows,
-        depth=_shape(graph, start.input[0])[1] * kernel[0] * kernel[1],
+        depth=depth,
         activation="none",
         x=x,
         values=values,

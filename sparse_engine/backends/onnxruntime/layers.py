@@ -140,9 +140,9 @@ class FusedLayer:
 
 
 def fuse(proto: ModelProto, name: str, shape: tuple[int, ...], values: str, positions: str) -> None:
-    """Replace a MatMul or Gemm, and what follows it, by one node over a weight of shape [N, K]."""
+    """Replace a MatMul or Gemm, and what follows it, by one node over a weight [N, K]; a bias is [N], and no other."""
     graph = proto.graph
-    constants = {tensor.name for tensor in graph.initializer}
+    constants = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     start = next(node for node in graph.node if node.name == name)
     absorbed, activation, bias, residual = [start], "none", start.input[2] if len(start.input) > 2 else "", ""
     follower = only_consumer(graph, start.output[0])
@@ -150,7 +150,7 @@ def fuse(proto: ModelProto, name: str, shape: tuple[int, ...], values: str, posi
         not bias
         and follower is not None
         and follower.op_type == "Add"
-        and (other := other_input(follower, start)) in constants
+        and (constants.get(other := other_input(follower, start)) == shape[:1])
     ):
         absorbed, bias = [*absorbed, follower], other
         follower = only_consumer(graph, follower.output[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,10 @@ from sparse_engine.cores import say_if_capped
 from sparse_engine.errors import UnsupportedError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from .payload import LazyTensor
     from .runner import TorchRunner
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
@@ -92,16 +95,21 @@ def _is_product(weight: np.ndarray) -> bool:
     return weight.ndim == 2 or weight.shape[2:] == (1, 1)
 
 
-def _lowered(graph: StepGraph, precision: str) -> dict[str, Tensor]:
+def _lowered(graph: StepGraph, precision: str) -> dict[str, LazyTensor]:
     """The baked weights, each layer's in the type that the step graph has it in; of one in 8 bits, in ``precision``."""
     import torch
 
     from sparse_engine.export.precision import DTYPES
+
+    from .payload import LazyTensor
+
+    def lowered(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
 
     state = {}
     for name, array in graph.state.items():
         layer, _, _ = name.rpartition(".")
         stored = graph.weights[graph.layers[layer][0]].dtype if layer in graph.layers else np.dtype(np.float32)
         dtype = DTYPES[precision] if stored.itemsize == 1 else getattr(torch, stored.name)
-        state[name] = torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+        state[name] = LazyTensor(array.shape, dtype, partial(lowered, array, dtype))
     return state

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,8 +53,24 @@ class StoredNetwork:
     quantised: dict[str, QuantisedWeight]
 
 
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is made when it is written, and not kept."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def network_payload(
-    state: Mapping[str, Tensor], sparse_layers: Iterable[str], quantised: Mapping[str, QuantisedWeight] | None = None
+    state: Mapping[str, LazyTensor],
+    sparse_layers: Iterable[str],
+    quantised: Mapping[str, QuantisedWeight] | None = None,
 ) -> PayloadFile:
     """The weights as a payload file.
 
@@ -63,14 +79,14 @@ def network_payload(
         sparse_layers: those whose ``weight`` is 2:4 along its inputs (a convolution's, along its channels).
         quantised: layer -> its weight in 8 bits, stored in the place of that in ``state``.
     """
-    stored: dict[str, Tensor] = dict(state)
+    stored = dict(state)
     for layer, weight in (quantised or {}).items():
         del stored[layer + WEIGHT]
-        stored |= {layer + CODES: weight.codes, layer + SCALE: weight.scale, layer + INPUT_SCALE: weight.input_scale}
+        parts = {CODES: weight.codes, SCALE: weight.scale, INPUT_SCALE: weight.input_scale}
+        stored |= {layer + part: _made(tensor) for part, tensor in parts.items()}
     for layer in sparse_layers:
         key = layer + (CODES if layer + CODES in stored else WEIGHT)
-        values, positions = pack(as_matrix(stored.pop(key)))
-        stored |= {key + VALUES: values, key + POSITIONS: positions}
+        stored |= _packed(key, stored.pop(key))
     header, end = {}, 0
     for name, tensor in stored.items():
         header[name] = {
@@ -85,9 +101,28 @@ def network_payload(
     def chunks() -> Iterable[bytes | memoryview]:
         yield struct.pack("<Q", len(text)) + text
         for tensor in stored.values():
-            yield tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+            yield tensor.make().contiguous().view(-1).view(torch.uint8).numpy().data
 
     return PayloadFile(NETWORK_FILE, 8 + len(text) + end, chunks, aligned=True)
+
+
+def _made(tensor: Tensor) -> LazyTensor:
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def _packed(key: str, weight: LazyTensor) -> dict[str, LazyTensor]:
+    """What a 2:4 weight becomes; both parts are packed once, where the first is written."""
+    rows, depth = weight.shape[0], math.prod(weight.shape[1:])
+    both: list[Tensor] = []
+
+    def values() -> Tensor:
+        both[:] = pack(as_matrix(weight.make()))
+        return both.pop(0)
+
+    return {
+        key + VALUES: LazyTensor((rows, depth // 2), weight.dtype, values),
+        key + POSITIONS: LazyTensor((rows, -(-depth // 8)), torch.uint8, lambda: both.pop()),
+    }
 
 
 def read_network(engine: EngineFile) -> StoredNetwork:
