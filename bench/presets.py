@@ -14,6 +14,10 @@ from sparse_engine.export.checkpoint import Checkpoint
 from sparse_engine.export.families import Family, FamilyConfig
 from sparse_engine.export.families.dit import FAMILY as DIT
 from sparse_engine.export.families.dit import DiTConfig
+from sparse_engine.export.families.unet2d import FAMILY as UNET2D
+from sparse_engine.export.families.unet2d import UNet2DConfig
+from sparse_engine.export.families.unet_condition import FAMILY as UNET_CONDITION
+from sparse_engine.export.families.unet_condition import UNetConditionConfig
 from sparse_engine.export.families.unet_ddpm import FAMILY as DDPM
 from sparse_engine.export.families.unet_ddpm import SPARSEDM, SPARSEDM_HEADS, SPARSEDM_SIZE, DDPMConfig
 from sparse_engine.export.families.uvit import FAMILY as UVIT
@@ -87,6 +91,17 @@ PRESETS = {
     "uvit-s": Preset(embed_dim=512, depth=12, heads=8, batch=4),
     "paper": Preset(embed_dim=8192, depth=1, heads=8, batch=64),
 }
+# google/ddpm-cifar10-32's, which is ermongroup's, and Stable Diffusion 1.5's at 64x64 latents.
+DDPM_CIFAR10 = UNet2DConfig(
+    (32, 32), 3, (128, 256, 256, 256), (2, 2, 2, 2), (0, 1, 0, 0), (0, 0, 1, 0), mid_attention=1, time_width=128,
+    time_dim=512, scaled=False, groups=32, eps=1e-6, padding=0, cos_first=False, freq_shift=1, center=False,
+    num_classes=0, head_dim=0, mid_groups=32,
+)  # fmt: skip
+SD15 = UNetConditionConfig(
+    (64, 64), 4, (320, 640, 1280, 1280), (2, 2, 2, 2), (1, 1, 1, 0), (0, 1, 1, 1), mid_attention=1, time_width=320,
+    time_dim=1280, scaled=False, groups=32, eps=1e-5, padding=1, cos_first=True, freq_shift=0, center=False,
+    num_classes=0, stage_heads=(8, 8, 8, 8), context_dim=768, context_length=77, linear_projection=False,
+)  # fmt: skip
 # Of `--random`: a new network is one line. The sizes of the last are those of their authors' published models.
 NETWORKS: dict[str, RandomNetwork] = {
     **{name: random_uvit(preset.config()) for name, preset in PRESETS.items()},
@@ -94,6 +109,8 @@ NETWORKS: dict[str, RandomNetwork] = {
     "sparsedm-cifar10": RandomNetwork(
         DDPM, DDPMConfig((SPARSEDM_SIZE, SPARSEDM_SIZE), 3, heads=SPARSEDM_HEADS, groups=28, **SPARSEDM)
     ),
+    "ddpm-cifar10": RandomNetwork(UNET2D, DDPM_CIFAR10),
+    "sd15": RandomNetwork(UNET_CONDITION, SD15),
     "dit-b2": RandomNetwork(DIT, DiTConfig(32, 2, 4, 768, 12, 12, num_classes=1001, out_channels=8, null_row=True)),
     "dit-l2": RandomNetwork(DIT, DiTConfig(32, 2, 4, 1024, 24, 16, num_classes=1001, out_channels=8, null_row=True)),
 }

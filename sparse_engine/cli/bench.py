@@ -35,7 +35,9 @@ def command(
     ] = False,
     kernels: Annotated[bool, typer.Option("--kernels", help="The CPU kernels alone, product by product.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="Your own model instead of the grid.")] = None,
-    random: Annotated[str | None, typer.Option(help="Random weights: uvit-s, uvit-s-t2i, dit-b2 or dit-l2.")] = None,
+    random: Annotated[
+        str | None, typer.Option(help="Random weights: uvit-s, dit-b2, ... (any other lists them).")
+    ] = None,
     earlier: Annotated[Path | None, typer.Option("--results", help="Show an earlier run's file: no measuring.")] = None,
     preset: Annotated[str, typer.Option(help="Size of the networks: quick, quick-1024, uvit-s or paper.")] = "quick",
     cells: Annotated[str | None, typer.Option(help="Part of the grid, such as patch=1,mlp=4.")] = None,
