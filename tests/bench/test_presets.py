@@ -23,10 +23,16 @@ SMALLER: dict[str, dict[str, Any]] = {
     "uvit-s-t2i": {"image_size": 8, "embed_dim": 64, "depth": 2, "heads": 4, "mlp_hidden": 128},
     "dit-b2": {"image_size": 8, "embed_dim": 64, "depth": 2, "heads": 4, "mlp_hidden": 128},
 }
-# In millions: DiT's are in table 1 of its paper, U-ViT-S's in table 6 of its own; ddpm-cifar10 has 35.7, SparseDM's 92.7.
+# In millions: of DiTs by table 1 of their paper, of U-ViT-S by table 6 of its own; the U-Nets have 35.7, 92.7 and 859.5.
 SIZES = {
-    "uvit-s": 44, "uvit-s-t2i": 45, "dit-b2": 130, "dit-l2": 458, "ddpm-cifar10": 36, "sparsedm-cifar10": 93, "sd15": 860
-}  # fmt: skip
+    "uvit-s": 44,
+    "uvit-s-t2i": 45,
+    "dit-b2": 130,
+    "dit-l2": 458,
+    "ddpm-cifar10": 36,
+    "sparsedm-cifar10": 93,
+    "sd15": 860,
+}
 
 
 def small(name: str) -> RandomNetwork:
