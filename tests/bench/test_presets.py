@@ -23,7 +23,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "uvit-s-t2i": {"image_size": 8, "embed_dim": 64, "depth": 2, "heads": 4, "mlp_hidden": 128},
     "dit-b2": {"image_size": 8, "embed_dim": 64, "depth": 2, "heads": 4, "mlp_hidden": 128},
 }
-# In millions: of DiTs by table 1 of their paper, of U-ViT-S by table 6 of its own; the U-Nets have 35.7, 92.7 and 859.5.
+# In millions: of DiTs by table 1 of their paper, of U-ViT-S by table 6 of its own; U-Nets have 35.7, 92.7 and 859.5.
 SIZES = {
     "uvit-s": 44,
     "uvit-s-t2i": 45,
