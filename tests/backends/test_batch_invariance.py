@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import torch
+from diffusers import UNet2DModel
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from sparse_engine import SparseEngine, kernels
@@ -66,11 +68,47 @@ def test_an_image_does_not_depend_on_its_batch(
     monkeypatch.setenv("SPARSE_ENGINE_ISA", tier)
     monkeypatch.setenv("SPARSE_ENGINE_CACHE", str(tmp_path))
     monkeypatch.setattr("sparse_engine.tactics.fastest", choose)
-    monkeypatch.setattr("sparse_engine.backends.onnxruntime.choose.N_LANES_UP_TO", 10**6)
+    monkeypatch.setattr("sparse_engine.backends.onnxruntime.choose.N_LANES_UP_TO", {"fp32": 10**6, "bf16": 10**6})
     info = assert_same_in_every_batch(engines[precision], autotune=kernel != "untimed")
     used = {layer["kernel"] for layer in info["layers"] if layer["masked"]}
     if kernel != "untimed" and tier != "scalar":  # whose sparse layers are not chosen at all
         assert used == {kernel}
+
+
+@pytest.fixture(scope="module")
+def unets(build: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By precision: maps of 12, 6 and 3 pixels a side, one of them with attention."""
+    folder = tmp_path_factory.mktemp("unet") / "unet"
+    sizes = {"sample_size": 12, "in_channels": 3, "out_channels": 3, "layers_per_block": 1, "norm_num_groups": 4}
+    blocks = {
+        "block_out_channels": (8, 16, 16),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    }
+    torch.manual_seed(0)
+    UNet2DModel(**sizes, **blocks).save_pretrained(folder)
+    precisions = ["fp32", "bf16"] if "avx512-bf16" in kernels.available_tiers() else ["fp32"]
+    told = {"sparse": True, "schedule": "vp-linear", "prediction": "eps", "heads": None}
+    return {precision: build(folder, precision=precision, **told) for precision in precisions}
+
+
+@pytest.mark.parametrize("kernel", ["dense", "t-lanes", "n-lanes", "r-lanes"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_nor_does_one_of_a_unet(
+    unets: dict[str, Path], precision: str, kernel: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Kernels of fewer lanes are the same code: what may depend on a batch is where its images and rows lie."""
+    if precision not in unets or (precision, kernel) == ("fp32", "r-lanes"):
+        pytest.skip("no such kernel here")
+
+    def choose(candidates: Any) -> Choice:
+        return Choice(kernel if kernel in candidates else next(iter(candidates)), dict.fromkeys(candidates, 1.0))
+
+    monkeypatch.setenv("SPARSE_ENGINE_CACHE", str(tmp_path))
+    monkeypatch.setattr("sparse_engine.tactics.fastest", choose)
+    monkeypatch.setattr("sparse_engine.backends.onnxruntime.choose.N_LANES_UP_TO", {"fp32": 10**6, "bf16": 10**6})
+    info = assert_same_in_every_batch(unets[precision], autotune=True)
+    assert kernel in {layer["kernel"] for layer in info["layers"] if layer["masked"]}
 
 
 def test_nor_does_a_prediction_at_times_of_its_own(engines: dict[str, Path], rng: np.random.Generator) -> None:
