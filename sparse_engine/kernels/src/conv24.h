@@ -40,7 +40,7 @@ struct Convolution {
 
 // One way to compute it: see Tactic.
 struct ConvTactic {
-  const Tactic* product;  // of the same lanes: how work is split
+  Grain grain;
   size_t (*packed_bytes)(int rows, int depth, int taps);
   void (*pack)(const Weights24& weights, int taps, void* packed);
   size_t (*scratch_bytes)(const Convolution& convolution, int block_rows);

@@ -239,9 +239,13 @@ struct ConvInLanes {
 };
 
 template <class Format>
-constexpr ConvTactic conv_in_lanes(const Tactic& product) {
+constexpr ConvTactic conv_in_lanes() {
   using Kernel = ConvInLanes<Format>;
-  return {&product, Kernel::packed_bytes, Kernel::pack, Kernel::scratch_bytes, Kernel::run};
+  return {{Format::V::kLanes, Kernel::kTileTokens, kWindowRows, kStreamCost},
+          Kernel::packed_bytes,
+          Kernel::pack,
+          Kernel::scratch_bytes,
+          Kernel::run};
 }
 
 }  // namespace

@@ -200,10 +200,15 @@ struct ConvInRegisters {
   }
 };
 
+// Split as conv_rows_in_lanes.
 template <class Format>
-constexpr ConvTactic conv_in_registers(const Tactic& product) {
+constexpr ConvTactic conv_in_registers() {
   using Kernel = ConvInRegisters<Format>;
-  return {&product, Kernel::packed_bytes, Kernel::pack, Kernel::scratch_bytes, Kernel::run};
+  return {{Kernel::kOctet, kPixelTile, 2 * Format::V::kLanes, 2.0},
+          Kernel::packed_bytes,
+          Kernel::pack,
+          Kernel::scratch_bytes,
+          Kernel::run};
 }
 
 }  // namespace

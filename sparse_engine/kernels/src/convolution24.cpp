@@ -80,7 +80,7 @@ void Conv24::run(const float* input, size_t batch, const ImageSizes& sizes, floa
     const int pixels = int(sizes.pixels());
     conv.sizes = {1, pixels, 1, pixels};
   }
-  const Partition partition(*tactic.product, batch * sizes.out_pixels(), weights_.rows, std::max(1, threads));
+  const Partition partition(tactic.grain, batch * sizes.out_pixels(), weights_.rows, std::max(1, threads));
   run_blocks(partition, tactic.scratch_bytes(conv, partition.most_block_rows()), threads, parallel_for,
              [&](const Block& block, void* scratch) { tactic.run(conv, block, scratch); });
 }

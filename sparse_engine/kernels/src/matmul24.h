@@ -77,6 +77,14 @@ struct Tactic {
                    void* scratch) = nullptr;
 };
 
+// How the work of a product or a convolution is split: see Tactic, whose numbers these are.
+struct Grain {
+  int lane_count, tile_tokens, row_multiple;
+  double stream_cost;  // of walking the weights of all rows once, in units of one `lane_count` of tokens
+};
+
+constexpr double kStreamCost = 0.4;  // of T-lanes, whatever the width of the tile: fitted to timings on a Zen 4
+
 // Multiply-adds that depend on nothing, to measure the machine with.
 struct PeakLoop {
   double flops_per_iteration;

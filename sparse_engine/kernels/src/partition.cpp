@@ -9,33 +9,35 @@ namespace {
 size_t divide_up(size_t value, size_t divisor) { return (value + divisor - 1) / divisor; }
 
 // The time of a grid in units of (one vector of tokens) x (all rows): the busiest thread's number of blocks
-// times the time of one. Constants are fractions of that unit, fitted to timings on a Zen 4:
-constexpr double kStreamCost = 0.4;      // walking the streams, whatever the width of the tile
+// times the time of one, which is as wide as the average where all threads have as many. Constants are fractions of
+// that unit, fitted to timings on a Zen 4:
 constexpr double kNarrowTileCost = 1.0;  // one vector alone does not cover the latency of a multiply-add
 constexpr double kTransposeRows = 16.0;  // transposing a vector of X costs as much as so many rows; once per part
 
-double cost(size_t vectors, size_t token_parts, size_t row_parts, int rows, int threads) {
-  const double rounds = double(divide_up(token_parts * row_parts, threads));
-  const double width = double(divide_up(vectors, token_parts));
-  const double products = (width + kStreamCost + (width < 2 ? kNarrowTileCost : 0.0)) / double(row_parts);
+double cost(size_t vectors, size_t token_parts, size_t row_parts, int rows, int threads, double stream_cost) {
+  const size_t blocks = token_parts * row_parts;
+  const double rounds = double(divide_up(blocks, threads));
+  const bool even = blocks % threads == 0;
+  const double width = even ? double(vectors) / double(token_parts) : double(divide_up(vectors, token_parts));
+  const double products = (width + stream_cost + (width < 2 ? kNarrowTileCost : 0.0)) / double(row_parts);
   return rounds * (products + width * kTransposeRows / rows);
 }
 
 }  // namespace
 
-Partition::Partition(const Tactic& tactic, size_t tokens, int rows, int threads)
+Partition::Partition(const Grain& grain, size_t tokens, int rows, int threads)
     : tokens_(tokens),
-      token_unit_(tactic.lane_count),
-      token_units_(divide_up(tokens, tactic.lane_count)),
+      token_unit_(grain.lane_count),
+      token_units_(divide_up(tokens, grain.lane_count)),
       rows_(rows),
-      row_unit_(tactic.row_multiple),
-      row_units_(divide_up(rows, tactic.row_multiple)) {
-  const size_t fewest = divide_up(tokens, tactic.tile_tokens);
+      row_unit_(grain.row_multiple),
+      row_units_(divide_up(rows, grain.row_multiple)) {
+  const size_t fewest = divide_up(tokens, grain.tile_tokens);
   const size_t most = std::min(token_units_, fewest + threads);
   double best = std::numeric_limits<double>::infinity();
   for (size_t token_parts = fewest; token_parts <= most; ++token_parts) {
     for (size_t row_parts = 1; row_parts <= std::min(row_units_, size_t(threads)); ++row_parts) {
-      const double candidate = cost(token_units_, token_parts, row_parts, rows, threads);
+      const double candidate = cost(token_units_, token_parts, row_parts, rows, threads, grain.stream_cost);
       if (candidate >= best) continue;
       best = candidate;
       token_parts_ = token_parts;

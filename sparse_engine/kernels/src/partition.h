@@ -8,10 +8,14 @@
 
 namespace sparse_engine {
 
-// A grid of blocks: token_parts x row_parts, near equal, cut where the tactic allows.
+inline Grain grain_of(const Tactic& tactic) {
+  return {tactic.lane_count, tactic.tile_tokens, tactic.row_multiple, kStreamCost};
+}
+
+// A grid of blocks: token_parts x row_parts, near equal, cut where the grain allows.
 class Partition {
  public:
-  Partition(const Tactic& tactic, size_t tokens, int rows, int threads);
+  Partition(const Grain& grain, size_t tokens, int rows, int threads);
 
   size_t size() const { return token_parts_ * row_parts_; }
   Block block(size_t index) const;

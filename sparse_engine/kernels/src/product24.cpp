@@ -32,7 +32,7 @@ void MatMul24::run(const float* input, size_t tokens, float* output, const Epilo
   if (tokens == 0) return;
   const Tactic& tactic = this->tactic();
   const Product product = {weights_.rows, weights_.depth, packed_.data(), input, output, epilogue};
-  const Partition partition(tactic, tokens, product.rows, std::max(1, threads));
+  const Partition partition(grain_of(tactic), tokens, product.rows, std::max(1, threads));
   const size_t scratch_bytes = tactic.scratch_bytes(product.depth, partition.most_block_rows());
 
   run_blocks(partition, scratch_bytes, threads, parallel_for,
@@ -62,7 +62,7 @@ void MatMul24::run_pair(const MatMul24& first, const Epilogue& first_epilogue, c
                                {second.rows(), second.depth(), second.packed_.data(), nullptr, output, epilogue}};
   const int rows = first.rows() + second.rows();
   tactic.row_multiple = rows;  // blocks of tokens only: all rows of the first layer go into each of the second
-  const Partition partition(tactic, tokens, rows, std::max(1, threads));
+  const Partition partition(grain_of(tactic), tokens, rows, std::max(1, threads));
   run_blocks(partition, tactic.pair_scratch_bytes(products[0], products[1]), threads, parallel_for,
              [&](const Block& block, void* scratch) {
                tactic.run_pair(products[0], products[1], block.token_begin, block.token_end, scratch);

@@ -14,8 +14,8 @@ namespace sparse_engine {
 
 constexpr Tactic kAvx2Tokens = tokens_in_lanes<Float32Streams<Avx2, 6>>(Tier::kAvx2);
 constexpr Tactic kAvx2Rows = rows_in_lanes<Float32Panels<Avx2, 8, 1>>(Tier::kAvx2);
-constexpr ConvTactic kAvx2Conv = conv_in_lanes<Float32Streams<Avx2, 6>>(kAvx2Tokens);
-constexpr ConvTactic kAvx2ConvRows = conv_rows_in_lanes<Float32Panels<Avx2, 8, 1>>(kAvx2Rows);
+constexpr ConvTactic kAvx2Conv = conv_in_lanes<Float32Streams<Avx2, 6>>();
+constexpr ConvTactic kAvx2ConvRows = conv_rows_in_lanes<Float32Panels<Avx2, 8, 1>>();
 constexpr PeakLoop kAvx2Peak = peak_loop<Float32Streams<Avx2, 6>>(1);
 
 }  // namespace sparse_engine

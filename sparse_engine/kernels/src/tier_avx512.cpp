@@ -15,8 +15,8 @@ namespace sparse_engine {
 
 constexpr Tactic kAvx512Tokens = tokens_in_lanes<Float32Streams<Avx512, 6>>(Tier::kAvx512);
 constexpr Tactic kAvx512Rows = rows_in_lanes<Float32Panels<Avx512, 8, 2>>(Tier::kAvx512);
-constexpr ConvTactic kAvx512Conv = conv_in_lanes<Float32Streams<Avx512, 6>>(kAvx512Tokens);
-constexpr ConvTactic kAvx512ConvRows = conv_rows_in_lanes<Float32Panels<Avx512, 8, 2>>(kAvx512Rows);
+constexpr ConvTactic kAvx512Conv = conv_in_lanes<Float32Streams<Avx512, 6>>();
+constexpr ConvTactic kAvx512ConvRows = conv_rows_in_lanes<Float32Panels<Avx512, 8, 2>>();
 constexpr PeakLoop kAvx512Peak = peak_loop<Float32Streams<Avx512, 6>>(1);
 
 }  // namespace sparse_engine

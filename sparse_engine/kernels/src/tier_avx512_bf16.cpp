@@ -197,18 +197,14 @@ struct Bfloat16Registers : Bfloat16Panels {
   }
 };
 
-// How the work of a convolution in R-lanes is split.
-constexpr Tactic kRegisterBlocks = {Tier::kAvx512Bf16, Lanes::kRegisters, 8,       kPixelTile, 32,
-                                    nullptr,           nullptr,           nullptr, nullptr};
-
 }  // namespace
 
 constexpr Tactic kAvx512Bf16Tokens = tokens_in_lanes<Bfloat16Streams>(Tier::kAvx512Bf16);
 constexpr Tactic kAvx512Bf16Dense = tokens_in_lanes<DenseBfloat16Streams>(Tier::kAvx512Bf16);
 constexpr Tactic kAvx512Bf16Rows = rows_in_lanes<Bfloat16Panels>(Tier::kAvx512Bf16);
-constexpr ConvTactic kAvx512Bf16Conv = conv_in_lanes<Bfloat16Streams>(kAvx512Bf16Tokens);
-constexpr ConvTactic kAvx512Bf16ConvRows = conv_rows_in_lanes<Bfloat16Panels>(kAvx512Bf16Rows);
-constexpr ConvTactic kAvx512Bf16ConvRegisters = conv_in_registers<Bfloat16Registers>(kRegisterBlocks);
+constexpr ConvTactic kAvx512Bf16Conv = conv_in_lanes<Bfloat16Streams>();
+constexpr ConvTactic kAvx512Bf16ConvRows = conv_rows_in_lanes<Bfloat16Panels>();
+constexpr ConvTactic kAvx512Bf16ConvRegisters = conv_in_registers<Bfloat16Registers>();
 constexpr PeakLoop kAvx512Bf16Peak = peak_loop<Bfloat16Streams>(2);
 
 }  // namespace sparse_engine

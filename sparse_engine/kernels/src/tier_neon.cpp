@@ -17,8 +17,8 @@ namespace sparse_engine {
 
 constexpr Tactic kNeonTokens = tokens_in_lanes<Float32Streams<Neon, 8>>(Tier::kNeon);
 constexpr Tactic kNeonRows = rows_in_lanes<Float32Panels<Neon, 8, 2>>(Tier::kNeon);
-constexpr ConvTactic kNeonConv = conv_in_lanes<Float32Streams<Neon, 8>>(kNeonTokens);
-constexpr ConvTactic kNeonConvRows = conv_rows_in_lanes<Float32Panels<Neon, 8, 2>>(kNeonRows);
+constexpr ConvTactic kNeonConv = conv_in_lanes<Float32Streams<Neon, 8>>();
+constexpr ConvTactic kNeonConvRows = conv_rows_in_lanes<Float32Panels<Neon, 8, 2>>();
 constexpr PeakLoop kNeonPeak = peak_loop<Float32Streams<Neon, 8>>(1);
 
 }  // namespace sparse_engine

@@ -121,6 +121,7 @@ void run_conv(const Convolution& conv, const Block& block, void*) {
 }  // namespace
 
 constexpr Tactic kScalarTactic = {Tier::kScalar, Lanes::kTokens, 1, 64, 1, packed_bytes, pack, scratch_bytes, run};
-constexpr ConvTactic kScalarConv = {&kScalarTactic, conv_packed_bytes, pack_conv, conv_scratch_bytes, run_conv};
+constexpr ConvTactic kScalarConv = {
+    {1, 64, 1, kStreamCost}, conv_packed_bytes, pack_conv, conv_scratch_bytes, run_conv};
 
 }  // namespace sparse_engine
