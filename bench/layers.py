@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -64,13 +65,21 @@ def profile_step(
             session.run(None, dict(feed))
         events = json.loads(Path(session.end_profiling()).read_text())
     kernels = {name: choice["kernel"] for name, choice in prepared.report.items()}
-    return _collect(events, layers, kernels)
+    # Convolutions that ONNX Runtime lays out in its own way are named after what they make.
+    convolutions = [node for node in prepared.model.graph.node if node.op_type == "Conv"]
+    renamed = {f"{node.output[0]}_nchwc": node.name for node in convolutions}
+    return _collect(events, layers, kernels, renamed)
 
 
-def _collect(events: Sequence[dict[str, Any]], layers: Collection[str], kernels: Mapping[str, str]) -> list[LayerTime]:
+def _collect(
+    events: Sequence[dict[str, Any]],
+    layers: Collection[str],
+    kernels: Mapping[str, str],
+    renamed: Mapping[str, str] = MappingProxyType({}),
+) -> list[LayerTime]:
     """Sum the nodes of each run, and take the run that took least; the first is the warm-up.
 
-    Two layers in one node have the same number of multiply-adds: each is given half of its time.
+    ``renamed``: the runtime's name of a node -> the layer's. Two layers in one node have the same number of multiply-adds: each is given half of its time.
     """
     seen: dict[str, int] = defaultdict(int)
     milliseconds: dict[str, np.ndarray] = {}
@@ -79,11 +88,12 @@ def _collect(events: Sequence[dict[str, Any]], layers: Collection[str], kernels:
         if event.get("cat") != "Node" or not event["name"].endswith(NODE_SUFFIX):
             continue
         node, operator = event["name"].removesuffix(NODE_SUFFIX), event["args"]["op_name"]
+        node = renamed.get(node, node)
         run = seen[node]
         seen[node] += 1
         parts = node.split(PAIR) if all(part in layers for part in node.split(PAIR)) else [operator]
         for name in parts:
-            ran[name] = operator if operator == "MatMul" else kernels.get(name, operator)
+            ran[name] = operator if operator in ("MatMul", "Conv") else kernels.get(name, operator)
             milliseconds.setdefault(name, np.zeros(1 + RUNS))[run] += event["dur"] / 1e3 / len(parts)
     fastest = 1 + int(np.argmin(np.sum(list(milliseconds.values()), axis=0)[1:]))
     return [LayerTime(name, ran[name], float(times[fastest]), name in layers) for name, times in milliseconds.items()]

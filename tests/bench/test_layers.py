@@ -31,6 +31,11 @@ def test_two_layers_in_one_node_share_its_time() -> None:
     ]
 
 
+def test_convolutions_under_the_runtimes_own_names() -> None:
+    events = [event("y_nchwc", "Conv", 8) for _ in range(1 + RUNS)]
+    assert _collect(events, {"conv"}, {}, {"y_nchwc": "conv"}) == [LayerTime("conv", "Conv", 0.008, True)]
+
+
 def test_amdahl() -> None:
     times = [LayerTime("fc1", "MatMul", 6.0, True), LayerTime("Add", "Add", 4.0, False)]
     found = amdahl_limit(times, ["fc1"])
