@@ -79,7 +79,8 @@ def _collect(
 ) -> list[LayerTime]:
     """Sum the nodes of each run, and take the run that took least; the first is the warm-up.
 
-    ``renamed``: the runtime's name of a node -> the layer's. Two layers in one node have the same number of multiply-adds: each is given half of its time.
+    ``renamed``: the runtime's name of a node -> the layer's. Two layers in one node have the same number of
+    multiply-adds: each is given half of its time.
     """
     seen: dict[str, int] = defaultdict(int)
     milliseconds: dict[str, np.ndarray] = {}
