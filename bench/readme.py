@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from . import kernels
+from .arms import DENSE, SPARSE
 from .gpu.table import section as gpu_section
 from .report import markdown
+from .report.tables import markdown_table, ratio_text
 from .results_file import read_results
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -23,6 +25,19 @@ SECTIONS = {
     "cpu-grid-1024-fp32.json": "The same at embed 1024, depth 2, batch 1",
     "cpu-avx2-uvit-s-fp32.json": "On a processor that has AVX2 and no AVX-512 (a Zen 3), U-ViT-S in fp32",
     "cpu-avx2-grid-quick-fp32.json": "There, the paper's grid at embed 512, depth 2, batch 4",
+}
+# Networks of random weights in one table: results file -> what the network is.
+NETWORKS = {
+    "cpu-uvit-s-t2i-fp32.json": "U-ViT-S text-to-image, 334 tokens",
+    "cpu-uvit-s-t2i-bf16.json": "U-ViT-S text-to-image, 334 tokens",
+    "cpu-dit-b2-fp32.json": "DiT-B/2, 32x32 latents",
+    "cpu-dit-b2-bf16.json": "DiT-B/2, 32x32 latents",
+    "cpu-dit-l2-fp32.json": "DiT-L/2, 32x32 latents",
+    "cpu-dit-l2-bf16.json": "DiT-L/2, 32x32 latents",
+    "cpu-sparsedm-cifar10-fp32.json": "SparseDM's U-Net, 32x32",
+    "cpu-sparsedm-cifar10-bf16.json": "SparseDM's U-Net, 32x32",
+    "cpu-ddpm-cifar10-fp32.json": "google/ddpm-cifar10-32's U-Net, 32x32",
+    "cpu-ddpm-cifar10-bf16.json": "google/ddpm-cifar10-32's U-Net, 32x32",
 }
 KERNEL_SECTIONS = {
     "kernels-fp32.json": "In fp32",
@@ -37,7 +52,45 @@ def section(folder: Path) -> str:
     for name, title in SECTIONS.items():
         results = read_results(folder / name)
         parts += [f"{title} ({_facts(results)}):", markdown(results)]
-    return "\n\n".join(filter(None, [*parts, gpu_section(folder)]))
+    return "\n\n".join(filter(None, [*parts, networks_table(folder), gpu_section(folder)]))
+
+
+def networks_table(folder: Path) -> str:
+    """The other networks, one row for each precision and batch; "" where none was measured.
+
+    Raises as ``section`` does.
+    """
+    files = {name: read_results(folder / name) for name in NETWORKS if (folder / name).exists()}
+    if not files:
+        return ""
+    first = next(iter(files.values()))
+    command = f"sparse-engine bench --random NAME --precision P --peers --threads {first['threads']}"
+    machines = ", ".join(dict.fromkeys(_processor(each["machine"]["processor"]) for each in files.values()))
+    headings = ["network", "precision", "batch", "2:4, ms", "best other, ms", "over it", "our own dense, ms", "over it"]
+    rows = [
+        [NETWORKS[name], results["precision"], str(row["batch"]), *_against_others(row)]
+        for name, results in files.items()
+        for row in results["rows"]
+    ]
+    title = f"Other networks, random weights, one solver step (`{command}`; {machines}; versions are in the files):"
+    note = (
+        '"Over it" with its 99 % interval. The other runtimes are ONNX Runtime, OpenVINO and PyTorch, eager and compiled, '
+        "in the same precision."
+    )
+    return "\n\n".join([title, markdown_table(headings, rows), note])
+
+
+def _against_others(row: dict[str, Any]) -> list[str]:
+    """Ours, the best other runtime of the same precision, our own dense engine, and ours over both."""
+    milliseconds, best = row["milliseconds"], row["best_peer"]
+    dense = f"{milliseconds[DENSE]['median']:.1f}"
+    return [
+        f"{milliseconds[SPARSE]['median']:.1f}",
+        f"{milliseconds[best]['median']:.1f} ({best})",
+        ratio_text(row["speedups"][best]),
+        dense,
+        ratio_text(row["speedups"][DENSE]),
+    ]
 
 
 def kernels_section(folder: Path) -> str:
