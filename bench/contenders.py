@@ -20,6 +20,7 @@ from sparse_engine.backends.onnxruntime.library import load_onnxruntime
 LAYERS_PER_CALL = 4  # in a row, as a network runs them: waking the threads is paid once, not by each layer
 ONE_NODE = "one node"  # two layers in T-lanes
 ORT, TORCH = "ORT", "torch"
+TORCH_PACKED = "torch, packed weights"
 ORT_PLAIN = "ORT, plain layout"  # of a convolution: ONNX Runtime's own blocked layout has to be reordered to and from
 
 
@@ -102,8 +103,7 @@ def make_contenders(
     contenders = {name: _onnxruntime_call(stack, x, each, threads) for name, each in nodes.items()}
     if isinstance(layers[0], FusedConv):
         contenders[ORT_PLAIN] = _onnxruntime_call(stack, x, nodes[ORT], threads, optimise=False)
-    torch_call = _torch_call(stack, x, compute, threads)
-    return contenders if torch_call is None else {**contenders, TORCH: torch_call}
+    return contenders | _torch_calls(stack, x, compute, threads)
 
 
 def _rows_of_x(layer: FusedLayer, x: NDArray[np.float32]) -> int:
@@ -176,14 +176,15 @@ def _constants(stack: Sequence[Layer]) -> dict[str, NDArray[Any]]:
     return constants
 
 
-def _torch_call(
+def _torch_calls(
     stack: Sequence[Layer], x: NDArray[np.float32], compute: str, threads: int
-) -> Callable[[], object] | None:
+) -> dict[str, Callable[[], object]]:
+    """PyTorch's functions, and the operators that its compiler makes of them, whose weights are laid out beforehand."""
     try:
         import torch
         from torch.nn import functional as F
     except ImportError:
-        return None
+        return {}
     torch.set_num_threads(threads)
     dtype = torch.bfloat16 if compute == "bf16" else torch.float32
     maps = isinstance(stack[0].node, FusedConv)
@@ -192,20 +193,44 @@ def _torch_call(
         layout = torch.channels_last if maps and array.ndim == 4 else torch.preserve_format
         return torch.from_numpy(array).to(dtype, memory_format=layout)
 
+    def operands(layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+        return given(layer.node.plain_weight(layer.weight) if maps else layer.weight), given(layer.bias)
+
+    def eager(layer: Layer) -> Callable[[torch.Tensor], torch.Tensor]:
+        weight, bias = operands(layer)
+        activate = F.gelu if layer.node.activation == "gelu" else torch.nn.Identity()
+        if maps:
+            return lambda y: activate(F.conv2d(y, weight, bias, padding=weight.shape[-1] // 2))
+        return lambda y: activate(F.linear(y, weight, bias))
+
+    def packed(layer: Layer) -> Callable[[torch.Tensor], torch.Tensor]:
+        weight, bias = operands(layer)
+        operators: Any = torch.ops.mkldnn
+        if not maps:
+            made = operators._reorder_linear_weight(weight, len(x))
+            return lambda y: operators._linear_pointwise(y, made, bias, layer.node.activation, [], "none")
+        window = ([weight.shape[-1] // 2] * 2, [1, 1], [1, 1], 1)  # padding, strides, dilations, groups
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+        made = reorder(weight.to_mkldnn(), *window, list(x.shape))
+        return lambda y: operators._convolution_pointwise(y, made, bias, *window, "none", [], "none")
+
+    def run(layers: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> Callable[[], object]:
+        def call() -> object:
+            with torch.inference_mode():
+                for _ in range(LAYERS_PER_CALL):
+                    y = first
+                    for layer in layers:
+                        y = layer(y)
+                return y
+
+        return call
+
     first = given(x)
-    layers = [
-        (given(layer.node.plain_weight(layer.weight) if maps else layer.weight), given(layer.bias)) for layer in stack
-    ]
-
-    def compute_one(y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(y, weight, bias, padding=weight.shape[-1] // 2) if maps else F.linear(y, weight, bias)
-
-    def call() -> object:
+    calls = {TORCH: run([eager(layer) for layer in stack])}
+    try:  # operators without a promise: of another version, or for another processor, they are not there
         with torch.inference_mode():
-            for _ in range(LAYERS_PER_CALL):
-                y = compute_one(first, *layers[0])
-                for weight, bias in layers[1:]:
-                    y = compute_one(F.gelu(y), weight, bias)
-            return y
-
-    return call
+            calls[TORCH_PACKED] = run([packed(layer) for layer in stack])
+        calls[TORCH_PACKED]()
+    except (AttributeError, RuntimeError):
+        calls.pop(TORCH_PACKED, None)
+    return calls

@@ -4,11 +4,13 @@
     sparse-engine bench --kernels --precision bf16
 
 All contenders of a cell compute the same with the same numbers, in one process, interleaved: ``x @ weight.T + bias``,
-two of those with a GELU between (an MLP), or ``conv(x, weight) + bias``. Ours are timed in all lanes that an engine
-would try, ONNX Runtime's convolutions in both its layouts, and the fastest counts. GFLOP/s are dense-equivalent: 2 M N K
-per product, whether or not the zeros are multiplied; of a convolution, M are output pixels and K channels x taps.
-"Bound" is twice the machine's measured peak of multiply-adds: pairs of rows share loads, so loads do not bound a 2:4
-kernel.
+two of those with a GELU between (an MLP), or ``conv(x, weight) + bias``. Of every contender the fastest form counts:
+of ours the lanes that an engine would try; of ONNX Runtime's convolutions either layout; of PyTorch plain functions, or
+the operators that its compiler would run, with weights laid out beforehand.
+
+GFLOP/s are dense-equivalent: 2 M N K per product, whether or not the zeros are multiplied; of a convolution, M are
+output pixels and K channels x taps. "Bound" is twice the machine's measured peak of multiply-adds: pairs of rows share
+loads, so loads do not bound a 2:4 kernel.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from .contenders import (
     ORT,
     ORT_PLAIN,
     TORCH,
+    TORCH_PACKED,
     Shape,
     make_contenders,
     random_input,
@@ -69,8 +72,8 @@ class Cell:
     @property
     def kernels(self) -> dict[str, str]:
         """The fastest kernel of each contender, at the median."""
-        others = {ORT: (ORT, ORT_PLAIN), TORCH: (TORCH,)}
-        ours = [name for name in self.seconds if name not in (ORT, ORT_PLAIN, TORCH)]
+        others = {ORT: (ORT, ORT_PLAIN), TORCH: (TORCH, TORCH_PACKED)}
+        ours = [name for name in self.seconds if name not in (*others[ORT], *others[TORCH])]
         apart = [name for name in ours if name != ONE_NODE] if ONE_NODE in ours else []
         named = {OURS: ours, APART: apart} | {
             contender: [name for name in names if name in self.seconds] for contender, names in others.items()
