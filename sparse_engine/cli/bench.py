@@ -33,7 +33,7 @@ def command(
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="The paper's grid: patch x mlp_ratio.")
     ] = False,
-    kernels: Annotated[bool, typer.Option("--kernels", help="The CPU kernels alone, product by product.")] = False,
+    kernels: Annotated[bool, typer.Option("--kernels", help="The CPU kernels alone, layer by layer.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="Your own model instead of the grid.")] = None,
     random: Annotated[
         str | None, typer.Option(help="Random weights: uvit-s, dit-b2, ... (any other lists them).")
@@ -108,9 +108,9 @@ def command(
             files.write_results(output, done)
 
     if kernels:
-        table = _products(results, precision, (threads,) if threads else (1, 2), seconds)
+        made = _kernels(results, precision, (threads,) if threads else (1, 2), seconds)
         save(results)
-        print_json(results) if as_json else console.print(table)
+        print_json(results) if as_json else console.print(*made)
         return
     if earlier is not None:
         results = files.read_comparison(earlier)
@@ -161,19 +161,19 @@ def _check_numbers(counts: dict[str, tuple[int | None, int, int]], *, seconds: f
         raise OptionError(f"--max-loss {max_loss}: expected 0 or more, such as 0.1 for a tenth")
 
 
-def _products(results: dict[str, Any], precision: str, threads: tuple[int, ...], seconds: float) -> Table:
+def _kernels(results: dict[str, Any], precision: str, threads: tuple[int, ...], seconds: float) -> list[Table]:
     if precision not in ("fp32", "bf16"):
         raise OptionError(f"--kernels --precision {precision}: the CPU kernels compute in fp32 or bf16")
-    products = bench_module("kernels")
+    layers = bench_module("kernels")
     with progress() as display:
-        task = display.add_task("timing products", total=None)
+        task = display.add_task("timing layers", total=None)
         measured = []
-        for cell in products.measure(threads=threads, compute=precision, seconds_per_cell=seconds):
+        for cell in layers.measure(threads=threads, compute=precision, seconds_per_cell=seconds):
             measured.append(cell)
-            display.update(task, description=f"{len(measured)} products timed")
-    results |= {"kind": "kernels", "precision": precision, "cells": [products.summary(cell) for cell in measured]}
-    table: Table = products.table(results)
-    return table
+            display.update(task, description=f"{len(measured)} layers timed")
+    results |= {"kind": "kernels", "precision": precision, "cells": [cell.summary() for cell in measured]}
+    made: list[Table] = layers.tables(results)
+    return made
 
 
 def _show(results: dict[str, Any], as_json: bool, profile: bool = False) -> None:

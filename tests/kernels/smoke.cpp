@@ -3,19 +3,28 @@
 // Exits with 1 where a result is wrong.
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
+#include <new>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "../../sparse_engine/kernels/src/attention_loop.h"
 #include "../../sparse_engine/kernels/src/c_api.h"
+#include "../../sparse_engine/kernels/src/conv24.h"
 #include "../../sparse_engine/kernels/src/dispatch.h"
+#include "../../sparse_engine/kernels/src/partition.h"
 
 namespace {
 
 struct Case {
   int rows, depth, tokens;
+};
+
+struct ConvCase {
+  int batch, channels, rows, height, width;
+  sparse_engine::Window window;
 };
 
 double activate(double x, const std::string& activation) {
@@ -215,6 +224,148 @@ bool run_group_norm_case(const char* tier, int channels, int groups, int area, b
   return false;
 }
 
+// A heap block of exactly so many bytes.
+std::unique_ptr<void, decltype(&std::free)> exact_block(size_t bytes) {
+  void* block = nullptr;
+  if (posix_memalign(&block, 64, bytes)) throw std::bad_alloc();
+  return {block, std::free};
+}
+
+// The tactic alone: packed weights and scratch have a page's room to spare otherwise, and scratch that of larger calls.
+void run_conv_in_exact_blocks(sparse_engine::Convolution conv, size_t pixels, const sparse_engine::Weights24& weights,
+                              sparse_engine::Tier tier, sparse_engine::Lanes lanes) {
+  const sparse_engine::ConvTactic& tactic = sparse_engine::find_conv_tactic(tier, lanes);
+  const int taps = conv.window.taps();
+  const auto packed = exact_block(tactic.packed_bytes(weights.rows, weights.depth, taps));
+  tactic.pack(weights, taps, packed.get());
+  conv.product.packed = packed.get();
+  const sparse_engine::Partition partition(*tactic.product, pixels, weights.rows, 2);
+  const auto scratch = exact_block(tactic.scratch_bytes(conv, partition.most_block_rows()));
+  for (size_t i = 0; i < partition.size(); ++i) tactic.run(conv, partition.block(i), scratch.get());
+}
+
+// Against the definition, in double, of operands that are exact in bfloat16.
+bool run_conv_case(const ConvCase& shape, const char* tier, const char* lanes, const char* activation) {
+  const sparse_engine::Window& window = shape.window;
+  std::mt19937 random(shape.rows * 1000 + shape.width);
+  std::normal_distribution<float> normal;
+  const auto floats = [&](size_t count) {
+    std::vector<float> values(count);
+    for (float& value : values) value = std::round(normal(random) * 16) / 16;
+    return values;
+  };
+  const int depth = shape.channels * window.taps();
+  const std::vector<float> values = floats(size_t(shape.rows) * depth / 2);
+  std::vector<uint8_t> positions(values.size() / 2);
+  const uint8_t codes[6] = {0 | 1 << 2, 0 | 2 << 2, 0 | 3 << 2, 1 | 2 << 2, 1 | 3 << 2, 2 | 3 << 2};
+  for (uint8_t& code : positions) code = codes[random() % 6];
+  const std::vector<float> x = floats(size_t(shape.batch) * shape.channels * shape.height * shape.width);
+  const std::vector<float> bias = floats(shape.rows), image_bias = floats(size_t(shape.batch) * shape.rows);
+  const int32_t told[8] = {window.height,   window.width,      window.stride,    window.pad_top,
+                           window.pad_left, window.pad_bottom, window.pad_right, window.upsample};
+  char message[256] = "";
+  void* conv = nullptr;
+  int64_t height = 0, width = 0;
+  std::vector<float> residual, y;
+  bool good = !sparse_engine_conv24_create(shape.rows, depth, values.data(), positions.data(), told, tier, lanes, &conv,
+                                           message, sizeof message) &&
+              !sparse_engine_conv24_out_size(conv, shape.height, shape.width, &height, &width, message, sizeof message);
+  if (good) {
+    residual = floats(size_t(shape.batch) * shape.rows * height * width);
+    y.resize(residual.size());
+    good = !sparse_engine_conv24_run(conv, x.data(), shape.batch, shape.height, shape.width, y.data(), bias.data(),
+                                     image_bias.data(), residual.data(), activation, 2, message, sizeof message);
+  }
+  sparse_engine_conv24_destroy(conv);
+  if (!good) {
+    std::printf("%s %s convolution: %s\n", tier, lanes, message);
+    return false;
+  }
+  std::vector<float> again(y.size());
+  sparse_engine::Convolution alone;
+  alone.product = {shape.rows, depth, nullptr, x.data(), again.data(), {}};
+  alone.product.epilogue = {bias.data(), residual.data(), sparse_engine::parse_activation(activation)};
+  alone.image_bias = image_bias.data();
+  alone.channels = shape.channels;
+  alone.window = window;
+  alone.sizes = {shape.height, shape.width, int(height), int(width)};
+  run_conv_in_exact_blocks(alone, size_t(shape.batch) * height * width,
+                           {shape.rows, depth, values.data(), positions.data()}, sparse_engine::parse_tier(tier),
+                           sparse_engine::parse_lanes(lanes));
+
+  const auto pixel = [&](int image, int channel, int row, int column) -> double {
+    if (row < 0 || row >= shape.height * window.upsample) return 0;
+    if (column < 0 || column >= shape.width * window.upsample) return 0;
+    const size_t line =
+        (size_t(image) * shape.channels + channel) * shape.height + static_cast<size_t>(row / window.upsample);
+    return x[line * shape.width + column / window.upsample];
+  };
+  double largest = 0, error = 0;
+  for (size_t i = 0; i < y.size(); ++i) {
+    const int column = int(i % width), row = int(i / width % height);
+    const size_t plane = i / (width * height);
+    const int n = int(plane % shape.rows), image = int(plane / shape.rows);
+    double sum = double(bias[n]) + image_bias[plane];
+    for (int g = 0; g < depth / 4; ++g) {
+      const size_t group = size_t(n) * (depth / 4) + g;
+      const int tap = g % window.taps(), channel = g / window.taps() * 4;
+      const int seen_row = row * window.stride - window.pad_top + tap / window.width;
+      const int seen_column = column * window.stride - window.pad_left + tap % window.width;
+      sum += values[2 * group] * pixel(image, channel + (positions[group] & 3), seen_row, seen_column);
+      sum += values[2 * group + 1] * pixel(image, channel + (positions[group] >> 2), seen_row, seen_column);
+    }
+    const double expected = activate(sum, activation) + residual[i];
+    largest = std::fmax(largest, std::fabs(expected));
+    error = std::fmax(error, std::fabs(y[i] - expected));
+  }
+  if (error <= 4e-6 * largest && again == y) return true;
+  std::printf("%s %s convolution %d x %d x %d x %d to %d, window %d x %d, stride %d, enlarged %d: error %g of %g\n",
+              tier, lanes, shape.batch, shape.channels, shape.height, shape.width, shape.rows, window.height,
+              window.width, window.stride, window.upsample, error, largest);
+  return false;
+}
+
+bool run_conv_cases(const char* tier) {
+  // Windows: height, width, stride, pads (top, left, bottom, right), enlarged.
+  const ConvCase cases[] = {
+      {2, 8, 21, 5, 32, {3, 3, 1, 1, 1, 1, 1, 1}},    // rows of whole vectors
+      {3, 12, 37, 8, 8, {3, 3, 1, 1, 1, 1, 1, 1}},    // several rows a vector
+      {9, 8, 20, 2, 2, {3, 3, 1, 1, 1, 1, 1, 1}},     // several images a vector
+      {3, 4, 8, 1, 1, {3, 3, 1, 1, 1, 1, 1, 1}},      // nothing but border
+      {2, 8, 16, 7, 13, {3, 3, 1, 1, 1, 1, 1, 1}},    // odd sizes
+      {1, 4, 3, 3, 200, {3, 3, 1, 1, 1, 1, 1, 1}},    // rows wider than a tile
+      {3, 4, 5, 1, 97, {1, 3, 1, 0, 1, 0, 1, 1}},     // one row, wider than a tile
+      {2, 8, 8, 6, 3, {3, 3, 1, 2, 2, 2, 4, 1}},      // narrower than its padding
+      {1, 8, 8, 17, 18, {3, 3, 1, 0, 0, 0, 0, 1}},    // no padding
+      {2, 8, 16, 17, 33, {3, 3, 2, 0, 0, 1, 1, 1}},   // stride 2, padded below and right
+      {2, 8, 16, 16, 16, {3, 3, 2, 1, 1, 1, 1, 1}},   // stride 2, padded all around
+      {2, 4, 5, 9, 130, {3, 3, 2, 1, 0, 0, 1, 1}},    // stride 2, two pads, rows of 65
+      {2, 8, 66, 8, 8, {3, 3, 1, 1, 1, 1, 1, 2}},     // enlarged
+      {1, 4, 9, 5, 7, {3, 3, 1, 1, 1, 1, 1, 2}},      // enlarged, odd
+      {1, 4, 5, 3, 51, {3, 3, 1, 1, 1, 1, 1, 2}},     // enlarged to rows wider than a tile
+      {3, 36, 20, 9, 5, {1, 1, 1, 0, 0, 0, 0, 1}},    // one tap
+      {2, 32, 20, 16, 16, {1, 1, 1, 0, 0, 0, 0, 1}},  // one tap, whole vectors
+      {2, 8, 7, 6, 5, {1, 1, 2, 0, 0, 0, 0, 1}},      // one tap, stride 2
+      {2, 4, 24, 8, 12, {2, 2, 2, 0, 0, 0, 0, 1}},    // patches
+      {1, 8, 16, 11, 10, {5, 4, 3, 2, 1, 0, 3, 2}},   // anything
+      {1, 132, 17, 6, 6, {3, 3, 1, 1, 1, 1, 1, 1}},   // several blocks of the depth
+      {1, 64, 65, 10, 16, {3, 3, 1, 1, 1, 1, 1, 1}},  // and of rows
+  };
+  bool good = true;
+  for (const char* lanes : {"t-lanes", "n-lanes", "r-lanes"}) {
+    if (std::string(lanes) == "r-lanes" && std::string(tier) != "avx512-bf16") continue;
+    for (const ConvCase& shape : cases) {
+      for (const char* activation : {"none", "silu"}) good &= run_conv_case(shape, tier, lanes, activation);
+    }
+    // Every number of pixels in a tile's last vectors, of one image and of three.
+    for (int width = 1; width <= 100; ++width) {
+      good &= run_conv_case({1, 4, 5, 1, width, {1, 3, 1, 0, 1, 0, 1, 1}}, tier, lanes, "none");
+      good &= run_conv_case({3, 4, 5, 2, width, {2, 3, 1, 0, 1, 1, 1, 1}}, tier, lanes, "none");
+    }
+  }
+  return good;
+}
+
 }  // namespace
 
 int main() {
@@ -248,6 +399,7 @@ int main() {
         for (const bool modulated : {false, true}) good &= run_group_norm_case(tier, 12, groups, area, modulated);
       }
     }
+    good &= run_conv_cases(tier);
     std::printf("%s ran\n", tier);
   }
   return good ? 0 : 1;

@@ -98,7 +98,7 @@ class Chooser:
         if not self._autotune:
             lanes = "n-lanes" if tokens <= UNTIMED_N_LANES_UP_TO[self._compute] else "t-lanes"
             return LayerChoice(lanes if layer.is_sparse else "dense-bf16", "not timed: ours by default", {})
-        names = _candidates(layer, tokens, self._compute)
+        names = candidates(layer, tokens, self._compute)
         choice = self._cache.choose(
             self._key(layer, tokens),
             lambda: {name: _product(layer, tokens, name, self._compute, self._threads) for name in names},
@@ -239,7 +239,8 @@ def _attention_feed(attention: Attention, batch: int) -> dict[str, np.ndarray]:
     return feed
 
 
-def _candidates(layer: FusedLayer, tokens: int, compute: str) -> tuple[str, ...]:
+def candidates(layer: FusedLayer, tokens: int, compute: str) -> tuple[str, ...]:
+    """The kernels that are worth timing for a layer over so many tokens."""
     if not layer.is_sparse:
         return DENSE
     names = ("dense", "t-lanes", "n-lanes") if tokens <= N_LANES_UP_TO[compute] else ("dense", "t-lanes")
