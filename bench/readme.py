@@ -72,7 +72,8 @@ def networks_table(folder: Path) -> str:
         for name, results in files.items()
         for row in results["rows"]
     ]
-    title = f"Other networks, random weights, one solver step (`{command}`; {machines}; versions are in the files):"
+    facts = f"`{command}`; {machines}; versions are in the files"
+    title = f"Other networks, random weights, one solver step ({facts}):"
     note = (
         '"Over it" with its 99 % interval. The other runtimes are ONNX Runtime, OpenVINO and PyTorch, eager and compiled, '
         "in the same precision."
