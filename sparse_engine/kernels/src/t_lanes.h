@@ -66,11 +66,11 @@ struct TokensInLanes {
   static_assert(kTileBlockBytes <= 1 << 16, "an offset has sixteen bits");
   static_assert(kLayout.block_depth / 4 * kLayout.lines_per_group() <= kMostLines, "a mask has room for all lines");
   static_assert(kLayout.block_depth / 4 * kLayout.steps_per_group() <= kMostSteps, "so has a row for all steps");
+  static_assert(kPanelDepth % kLayout.block_depth == 0, "a panel is whole blocks");
   static size_t packed_bytes(int rows, int depth) { return stream_bytes(rows, depth, kLayout); }
   static void pack(const Weights24& weights, void* packed) { pack_streams(weights, kLayout, packed); }
 
   static size_t scratch_bytes(int, int block_rows) {
-    static_assert(kPanelDepth % kLayout.block_depth == 0, "a panel is whole blocks");
     return tile_bytes(kPanelDepth) + size_t(round_up(block_rows, kStreamRowMultiple)) * kLineBytes;
   }
 
@@ -337,12 +337,12 @@ constexpr Tactic tokens_in_lanes(Tier tier) {
 }
 
 // fp32 products: a line of the tile is one k, an element one float.
-template <class Vectors, int TileVectors, int TileKiB = 24>
+template <class Vectors, int TileVectors>
 struct Float32Streams {
   using V = Vectors;
   // At most 24 KiB: the tile of one block leaves a quarter of a 32 KiB L1 to streams and sums.
   static constexpr int kTileTokens = TileVectors * V::kLanes;
-  static constexpr int kBlockDepth = smaller(TileKiB * 1024 / (kTileTokens * 4), kMostSteps * 2);
+  static constexpr int kBlockDepth = smaller(24 * 1024 / (kTileTokens * 4), kMostSteps * 2);
   static constexpr StreamLayout kLayout = {Operand::kFloat32, kTileTokens, kBlockDepth};
 
   static SPARSE_ENGINE_INLINE typename V::Vector multiply_add(typename V::Vector sum, typename V::Vector weight,
