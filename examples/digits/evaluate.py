@@ -5,8 +5,9 @@
 builds an engine of each, draws 2,000 samples (200 of each digit) with and without guidance, and prints, for every
 one, the accuracy of a classifier trained on the real digits and the Fréchet distance to them in pixel space.
 ``--write`` puts the table into the folder's README.md and the numbers into results.json. ``--models FOLDER`` is
-another folder with a ``dense.pth`` and a ``sparsedm.pth``, such as examples/digits_text, or with folders of these names
-that diffusers wrote, such as examples/digits_unet; ``--weights FOLDER`` says that the weights lie elsewhere; ``--picture FILE`` draws ten of each digit by the 2:4 model.
+another folder with a ``dense.pth`` and a ``sparsedm.pth``, such as examples/digits_text, or with folders ``dense`` and
+``sparsedm`` that diffusers wrote, as examples/digits_unet is; ``--weights FOLDER`` says that the weights lie elsewhere;
+``--picture FILE`` draws ten of each digit by the 2:4 model.
 """
 
 from __future__ import annotations

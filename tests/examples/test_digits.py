@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,16 +72,21 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+@cache
+def classifier() -> Any:
+    machine, unseen = script("evaluate").classifier()
+    assert unseen > 0.95
+    return machine
+
+
 def judged(path: Path) -> tuple[float, float]:
     """Of 200 samples: how many a classifier reads right, and the Fréchet distance to the real digits."""
-    evaluate, data = script("evaluate"), script("data")
-    machine, unseen = evaluate.classifier()
-    assert unseen > 0.95
     labels = np.resize(np.arange(10), 200)
     with SparseEngine.load(path) as engine:
         drawn = engine.sample(200, steps=15, sampler="dpm-solver++", labels=labels, output="float", batch_size=100)
     pixels = drawn.clip(-1, 1).reshape(200, 64)
-    return (machine.predict(pixels) == labels).mean(), frechet_distance(pixels, data.load()[0].reshape(-1, 64))
+    right = float((classifier().predict(pixels) == labels).mean())
+    return right, frechet_distance(pixels, script("data").load()[0].reshape(-1, 64))
 
 
 def test_it_draws_digits_that_a_classifier_reads(engines: dict[str, Path]) -> None:
