@@ -16,10 +16,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import data
 import torch
@@ -76,8 +75,7 @@ def save_state(state: dict[str, Tensor], path: Path) -> None:
     torch.save(state, path.with_suffix(".pth"))
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """What examples train differently.
 
     Attributes:
