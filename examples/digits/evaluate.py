@@ -5,8 +5,9 @@
 builds an engine of each, draws 2,000 samples (200 of each digit) with and without guidance, and prints, for every
 one, the accuracy of a classifier trained on the real digits and the Fréchet distance to them in pixel space.
 ``--write`` puts the table into the folder's README.md and the numbers into results.json. ``--models FOLDER`` is
-another folder with a ``dense.pth`` and a ``sparsedm.pth``, such as examples/digits_text; ``--weights FOLDER`` says
-that the weights lie elsewhere; ``--picture FILE`` draws ten of each digit by the 2:4 model.
+another folder with a ``dense.pth`` and a ``sparsedm.pth``, such as examples/digits_text, or with folders ``dense`` and
+``sparsedm`` that diffusers wrote, as examples/digits_unet is; ``--weights FOLDER`` says that the weights lie elsewhere;
+``--picture FILE`` draws ten of each digit by the 2:4 model.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from sparse_engine.manifest import Manifest
 
 HERE = Path(__file__).parent
 MODELS = {
-    "dense": ("dense.pth", BuildOptions()),
-    "SparseDM, 2:4": ("sparsedm.pth", BuildOptions(sparse=True)),
-    "dense pruned in one shot, 2:4": ("dense.pth", BuildOptions(sparse=True)),
+    "dense": ("dense", BuildOptions()),
+    "SparseDM, 2:4": ("sparsedm", BuildOptions(sparse=True)),
+    "dense pruned in one shot, 2:4": ("dense", BuildOptions(sparse=True)),
 }
 GUIDANCE = (1.0, 2.0)
 STEPS, SAMPLER = 25, "dpm-solver++"
@@ -58,11 +59,12 @@ def told(folder: Path, labels: np.ndarray) -> dict[str, Any]:
     return {"conditioning": {"context": np.load(contexts)["context"][labels]}}
 
 
-def build(folder: Path, checkpoint: str, options: BuildOptions, output: Path) -> tuple[Path, Manifest]:
+def build(folder: Path, name: str, options: BuildOptions, output: Path) -> tuple[Path, Manifest]:
     """An engine of a model that lies in a folder, with the null context beside it where there is one."""
-    null = folder / "null_context.npy"
+    file, null = folder / f"{name}.pth", folder / "null_context.npy"
+    checkpoint = file if file.exists() else folder / name
     assets = AssetOptions(null_context=null if null.exists() else None)
-    return build_engine(folder / checkpoint, output, options=options, assets=assets)
+    return build_engine(checkpoint, output, options=options, assets=assets)
 
 
 def evaluate(

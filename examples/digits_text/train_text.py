@@ -42,7 +42,8 @@ def main() -> None:
     np.savez(chosen.out / "contexts.npz", context=told[: data.NUM_DIGITS])
     np.save(chosen.out / "null_context.npy", told[data.NULL_CLASS])
     table = torch.from_numpy(told)
-    train.train_both(UViTT2I(config), chosen.dense_steps, chosen.sparse_steps, chosen.out, lambda y: table[y])
+    setting = train.Setting(tell=lambda y: table[y])
+    train.train_both(UViTT2I(config), chosen.dense_steps, chosen.sparse_steps, chosen.out, setting)
 
 
 if __name__ == "__main__":
