@@ -75,8 +75,8 @@ def networks_table(folder: Path) -> str:
     facts = f"`{command}`; {machines}; versions are in the files"
     title = f"Other networks, random weights, one solver step ({facts}):"
     note = (
-        '"Over it" with its 99 % interval. The other runtimes are ONNX Runtime, OpenVINO and PyTorch, eager and compiled, '
-        "in the same precision."
+        '"Over it" with its 99 % interval. The other runtimes are ONNX Runtime, OpenVINO and PyTorch, eager and '
+        "compiled, in the same precision."
     )
     return "\n\n".join([title, markdown_table(headings, rows), note])
 

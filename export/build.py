@@ -36,9 +36,9 @@ from .quantise import calibration_of, check_quantisation, describe_quantised, qu
 from .step_graph import check_graph, export_step_graph
 from .weight_files import name_without_suffixes
 
-# Share of a layer's weight energy that a mask may remove, on average over the layers, before the build warns: between what
-# models lost that were trained under it (0.2 % of a U-ViT, 1.6 % of a U-Net, one of whose layers lost 11 %) and the 12 to
-# 16 % of others (examples/digits, examples/digits_unet).
+# Share of a layer's weight energy that a mask may remove, on average over the layers, before the build warns: between
+# what models lost that were trained under it (0.2 % of a U-ViT, 1.6 % of a U-Net, one of whose layers lost 11 %) and
+# the 12 to 16 % of others (examples/digits, examples/digits_unet).
 ENERGY_WARNING = 0.05
 
 
