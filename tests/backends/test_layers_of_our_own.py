@@ -7,7 +7,8 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from sparse_engine.backends.base import LazyArray, StepGraph, weights_payload
-from sparse_engine.backends.onnxruntime.layers import compress, from_nibbles
+from sparse_engine.backends.onnxruntime.compress import compress
+from sparse_engine.backends.onnxruntime.layers import from_nibbles
 from sparse_engine.kernels.packing import unpack
 
 ROWS, DEPTH = 8, 12

@@ -239,7 +239,7 @@ void run_conv_in_exact_blocks(sparse_engine::Convolution conv, size_t pixels, co
   const auto packed = exact_block(tactic.packed_bytes(weights.rows, weights.depth, taps));
   tactic.pack(weights, taps, packed.get());
   conv.product.packed = packed.get();
-  const sparse_engine::Partition partition(*tactic.product, pixels, weights.rows, 2);
+  const sparse_engine::Partition partition(tactic.grain, pixels, weights.rows, 2);
   const auto scratch = exact_block(tactic.scratch_bytes(conv, partition.most_block_rows()));
   for (size_t i = 0; i < partition.size(); ++i) tactic.run(conv, partition.block(i), scratch.get());
 }
