@@ -38,6 +38,7 @@ NETWORKS = {
     "cpu-sparsedm-cifar10-bf16.json": "SparseDM's U-Net, 32x32",
     "cpu-ddpm-cifar10-fp32.json": "google/ddpm-cifar10-32's U-Net, 32x32",
     "cpu-ddpm-cifar10-bf16.json": "google/ddpm-cifar10-32's U-Net, 32x32",
+    "cpu-sd15-fp32.json": "Stable Diffusion 1.5's U-Net, 64x64 latents",
 }
 KERNEL_SECTIONS = {
     "kernels-fp32.json": "In fp32",
@@ -82,16 +83,11 @@ def networks_table(folder: Path) -> str:
 
 
 def _against_others(row: dict[str, Any]) -> list[str]:
-    """Ours, the best other runtime of the same precision, our own dense engine, and ours over both."""
+    """Ours, the best other runtime of the same precision, if any ran, our own dense engine, and ours over both."""
     milliseconds, best = row["milliseconds"], row["best_peer"]
-    dense = f"{milliseconds[DENSE]['median']:.1f}"
-    return [
-        f"{milliseconds[SPARSE]['median']:.1f}",
-        f"{milliseconds[best]['median']:.1f} ({best})",
-        ratio_text(row["speedups"][best]),
-        dense,
-        ratio_text(row["speedups"][DENSE]),
-    ]
+    other = [f"{milliseconds[best]['median']:.1f} ({best})", ratio_text(row["speedups"][best])] if best else ["-", "-"]
+    dense = [f"{milliseconds[DENSE]['median']:.1f}", ratio_text(row["speedups"][DENSE])]
+    return [f"{milliseconds[SPARSE]['median']:.1f}", *other, *dense]
 
 
 def kernels_section(folder: Path) -> str:
