@@ -53,22 +53,16 @@ struct ConvRowsInLanes {
 
  private:
   static void run_tile(const Convolution& conv, const Block& block, size_t token, int tokens, uint8_t* scratch) {
-    const size_t pixel_bytes = Format::pixel_bytes(conv.channels);
-    uint8_t* const zeros = scratch;
-    uint8_t* pixels = scratch + pixel_bytes;
     const size_t stride = token_bytes(conv);
-    uint8_t* const taps = scratch + Seen::pixels_bytes(conv);  // of each token
+    const size_t tap_bytes = conv.channels / 4 * Format::kGroupInputBytes;
+    uint8_t* const taps = scratch + Seen::pixels_bytes(conv);  // what those of each token see, one after the other
     float* const sums = reinterpret_cast<float*>(taps + tile_tokens(conv) * stride);
     float* const turned = sums + kSums;
     Segment segments[kPixelTile];
     const int count = cut_into_segments(conv, token, tokens, Seen::in_rows(conv), segments);
-    __builtin_memset(zeros, 0, pixel_bytes);
-    for (int s = 0; s < count; ++s) {
-      const Area area = Seen::area_of(conv, segments[s]);
-      Seen::lay_out(conv, segments[s].image, area, pixels);
-      gather(conv, segments[s], area, pixels, zeros, taps);
-      pixels += area.pixels() * pixel_bytes;
-    }
+    Seen::see(conv, segments, count, scratch, [=](int t, int tap, const uint8_t* pixel) __attribute__((always_inline)) {
+      copy(pixel, tap_bytes, taps + t * stride + tap * tap_bytes);
+    });
     for (int row = block.row_begin; row < block.row_end; row += Loop::kBlockRows) {
       for (int t = 0; t < tokens; t += Format::kTokens) {
         const int left = tokens - t;
@@ -82,37 +76,6 @@ struct ConvRowsInLanes {
     }
   }
 
-  // What the taps of each output pixel see, one after the other.
-  static void gather(const Convolution& conv, const Segment& segment, const Area& area, const uint8_t* pixels,
-                     const uint8_t* zeros, uint8_t* taps) {
-    // In registers: a store could be to anything.
-    const Window window = conv.window;
-    const int height = conv.sizes.height * window.upsample, width = conv.sizes.width * window.upsample;
-    const int out_width = conv.sizes.out_width;
-    const size_t pixel_bytes = Format::pixel_bytes(conv.channels);
-    const size_t line_bytes = (area.right - area.left) * pixel_bytes;
-    const size_t tap_bytes = conv.channels / 4 * Format::kGroupInputBytes;
-    const size_t stride = token_bytes(conv);
-    int row = segment.row, column = segment.column;
-    for (int t = segment.begin; t < segment.end; ++t) {
-      uint8_t* out = taps + t * stride;
-      for (int down = 0; down < window.height; ++down) {
-        const int y = row * window.stride + down - window.pad_top;
-        const bool exists = y >= 0 && y < height;
-        const uint8_t* const line = pixels + (exists ? Seen::shrunk(window, y) - area.top : 0) * line_bytes;
-        for (int right = 0; right < window.width; ++right, out += tap_bytes) {
-          const int x = column * window.stride + right - window.pad_left;
-          const bool both = exists && x >= 0 && x < width;
-          copy(both ? line + size_t(Seen::shrunk(window, x) - area.left) * pixel_bytes : zeros, tap_bytes, out);
-        }
-      }
-      if (++column == out_width) {
-        column = 0;
-        ++row;
-      }
-    }
-  }
-
   // A vector at a time: what is written beyond the end is overwritten by the next tap, or not read.
   static SPARSE_ENGINE_INLINE void copy(const uint8_t* from, size_t bytes, uint8_t* to) {
     for (size_t byte = 0; byte < bytes; byte += V::kLanes * 4) {
@@ -121,12 +84,10 @@ struct ConvRowsInLanes {
   }
 };
 
-// Eight pixels take little longer than their weights, which come from far away where pixels are so few: rows are split
-// rather than pixels.
 template <class Format>
 constexpr ConvTactic conv_rows_in_lanes() {
   using Kernel = ConvRowsInLanes<Format>;
-  return {{Format::kTokens, kPixelTile, RowsInLanes<Format>::kBlockRows, 2.0},
+  return {{Format::kTokens, kPixelTile, RowsInLanes<Format>::kBlockRows, kPixelsStreamCost},
           Kernel::packed_bytes,
           Kernel::pack,
           Kernel::scratch_bytes,

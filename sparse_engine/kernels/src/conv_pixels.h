@@ -11,6 +11,9 @@ namespace sparse_engine {
 namespace {
 
 constexpr int kPixelTile = 96;  // output pixels
+// Eight pixels take little longer than their weights, which come from far away where pixels are so few: rows are split
+// rather than pixels.
+constexpr double kPixelsStreamCost = 2.0;
 
 // Of the input, before it is enlarged.
 struct Area {
@@ -76,6 +79,52 @@ struct PixelsSeen {
     return (bytes + 63) / 64 * 64;
   }
 
+  // Lays out what some segments see, after one pixel of zeros, and calls visit(token, tap, pixel) for each of their
+  // taps: `pixel` is the one that it sees, that of zeros where it sees none.
+  template <class Visit>
+  static SPARSE_ENGINE_INLINE void see(const Convolution& conv, const Segment* segments, int count, uint8_t* pixels,
+                                       const Visit& visit) {
+    const size_t pixel_bytes = Format::pixel_bytes(conv.channels);
+    const uint8_t* const zeros = pixels;
+    __builtin_memset(pixels, 0, pixel_bytes);
+    pixels += pixel_bytes;
+    for (int s = 0; s < count; ++s) {
+      const Area area = area_of(conv, segments[s]);
+      lay_out(conv, segments[s].image, area, pixels);
+      visit_taps(conv, segments[s], area, pixels, zeros, visit);
+      pixels += area.pixels() * pixel_bytes;
+    }
+  }
+
+ private:
+  template <class Visit>
+  static SPARSE_ENGINE_INLINE void visit_taps(const Convolution& conv, const Segment& segment, const Area& area,
+                                              const uint8_t* pixels, const uint8_t* zeros, const Visit& visit) {
+    const Window window = conv.window;  // in registers, as all of these: a store could be to anything
+    const int height = conv.sizes.height * window.upsample, width = conv.sizes.width * window.upsample;
+    const int out_width = conv.sizes.out_width;
+    const size_t pixel_bytes = Format::pixel_bytes(conv.channels);
+    const size_t line_bytes = (area.right - area.left) * pixel_bytes;
+    int row = segment.row, column = segment.column;
+    for (int t = segment.begin; t < segment.end; ++t) {
+      int tap = 0;
+      for (int down = 0; down < window.height; ++down) {
+        const int y = row * window.stride + down - window.pad_top;
+        const bool exists = y >= 0 && y < height;
+        const uint8_t* const line = pixels + (exists ? shrunk(window, y) - area.top : 0) * line_bytes;
+        for (int right = 0; right < window.width; ++right, ++tap) {
+          const int x = column * window.stride + right - window.pad_left;
+          const bool both = exists && x >= 0 && x < width;
+          visit(t, tap, both ? line + size_t(shrunk(window, x) - area.left) * pixel_bytes : zeros);
+        }
+      }
+      if (++column == out_width) {
+        column = 0;
+        ++row;
+      }
+    }
+  }
+
   // The channels of each pixel of an area.
   static void lay_out(const Convolution& conv, size_t image, const Area& area, uint8_t* out) {
     const size_t pixel_bytes = Format::pixel_bytes(conv.channels);
@@ -99,6 +148,7 @@ struct PixelsSeen {
     }
   }
 
+ public:
   // Sums [panel][kPixelTile][V::kLanes] of some panels -> [row][kPixelTile].
   static void turn(const float* sums, int panels, int tokens, float* turned) {
     for (int p = 0; p < panels; ++p) {

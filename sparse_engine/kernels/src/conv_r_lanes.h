@@ -62,56 +62,22 @@ struct ConvInRegisters {
 
  private:
   static void run_tile(const Convolution& conv, const Block& block, size_t token, int tokens, uint8_t* scratch) {
-    const size_t pixel_bytes = Format::pixel_bytes(conv.channels);
-    uint8_t* pixels = scratch + pixel_bytes;  // after one of zeros
     const uint8_t** const places = reinterpret_cast<const uint8_t**>(scratch + Seen::pixels_bytes(conv));
     float* const turned = reinterpret_cast<float*>(scratch + Seen::pixels_bytes(conv) + places_bytes(conv));
     float* const sums = turned + size_t(V::kLanes) * kPixelTile + V::kLanes;
     Segment segments[kPixelTile];
     const int count = cut_into_segments(conv, token, tokens, Seen::in_rows(conv), segments);
-    __builtin_memset(scratch, 0, pixel_bytes);
     const size_t entries = size_t(conv.window.taps()) * kPixelTile;
-    for (size_t i = 0; i < entries; ++i) places[i] = scratch;
-    for (int s = 0; s < count; ++s) {
-      const Area area = Seen::area_of(conv, segments[s]);
-      Seen::lay_out(conv, segments[s].image, area, pixels);
-      find_places(conv, segments[s], area, pixels, places);
-      pixels += area.pixels() * pixel_bytes;
-    }
+    for (size_t i = 0; i < entries; ++i) places[i] = scratch;  // the pixel of zeros, beyond the tile's pixels too
+    Seen::see(conv, segments, count, scratch, [=](int t, int tap, const uint8_t* pixel) __attribute__((always_inline)) {
+      places[size_t(tap) * kPixelTile + t] = pixel;
+    });
     multiply(conv, block, places, tokens, sums, [&](int row, const float* panel) {
       const int left = block.row_end - row;
       Seen::turn(panel, 1, tokens, turned);
       store_rows_of_pixels<V, Format::kOperand>(conv, segments, count, row, left < V::kLanes ? left : V::kLanes, turned,
                                                 kPixelTile);
     });
-  }
-
-  static void find_places(const Convolution& conv, const Segment& segment, const Area& area, const uint8_t* pixels,
-                          const uint8_t** places) {
-    const Window window = conv.window;  // in registers: a store could be to anything
-    const int height = conv.sizes.height * window.upsample, width = conv.sizes.width * window.upsample;
-    const int out_width = conv.sizes.out_width;
-    const size_t pixel_bytes = Format::pixel_bytes(conv.channels);
-    const size_t line_bytes = (area.right - area.left) * pixel_bytes;
-    int row = segment.row, column = segment.column;
-    for (int t = segment.begin; t < segment.end; ++t) {
-      const uint8_t** place = places + t;
-      for (int down = 0; down < window.height; ++down) {
-        const int y = row * window.stride + down - window.pad_top;
-        const bool exists = y >= 0 && y < height;
-        const uint8_t* const line = pixels + (exists ? Seen::shrunk(window, y) - area.top : 0) * line_bytes;
-        for (int right = 0; right < window.width; ++right, place += kPixelTile) {
-          const int x = column * window.stride + right - window.pad_left;
-          if (exists && x >= 0 && x < width) {
-            *place = line + size_t(Seen::shrunk(window, x) - area.left) * pixel_bytes;
-          }
-        }
-      }
-      if (++column == out_width) {
-        column = 0;
-        ++row;
-      }
-    }
   }
 
   // All rows of a block of output rows for one tile. finish(row, sums) is called for each panel of V::kLanes rows: sums
@@ -200,11 +166,10 @@ struct ConvInRegisters {
   }
 };
 
-// Split as conv_rows_in_lanes.
 template <class Format>
 constexpr ConvTactic conv_in_registers() {
   using Kernel = ConvInRegisters<Format>;
-  return {{Kernel::kOctet, kPixelTile, 2 * Format::V::kLanes, 2.0},
+  return {{Kernel::kOctet, kPixelTile, 2 * Format::V::kLanes, kPixelsStreamCost},
           Kernel::packed_bytes,
           Kernel::pack,
           Kernel::scratch_bytes,
