@@ -19,6 +19,9 @@ TIME_DIM = 256  # sinusoids of a time, and of other numbers
 BLOCKS = "transformer_blocks"
 # What diffusers called the projections of attention before, and calls them now.
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+# Of a transformer's blocks, what is masked by analogy: to a layer's own tokens and its MLP; and to others.
+BLOCK_LAYERS = ("*.attn1.to_[qkv]", "*.attn1.to_out.0", "*.ff.net.0.proj", "*.ff.net.2")
+CROSS_LAYERS = ("*.attn2.to_[qkv]", "*.attn2.to_out.0")
 BY_ANALOGY = "by analogy with the layers that SparseDM masks in a U-ViT: none of this family was published 2:4"
 
 

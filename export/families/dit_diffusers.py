@@ -21,6 +21,7 @@ from sparse_engine.errors import CheckpointError
 from . import dit, uvit
 from .base import Family, Shapes
 from .diffusers_parts import (
+    BLOCK_LAYERS,
     FeedForward,
     NumberEmbedder,
     SelfAttention,
@@ -201,7 +202,7 @@ def _check_classes(given: dict[str, Any], rows: int) -> None:
 
 FAMILY = Family(
     name="dit-diffusers",
-    sparse_layers=("*.attn1.to_[qkv]", "*.attn1.to_out.0", "*.ff.net.0.proj", "*.ff.net.2"),
+    sparse_layers=BLOCK_LAYERS,
     recognises=_recognises,
     read_config=_read_config,
     config_from_dict=DiffusersDiTConfig.from_dict,

@@ -24,8 +24,10 @@ from sparse_engine.errors import CheckpointError
 from . import dit, uvit
 from .base import Family, Recipe, Shapes, SquareConfig
 from .diffusers_parts import (
+    BLOCK_LAYERS,
     BLOCKS,
     BY_ANALOGY,
+    CROSS_LAYERS,
     CrossAttention,
     FeedForward,
     NumberEmbedder,
@@ -303,14 +305,7 @@ def _positions(config: PixArtConfig, layer: str) -> int:
 
 FAMILY = Family(
     name="pixart",
-    sparse_layers=(
-        "*.attn1.to_[qkv]",
-        "*.attn1.to_out.0",
-        "*.attn2.to_[qkv]",
-        "*.attn2.to_out.0",
-        "*.ff.net.0.proj",
-        "*.ff.net.2",
-    ),
+    sparse_layers=(*BLOCK_LAYERS, *CROSS_LAYERS),
     recognises=_recognises,
     read_config=_read_config,
     config_from_dict=PixArtConfig.from_dict,

@@ -21,7 +21,9 @@ from sparse_engine.sampling import SAMPLERS
 
 from .base import Family, Recipe, Shapes
 from .diffusers_parts import (
+    BLOCK_LAYERS,
     BY_ANALOGY,
+    CROSS_LAYERS,
     GEGLU,
     CrossAttention,
     FeedForward,
@@ -322,12 +324,8 @@ FAMILY = Family(
         *SPARSE_LAYERS,
         "*.attentions.*.proj_in",
         "*.attentions.*.proj_out",
-        "*.attn1.to_[qkv]",
-        "*.attn1.to_out.0",
-        "*.attn2.to_[qkv]",
-        "*.attn2.to_out.0",
-        "*.ff.net.0.proj",
-        "*.ff.net.2",
+        *BLOCK_LAYERS,
+        *CROSS_LAYERS,
     ),
     recognises=_recognises,
     read_config=_read_config,
