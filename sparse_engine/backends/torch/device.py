@@ -86,7 +86,7 @@ class TorchDevice:
             target.copy_(source)
 
     def download(self, buffer: Tensor) -> np.ndarray:
-        """See ``StepDevice.download``. Into NumPy's own memory, which a thread may give back at any time (ending.py)."""
+        """See ``StepDevice.download``. Into NumPy's own memory: a thread may give that back at any time (ending.py)."""
         with self._current():
             array = np.empty(tuple(buffer.shape), _NUMPY[buffer.dtype])
             torch.from_numpy(array).copy_(buffer)
