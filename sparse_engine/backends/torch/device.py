@@ -25,6 +25,7 @@ from .products import first_line
 log = logging.getLogger(__name__)
 
 _DTYPES = {np.float32: torch.float32, np.int64: torch.int64, np.uint32: torch.uint32}
+_NUMPY = {theirs: ours for ours, theirs in _DTYPES.items()}
 
 
 class TorchDevice:
@@ -85,9 +86,11 @@ class TorchDevice:
             target.copy_(source)
 
     def download(self, buffer: Tensor) -> np.ndarray:
-        """See ``StepDevice.download``."""
+        """See ``StepDevice.download``. Into NumPy's own memory: a thread may give that back at any time (ending.py)."""
         with self._current():
-            return buffer.to("cpu", copy=True).numpy()
+            array = np.empty(tuple(buffer.shape), _NUMPY[buffer.dtype])
+            torch.from_numpy(array).copy_(buffer)
+            return array
 
     def share(self, buffer: Tensor) -> Tensor:
         """See ``StepDevice.share``.
