@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparse_engine.export.model import Model, load_model
 from sparse_engine.export.families.uvit import SPARSE_LAYERS
+from sparse_engine.export.model import Model, load_model
 from sparse_engine.pruning.data import DataOptions, load_data
 from sparse_engine.pruning.draws import Draws
 from sparse_engine.pruning.finetune import masked_layers

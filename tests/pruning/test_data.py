@@ -38,9 +38,7 @@ def latent(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture(scope="module")
 def told_a_text(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return load_model(
-        save_network(tmp_path_factory.mktemp("t") / "t.pth", UViTT2I(T2I)), heads=4, context_length=3
-    )
+    return load_model(save_network(tmp_path_factory.mktemp("t") / "t.pth", UViTT2I(T2I)), heads=4, context_length=3)
 
 
 def picture(path: Path, value: int, size: tuple[int, int] = (8, 8)) -> Path:
@@ -75,7 +73,9 @@ def test_numbers_are_classes_of_their_own(model: Model, tmp_path: Path) -> None:
         picture(tmp_path / name / "a.png", 0)
     assert examples(load_data(tmp_path, model, DataOptions(dropout=0)))[1]["y"].tolist() == [1, 3, 1, 3]
     picture(tmp_path / "7" / "a.png", 0)
-    with pytest.raises(InputError, match=r"1 labels do not fit, such as 7 of image 2; the model has classes 0 to 3 \(4"):
+    with pytest.raises(
+        InputError, match=r"1 labels do not fit, such as 7 of image 2; the model has classes 0 to 3 \(4"
+    ):
         load_data(tmp_path, model, DataOptions())
 
 
@@ -126,9 +126,7 @@ def test_mixed_sizes(unconditional: Model, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_broken_pictures(
-    unconditional: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
-) -> None:
+def test_broken_pictures(unconditional: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool) -> None:
     """Where pixels are kept, all is decoded at once; else heads are read, and a broken body is found on its turn."""
     if not kept:
         monkeypatch.setattr(pictures, "IN_MEMORY", 0)
@@ -177,7 +175,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("no images", {"labels": LABELS}, "expected one of images"),
     ("size", {"images": np.zeros((4, 9, 9, 3), np.uint8), "labels": LABELS}, r"uint8 \[4, 9, 9, 3\]; the model draws"),
     ("floats", {"images": np.zeros((4, 1, 8, 8), np.float32), "labels": LABELS}, r"images of \[1, 8, 8\]; the model"),
-    ("units", {"images": np.full((4, 3, 8, 8), 200.0), "labels": LABELS}, "is 200 to 200; the model's range is -1 to 1"),
+    (
+        "units",
+        {"images": np.full((4, 3, 8, 8), 200.0), "labels": LABELS},
+        "is 200 to 200; the model's range is -1 to 1",
+    ),
     ("nan", {"images": np.full((4, 3, 8, 8), np.nan), "labels": LABELS}, "NaN or infinite"),
     ("ints", {"images": np.zeros((4, 3, 8, 8), np.int64), "labels": LABELS}, "is no array of images"),
     ("count", {"images": PIXELS, "labels": np.arange(3)}, "labels|y does not fit images"),

@@ -161,7 +161,9 @@ def test_baselines(train: Train, tmp_path: Path, conditional_checkpoint: Path, m
         assert np.count_nonzero(weight) == weight.size
 
 
-def test_from_pruned_weights_the_mask_begins_as_theirs(train: Train, tmp_path: Path, conditional_checkpoint: Path) -> None:
+def test_from_pruned_weights_the_mask_begins_as_theirs(
+    train: Train, tmp_path: Path, conditional_checkpoint: Path
+) -> None:
     model = load_model(conditional_checkpoint, heads=4, null_class=4)
     pruned = {name: torch.from_numpy(array) for name, array in bake(model, "magnitude").state.items()}
     torch.save(pruned, tmp_path / "pruned.pth")
@@ -171,7 +173,15 @@ def test_from_pruned_weights_the_mask_begins_as_theirs(train: Train, tmp_path: P
 
 
 def test_from_random_weights_and_a_configuration_alone(train: Train, tmp_path: Path) -> None:
-    config = {"family": "uvit", "image_size": 8, "patch_size": 4, "channels": 3, "embed_dim": 16, "depth": 2, "heads": 2}
+    config = {
+        "family": "uvit",
+        "image_size": 8,
+        "patch_size": 4,
+        "channels": 3,
+        "embed_dim": 16,
+        "depth": 2,
+        "heads": 2,
+    }
     (tmp_path / "new.json").write_text(json.dumps({**config, "num_classes": 5, "null_class": 4}))
     anew = {"dense": None, "weights": RANDOM, "config": tmp_path / "new.json", "method": "dense"}
     train("anew", **anew, model=ModelOptions())
@@ -209,7 +219,12 @@ def test_lower_precision_decays_as_much(train: Train, tmp_path: Path, precision:
 def test_longer_is_the_same_run_and_other_settings_are_not(train: Train, tmp_path: Path) -> None:
     train(steps=4)
     assert train(steps=6).begun_at == 4
-    for option, found, here in (("lr", 0.001, 0.002), ("seed", 0, 1), ("dropout", 0.1, 0.2), ("method", "sparsedm", "ste")):
+    for option, found, here in (
+        ("lr", 0.001, 0.002),
+        ("seed", 0, 1),
+        ("dropout", 0.1, 0.2),
+        ("method", "sparsedm", "ste"),
+    ):
         with pytest.raises(OptionError, match=f"another run: its .*{found!r}, and here {here!r}"):
             train(steps=6, **{option: here})
     with pytest.raises(OptionError, match=r"another run: its lr_decay is 'constant', and here 'cosine'"):
@@ -269,7 +284,9 @@ def test_a_divergence_names_the_last_good_checkpoint(train: Train, tmp_path: Pat
     before = held(folder)
     raw = {name: torch.full_like(tensor, torch.nan) for name, tensor in before["nnet.pth"].items()}
     torch.save(raw, folder / "nnet.pth")  # as if the arithmetic of the next step had gone wrong
-    with pytest.raises(TrainingError, match=r"the loss of step 5 is nan; the last good checkpoint is .*000004.ckpt.*\n.*lr"):
+    with pytest.raises(
+        TrainingError, match=r"the loss of step 5 is nan; the last good checkpoint is .*000004.ckpt.*\n.*lr"
+    ):
         train(steps=6)
     with pytest.raises(TrainingError, match=r"(loss of step|weights are NaN).*no checkpoint was written before"):
         train("fresh", lr=1e30, warmup=0, steps=3)
@@ -279,12 +296,16 @@ def test_a_divergence_names_the_last_good_checkpoint(train: Train, tmp_path: Pat
 def test_a_checkpoint_that_is_pruned_already(train: Train, tmp_path: Path, conditional_checkpoint: Path) -> None:
     model = load_model(conditional_checkpoint, heads=4, null_class=4)
     torch.save({k: torch.from_numpy(v) for k, v in bake(model, "magnitude").state.items()}, tmp_path / "pruned.pth")
-    with pytest.raises(CheckpointError, match=r"pruned.pth is 2:4 already, in 12 of the 12 layers.*\n.*--from.*--force"):
+    with pytest.raises(
+        CheckpointError, match=r"pruned.pth is 2:4 already, in 12 of the 12 layers.*\n.*--from.*--force"
+    ):
         train(dense=tmp_path / "pruned.pth")
     assert train(dense=tmp_path / "pruned.pth", force=True, steps=1).steps == 1
 
 
-def test_tensorboard_is_asked_for_before_the_work(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_tensorboard_is_asked_for_before_the_work(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(MissingDependencyError, match=r"--tensorboard needs .*\n.*sparse-engine\[tensorboard\]"):
         train(tensorboard=True)

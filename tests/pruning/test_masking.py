@@ -10,7 +10,15 @@ from torch import nn
 from sparse_engine.export.masks import TWO_FOUR, Pattern, magnitude_mask
 from sparse_engine.pruning.masking import MaskedWeights, kept
 
-PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(3, 4), Pattern(7, 8), Pattern(1, 16), Pattern(15, 16), Pattern(31, 32)]
+PATTERNS = [
+    Pattern(2, 4),
+    Pattern(1, 4),
+    Pattern(3, 4),
+    Pattern(7, 8),
+    Pattern(1, 16),
+    Pattern(15, 16),
+    Pattern(31, 32),
+]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -28,7 +36,9 @@ def test_every_order_of_four() -> None:
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(8, 12, 3), nn.Conv2d(12, 4, 1), nn.Flatten(), nn.Linear(4 * 36, 20), nn.Linear(20, 3))
+    return nn.Sequential(
+        nn.Conv2d(8, 12, 3), nn.Conv2d(12, 4, 1), nn.Flatten(), nn.Linear(4 * 36, 20), nn.Linear(20, 3)
+    )
 
 
 def test_linear_and_convolution_get_their_masked_weights() -> None:
