@@ -98,7 +98,11 @@ class MaskedWeights:
 
     def masked(self, flat: Tensor) -> Tensor:
         """Weights of the same layers, such as averages, under the mask that is derived from themselves."""
-        return flat * (self.mask if self._fixed else self._derived(flat))
+        return flat * self.mask_of(flat)
+
+    def mask_of(self, flat: Tensor) -> Tensor:
+        """The mask that is derived from such weights."""
+        return self.mask if self._fixed else self._derived(flat)
 
     def _derived(self, flat: Tensor) -> Tensor:
         magnitudes, pattern = flat.abs(), self._pattern

@@ -18,6 +18,7 @@ import torch
 
 from sparse_engine.errors import CheckpointError, MissingDependencyError, OptionError, OutputError, TrainingError
 from sparse_engine.export.bake import bake
+from sparse_engine.export.masks import Pattern
 from sparse_engine.export.model import load_model
 from sparse_engine.export.options import ModelOptions
 from sparse_engine.pruning import run_folder
@@ -159,6 +160,27 @@ def test_baselines(train: Train, tmp_path: Path, conditional_checkpoint: Path, m
         assert patterns == [name for name in ("31:32", "15:16", "7:8", "3:4", "2:4") for _ in range(2)]
     else:
         assert np.count_nonzero(weight) == weight.size
+
+
+@pytest.mark.parametrize(
+    "layers, pattern", [(("*.mlp.fc1", "*.skip_linear"), "2:4"), (("*.mlp.*",), "1:4"), (("patch_embed.proj",), "2:4")]
+)
+def test_a_choice_of_layers_is_what_an_engine_gets(
+    train: Train, tmp_path: Path, layers: tuple[str, ...], pattern: str
+) -> None:
+    """Averages are dense: where no rule would find their masks again, they are stored with them."""
+    train(mask_layers=layers, pattern=Pattern.parse(pattern), steps=3)
+    trained = load_model(tmp_path / "run")
+    baked = bake(trained)
+    wanted = set(log_of(tmp_path / "run")[-1]["flips"])
+    kept = {"2:4": 0.5, "1:4": 0.25}[pattern]
+    for layer in baked.layers:
+        if layer.name in wanted:
+            assert layer.nonzeros == layer.parameters * kept
+        else:
+            assert layer.nonzeros == layer.parameters
+    record = json.loads((tmp_path / "run" / "config.json").read_text())["pruning"]
+    assert (record["pattern"], set(record["pruned"])) == (pattern, wanted)
 
 
 def test_from_pruned_weights_the_mask_begins_as_theirs(
