@@ -104,7 +104,7 @@ class Workload:
         onnx_folder = folder / precision if precision in QUANTISED_PRECISIONS else folder
         return Subject(self.torch_step, onnx_folder / GRAPH_FILE, device, threads, precision, self.sparse_layers)
 
-    def write_onnx(self, folder: Path, precision: str) -> None:
+    def write_onnx(self, folder: Path, precision: str = "fp32") -> None:
         """Write the float32 step graph as any runtime reads it, and in a folder of its own one in 8 bits."""
         _write_graph(folder, self.graph("fp32"))
         if precision in QUANTISED_PRECISIONS:
