@@ -132,7 +132,7 @@ def evaluate(
         "steps": drawing.steps,
         "sampler": drawing.sampler or manifests["dense"].sampler,
         "guidance": drawing.guidance or 1.0,
-        "metrics": {name: _summary(name, values, tools) for name, values in measured.items()},
+        "metrics": {name: _summary(tools.get(name, name), values) for name, values in measured.items()},
         "notes": notes,
     }
     return Evaluation(results, pairs)
@@ -215,7 +215,10 @@ def _judges(
     if is_digits(canvas, manifest.num_classes):
         try:
             judges.append(digits_judge(images))
-            tools |= {"accuracy": "scikit-learn, a support vector machine on the real digits", "frechet": "pixels"}
+            tools |= {
+                "accuracy": "scikit-learn, a support vector machine on the real digits",
+                "frechet": "sparse-engine, in pixels",
+            }
         except MissingDependencyError as error:
             notes.append(f"Left out: {error.what}.")
     if reference is None:
@@ -224,7 +227,7 @@ def _judges(
         raise OptionError("--reference: this is a latent model, whose samples have no pixels", "build with --vae")
     if np.prod(canvas.data_shape) <= MOST_PIXELS and "frechet" not in tools:
         judges.append(frechet_judge(reference_pictures(canvas, reference), canvas.value_range, images))
-        tools["frechet"] = "pixels"
+        tools["frechet"] = "sparse-engine, in pixels"
     if fid:
         try:
             judges.append(fid_judge(canvas, reference, images, "--reference"))
@@ -280,9 +283,9 @@ def _pairs(
     ]
 
 
-def _summary(name: str, values: Mapping[str, Sequence[float]], tools: Mapping[str, str]) -> Row:
+def _summary(tool: str, values: Mapping[str, Sequence[float]]) -> Row:
     """Mean and spread over the seeds: the standard deviation, of n - 1; None of one seed."""
-    row: Row = {"tool": tools.get(name, name)}
+    row: Row = {"tool": tool}
     for whose, each in values.items():
         spread = float(np.std(each, ddof=1)) if len(each) > 1 else None
         row[whose] = {"mean": float(np.mean(each)), "spread": spread, "values": list(each)}

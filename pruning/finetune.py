@@ -6,6 +6,7 @@ the same on any number of processes, and goes on where it stopped when the same 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -141,10 +142,8 @@ def finetune(
         if processes.first:
             record = pruning_record(loaded, masked, settings)
             folder.begin(facts, {**loaded.settings(), **record}, settings.endless)
-            with folder.held():
-                run = _Run(loaded, initial, found, masked, settings, reporting, folder, processes)
-                return run.go(tell, stepped)
-        return _Run(loaded, initial, found, masked, settings, reporting, folder, processes).go(tell, stepped)
+        with folder.held() if processes.first else contextlib.nullcontext():
+            return _Run(loaded, initial, found, masked, settings, reporting, folder, processes).go(tell, stepped)
 
 
 def _check_parts(settings: Settings, processes: Processes) -> None:
@@ -245,7 +244,8 @@ def _check_dense(model: Model, masked: Sequence[str], start: Start, settings: Se
     if start.dense is None or start.force or not masked:
         return
     state = bake(model, "none").state
-    pruned = [name for name in masked if obeys_training_groups(state[f"{name}.weight"], settings.pattern)]
+    weights = {name: state[f"{name}.weight"] for name in masked}
+    pruned = [name for name, own in weights.items() if own.any() and obeys_training_groups(own, settings.pattern)]
     if pruned:
         raise CheckpointError(
             f"{start.dense} is {settings.pattern} already, in {len(pruned)} of the {len(masked)} layers that would be "

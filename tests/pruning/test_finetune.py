@@ -334,6 +334,12 @@ def test_tensorboard_is_asked_for_before_the_work(
     assert not (tmp_path / "run").exists()
 
 
+def test_tensorboard_gets_what_the_log_has(train: Train, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    train(tensorboard=True)
+    assert len(list((tmp_path / "run").glob("events.out.tfevents.*"))) == 1
+
+
 def test_a_start_of_another_network_is_refused(train: Train, tiny_checkpoint: Path) -> None:
     with pytest.raises((CheckpointError, OptionError), match=r"another network|has no labels|null class"):
         train(weights=tiny_checkpoint)
