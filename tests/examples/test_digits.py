@@ -123,3 +123,16 @@ def test_sampler_table_is_its_results_file() -> None:
     from sparse_engine.sampling import SAMPLERS
 
     assert list(results["samplers"]) == list(SAMPLERS)
+
+
+def test_the_table_of_trainings_measures_what_it_has_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, one_torch_thread: None
+) -> None:
+    arguments = ["--steps", "1", "--samples", "20", "--runs", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["finetuning.py", *arguments])
+    script("finetuning").main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| from dense", "| dense", "| 1 steps, noise + 0.1 teacher", "| 1 steps, teacher",
+    ]  # fmt: skip
+    assert sorted(path.name for path in tmp_path.glob("dense-*")) == ["dense-1-noise+0.1teacher", "dense-1-teacher"]
