@@ -214,18 +214,18 @@ def _judges(
         notes.append(f"LPIPS is left out: it needs torch-fidelity, and {lacking} in {lpips_weights()[0].parent}.")
     if is_digits(canvas, manifest.num_classes):
         try:
-            judges.append(digits_judge(images))
-            tools |= {
-                "accuracy": "scikit-learn, a support vector machine on the real digits",
-                "frechet": "sparse-engine, in pixels",
-            }
+            judges.append(_of_digits(digits_judge(images), reference))
+            tools |= {"accuracy": "scikit-learn, a support vector machine on the real digits"}
+            tools |= (
+                {"frechet": "sparse-engine, in pixels, to all of scikit-learn's digits"} if reference is None else {}
+            )
         except MissingDependencyError as error:
             notes.append(f"Left out: {error.what}.")
     if reference is None:
         return judges, tools, [*notes, *([] if judges else ["No reference pictures: distances to them are left out."])]
     if canvas.value_range is None:
         raise OptionError("--reference: this is a latent model, whose samples have no pixels", "build with --vae")
-    if np.prod(canvas.data_shape) <= MOST_PIXELS and "frechet" not in tools:
+    if np.prod(canvas.data_shape) <= MOST_PIXELS:
         judges.append(frechet_judge(reference_pictures(canvas, reference), canvas.value_range, images))
         tools["frechet"] = "sparse-engine, in pixels"
     if fid:
@@ -235,6 +235,13 @@ def _judges(
         except (MissingDependencyError, UnsupportedError) as error:
             notes.append(f"FID is left out: {error.what}.")
     return judges, tools, notes
+
+
+def _of_digits(judge: Judge, reference: Path | None) -> Judge:
+    """The digits' own, without their distance where other pictures are the reference."""
+    if reference is None:
+        return judge
+    return Judge(judge.images, lambda drawn, labels: {"accuracy": judge.judge(drawn, labels)["accuracy"]})
 
 
 Values = dict[str, dict[str, list[float]]]  # metric -> "candidate" or "dense" -> a value for each seed

@@ -119,3 +119,21 @@ def test_two_that_draw_different_things(
     assert "draws [4, 8, 8]" in capsys.readouterr().err
     assert run(["evaluate", str(tiny_engine), "--against", str(dense_engine), *DRAWN]) == 2
     assert "is told nothing" in capsys.readouterr().err
+
+
+def test_the_digits_have_a_judge_of_their_own(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    """Their accuracy; and a distance to scikit-learn's digits, where no other pictures are given."""
+    digits = Path(__file__).parents[2] / "examples" / "digits"
+    pictures = np.random.default_rng(0).integers(0, 256, (70, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "noise.npz", images=pictures)
+    command = ["evaluate", str(digits / "dense.pth"), "--against", str(digits / "dense.pth"), "--no-sparse", "--no-fid"]
+    command += ["-n", "80", "--steps", "8", "--seeds", "0", "--threads", "1", "--json"]
+    found = []
+    for more in ([], ["--reference", str(tmp_path / "noise.npz")]):
+        assert run([*command, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out)["metrics"])
+    assert found[0].keys() == found[1].keys() == {"psnr", "ssim", "accuracy", "frechet"}
+    assert found[0]["accuracy"] == found[1]["accuracy"]
+    assert found[0]["accuracy"]["dense"]["mean"] > 0.85
+    assert found[0]["frechet"]["dense"]["mean"] < 5 < found[1]["frechet"]["dense"]["mean"]
+    assert all(len(each["frechet"]["dense"]["values"]) == 1 for each in found)
