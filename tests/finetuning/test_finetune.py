@@ -23,7 +23,7 @@ from sparse_engine.export.model import load_model
 from sparse_engine.export.options import ModelOptions
 from sparse_engine.pruning import run_folder
 from sparse_engine.pruning.settings import RANDOM
-from tests.pruning.conftest import Train
+from tests.finetuning.conftest import Train
 
 FILES = ("nnet_ema.pth", "nnet.pth", "optimizer.pth")
 

@@ -14,7 +14,7 @@ import torch
 
 from sparse_engine.errors import OptionError, UnsupportedError
 from sparse_engine.pruning.processes import together
-from tests.pruning.conftest import Train
+from tests.finetuning.conftest import Train
 
 LIMITS = {10: 1e-5, 50: 1e-3}  # of the weights, which are of 0.15 and move by 1e-3 a step at most
 

@@ -10,7 +10,7 @@ import pytest
 
 from sparse_engine.artifact import EngineFile
 from sparse_engine.cli.main import run
-from tests.pruning.conftest import tiny_data
+from tests.finetuning.conftest import tiny_data
 
 __all__ = ["tiny_data"]
 OF_THE_MODEL = ["--heads", "4", "--null-class", "4", "--threads", "1"]
