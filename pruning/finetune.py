@@ -131,7 +131,7 @@ def finetune(
         if reporting.sample_every:
             check_drawable(loaded, reporting.samples)
         _check_optional(reporting)
-        masked, notes = masked_layers(loaded, settings)
+        masked, notes = masked_layers(loaded, settings, initial.checkpoint.config)
         _check_dense(loaded, masked, start, settings)
         stage("reading the data")
         found = load_data(data, loaded, of_data)
@@ -140,7 +140,7 @@ def finetune(
         folder = RunFolder(output)
         facts = _facts(loaded, initial, found, of_data, settings)
         if processes.first:
-            record = pruning_record(loaded, masked, settings)
+            record = masks_on_record(loaded, masked, settings)
             folder.begin(facts, {**loaded.settings(), **record}, settings.endless)
         with folder.held() if processes.first else contextlib.nullcontext():
             return _Run(loaded, initial, found, masked, settings, reporting, folder, processes).go(tell, stepped)
@@ -207,8 +207,18 @@ def _reinitialised(model: Model, seed: int) -> Model:
     )
 
 
-def masked_layers(model: Model, settings: Settings) -> tuple[list[str], list[str]]:
-    """Names of the layers that a training masks, and notes on those that cannot be. Raises OptionError."""
+def masked_layers(
+    model: Model, settings: Settings, started_from: Mapping[str, Any] | None = None
+) -> tuple[list[str], list[str]]:
+    """Names of the layers that a training masks, and notes on those that are left dense.
+
+    Args:
+        model: says which layers there are.
+        settings: "mask_layers" in place of the family's choice.
+        started_from: the configuration of the weights to start from: layers that ``prune`` left dense stay so.
+
+    Raises OptionError where none can be masked.
+    """
     if not settings.masked:
         if settings.mask_layers:
             raise OptionError("--mask-layers is given, and --method dense masks nothing", "leave it out")
@@ -216,15 +226,20 @@ def masked_layers(model: Model, settings: Settings) -> tuple[list[str], list[str
     globs = settings.mask_layers or model.family.sparse_layers
     layers = bake(model, "none", settings.pattern, settings.mask_layers or None).layers
     chosen = [layer for layer in layers if any(fnmatchcase(layer.name, glob) for glob in globs)]
+    record = (started_from or {}).get("pruning")
+    spared = record.get("dense") if isinstance(record, Mapping) and not settings.mask_layers else None
+    kept = [layer.name for layer in chosen if isinstance(spared, Mapping) and layer.name in spared]
+    chosen = [layer for layer in chosen if layer.name not in kept]
     fitting = [layer.name for layer in chosen if layer.parameters % settings.pattern.m == 0]
     others = [layer.name for layer in chosen if layer.parameters % settings.pattern.m]
     if not fitting:
         raise OptionError(f"none of the {len(layers)} layers can be masked {settings.pattern}", "see --mask-layers")
     notes = [f"{listed(others)} stay dense: their weights are no multiple of {settings.pattern.m}"] if others else []
+    notes += [f"{listed(kept)} stay dense, as they were left in the pruning"] if kept else []
     return fitting, notes
 
 
-def pruning_record(model: Model, masked: Sequence[str], settings: Settings) -> dict[str, Any]:
+def masks_on_record(model: Model, masked: Sequence[str], settings: Settings) -> dict[str, Any]:
     """What the run's configuration says of its masks: which layers have one, and which of the family's do not."""
     if not masked:
         return {}

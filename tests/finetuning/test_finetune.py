@@ -194,6 +194,21 @@ def test_from_pruned_weights_the_mask_begins_as_theirs(
     np.testing.assert_allclose(found, pruned["mid_block.mlp.fc1.weight"].numpy(), atol=1e-7)
 
 
+def test_what_pruning_left_dense_stays_so(train: Train, tmp_path: Path, conditional_checkpoint: Path) -> None:
+    model = load_model(conditional_checkpoint, heads=4, null_class=4)
+    left = "mid_block.mlp.fc1"
+    state = {**bake(model, "magnitude").state, f"{left}.weight": model.checkpoint.state[f"{left}.weight"]}
+    torch.save({name: torch.from_numpy(array) for name, array in state.items()}, tmp_path / "pruned.pth")
+    record = {"pattern": "2:4", "pruned": ["mid_block.mlp.fc2"], "dense": {left: "most damaged"}}
+    (tmp_path / "pruned.json").write_text(json.dumps({**model.settings(), "pruning": record}))
+    said: list[str] = []
+    train(weights=tmp_path / "pruned.pth", steps=2, say=said.append)
+    assert f"note: {left} stay dense, as they were left in the pruning" in said
+    layers = {layer.name: layer for layer in bake(load_model(tmp_path / "run")).layers}
+    assert layers[left].nonzeros == layers[left].parameters
+    assert layers["mid_block.mlp.fc2"].nonzeros == layers["mid_block.mlp.fc2"].parameters / 2
+
+
 def test_from_random_weights_and_a_configuration_alone(train: Train, tmp_path: Path) -> None:
     config = {
         "family": "uvit",
