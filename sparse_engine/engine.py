@@ -229,11 +229,13 @@ class SparseEngine:
             raise OptionError("init is given without t_start", "say how far to noise it, for example t_start=0.5")
         noise = self._checked_images("noise", noise, n, stays=init is None)
         init = self._checked_images("init", init, n)
-        told = self._conditioning.rows(
+        told = self.told(
             n,
             labels=labels,
-            conditioning=self._assets.with_prompt("conditioning", conditioning, "prompt", prompt, n),
-            negative=self._assets.with_prompt("negative", negative, "negative_prompt", negative_prompt, n),
+            conditioning=conditioning,
+            negative=negative,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
             guidance=guidance,
             draw=(seeds, numbers),
         )
@@ -337,9 +339,27 @@ class SparseEngine:
         times = arguments.network_times(t, len(states))
         return self._evaluate(states, times, self._conditioning.rows(len(states), conditioning=conditioning))
 
-    def told(self, n: int, **said: Any) -> Rows:
-        """What the network is told for n images: arguments and errors of ``conditioning.Conditioning.rows``."""
-        return self._conditioning.rows(n, **said)
+    def told(
+        self,
+        n: int,
+        *,
+        conditioning: Mapping[str, Any] | None = None,
+        negative: Mapping[str, Any] | None = None,
+        prompt: Prompts | None = None,
+        negative_prompt: Prompts | None = None,
+        **said: Any,
+    ) -> Rows:
+        """What the network is told for n images: texts as ``sample``, the rest as ``conditioning.Conditioning.rows``.
+
+        Raises:
+            OptionError: as they do.
+        """
+        return self._conditioning.rows(
+            n,
+            conditioning=self._assets.with_prompt("conditioning", conditioning, "prompt", prompt, n),
+            negative=self._assets.with_prompt("negative", negative, "negative_prompt", negative_prompt, n),
+            **said,
+        )
 
     def _evaluate(self, x: Any, network_time: Any, told: Rows) -> np.ndarray:
         times = np.ascontiguousarray(np.broadcast_to(np.asarray(network_time, np.float32), (len(x),)))
