@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-HEAVY = ("numpy", "onnx", "onnxruntime", "torch", "typer", "rich", "PIL", "matplotlib", "sklearn", "safetensors")
+HEAVY = (
+    *("numpy", "onnx", "onnxruntime", "torch", "typer", "rich", "PIL", "matplotlib", "sklearn", "safetensors"),
+    *("fastapi", "uvicorn", "pydantic", "prometheus_client", "ray"),
+)
 
 
 def imported_by(statement: str) -> set[str]:

@@ -38,7 +38,7 @@ class _Connection(H11Protocol):
             self.transport.close()
 
 
-class _Server(uvicorn.Server):
+class _Uvicorn(uvicorn.Server):
     """Signals are ours: ``process.noting`` has them."""
 
     @contextlib.contextmanager
@@ -59,26 +59,24 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-def run(service: Service, listener: socket.socket, *, grace: float, ready: Callable[[], None] = lambda: None) -> int:
-    """Serve until a signal comes, then answer what was accepted.
+class Server:
+    """A service behind a socket, from loading to draining.
 
     Args:
         service: not started yet.
         listener: that listens.
-        grace: seconds for that; what is left then is dropped.
+        grace: seconds to answer what was accepted, once it is to stop; what is left then is dropped.
         ready: called once the engines are there.
-
-    Returns:
-        The exit code: 1 where the grace did not suffice.
-
-    Raises:
-        SparseEngineError: an engine cannot be loaded.
     """
-    return asyncio.run(_Run(service, listener, grace, ready).serve())
 
-
-class _Run:
-    def __init__(self, service: Service, listener: socket.socket, grace: float, ready: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        service: Service,
+        listener: socket.socket,
+        *,
+        grace: float = 30.0,
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:
         self._service, self._listener, self._grace, self._ready = service, listener, grace, ready
         config = uvicorn.Config(
             create_app(service),
@@ -91,48 +89,64 @@ class _Run:
             server_header=False,
             timeout_keep_alive=KEPT_SECONDS,
         )
-        self._server = _Server(config)
-        self._signals = 0
-        self._told = asyncio.Event()
+        self._uvicorn = _Uvicorn(config)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._asked = 0  # times that it was asked to stop
 
-    async def serve(self) -> int:
-        loop = asyncio.get_running_loop()
+    def run(self) -> int:
+        """Serve until it is to stop: by ``stop``, or where this is the main thread by a signal.
 
-        def note() -> None:
-            loop.call_soon_threadsafe(self._signal)
+        Returns:
+            The exit code: 1 where the grace did not suffice, or it was told twice.
 
-        with process.noting(note):
-            serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
-            failure, whole = await self._until_told(), True
+        Raises:
+            SparseEngineError: an engine cannot be loaded.
+        """
+        with process.noting(self.stop):
+            return asyncio.run(self._serve())
+
+    def stop(self) -> None:
+        """Answer what was accepted, and end; a second time: end. From any thread, or a signal's handler."""
+        self._asked += 1
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self._stopped.set()
+        self._uvicorn.force_exit = self._asked > 1
+
+    async def _serve(self) -> int:
+        self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
+        if self._asked:
+            self._wake()
+        serving = asyncio.create_task(self._uvicorn.serve(sockets=[self._listener]))
+        try:
+            failure, whole = await self._until_stopped(), True
             if failure is None:
                 whole = await self._drain()
-            self._server.should_exit = True
+        finally:
+            self._uvicorn.should_exit = True
             await serving
+            self._loop = None
         if failure is not None:
             raise failure
         return EXIT_DONE if whole else EXIT_FAILED
 
-    def _signal(self) -> None:
-        self._signals += 1
-        self._told.set()
-        if self._signals > 1:
-            self._server.force_exit = True
-
-    async def _until_told(self) -> BaseException | None:
-        """Wait for a signal. Returns the error where the engines cannot be loaded."""
-        told = asyncio.create_task(self._told.wait())
-        while self._service.loaded is None and not told.done():
+    async def _until_stopped(self) -> BaseException | None:
+        """Returns the error where the engines cannot be loaded."""
+        stopped = asyncio.create_task(self._stopped.wait())
+        while self._service.loaded is None and not stopped.done():
             await asyncio.sleep(0.01)
         loading = self._service.loaded
         if loading is not None:
-            either: set[asyncio.Future[Any]] = {loading, told}
+            either: set[asyncio.Future[Any]] = {loading, stopped}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if loading.done() and loading.exception() is not None:
-                told.cancel()
+                stopped.cancel()
                 return loading.exception()
             if loading.done():
                 self._ready()
-        await told
+        await stopped
         return None
 
     async def _drain(self) -> bool:
@@ -140,11 +154,11 @@ class _Run:
         loop = asyncio.get_running_loop()
         end = loop.time() + self._grace
         draining = asyncio.create_task(self._service.drained())
-        while not draining.done() and loop.time() < end and self._signals < 2:
+        while not draining.done() and loop.time() < end and self._asked < 2:
             await asyncio.wait({draining}, timeout=0.1)
         whole = draining.done()
         draining.cancel()
-        self._server.config.timeout_graceful_shutdown = int(max(1.0, min(LAST_SECONDS, end - loop.time())))
+        self._uvicorn.config.timeout_graceful_shutdown = int(max(1.0, min(LAST_SECONDS, end - loop.time())))
         if not whole:
             self._service.drop_all()
         return whole
