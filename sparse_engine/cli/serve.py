@@ -89,9 +89,8 @@ def command(
         on_gpu = float(str(device).startswith("cuda"))
         run = partial(_serving("replicas").run, cluster=cluster, gpus=on_gpu, ready=ready)
         raise typer.Exit(run(paths, settings, load, host, port, replicas))
-    raise typer.Exit(
-        _serving("server").run(service_module.Service(paths, settings, load), listener, grace=grace, ready=ready)
-    )
+    service = service_module.Service(paths, settings, load)
+    raise typer.Exit(_serving("server").Server(service, listener, grace=grace, ready=ready).run())
 
 
 def _serving(name: str) -> ModuleType:

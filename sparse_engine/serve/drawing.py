@@ -40,9 +40,10 @@ class Served:
         smallest, usual, most = self.manifest.batch
         self.largest = usual if settings.max_batch is None else settings.max_batch
         given = settings.batch_sizes
-        if max(self.largest, *given, 1) > most:
+        asked = max(self.largest, *given, 1)
+        if asked > most:
             raise OptionError(
-                f"a batch of {max(self.largest, *given)} images, but {name} was built for at most {most}",
+                f"a batch of {asked} images, but {name} was built for at most {most}",
                 f"lower --max-batch and --batch-sizes, or rebuild with --batch {smallest},{usual},N",
             )
         powers = [2**k for k in range(self.largest.bit_length()) if smallest <= 2**k < self.largest]
