@@ -34,7 +34,7 @@ async function load() {
   if (asked.has("model")) at("model").value = asked.get("model");
   show();
   for (const [name, value] of asked) {
-    if (["prompt", "negative", "labels", "n", "steps", "sampler", "guidance", "seed"].includes(name)) at(name).value = value;
+    if (["prompt", "negative", "labels", "n", "steps", "sampler", "guidance", "seed", "first"].includes(name)) at(name).value = value;
   }
   say("Ready.");
   if (asked.has("draw")) await draw();
@@ -81,6 +81,7 @@ function request() {
     body.labels = labels.length === 1 ? labels[0] : Array.from({ length: body.n }, (_, i) => labels[i % labels.length]);
   }
   if (at("seed").value.trim()) body.seed = Number(at("seed").value);
+  if (Number(at("first").value)) body.first = Number(at("first").value);
   return body;
 }
 
@@ -92,8 +93,7 @@ async function draw() {
     const found = await ask("/v1/images/generations", request());
     const seconds = (performance.now() - started) / 1000;
     at("pictures").replaceChildren(...found.data.map((each) => figure(each, found)));
-    const rate = (found.data.length / seconds).toPrecision(3);
-    say(`${found.data.length} images in ${seconds.toPrecision(3)} s: ${rate} images/s`);
+    say(`${found.data.length} images in ${plain(seconds)} s: ${plain(found.data.length / seconds)} images/s`);
   } catch (error) {
     wrong(error);
   } finally {
@@ -111,8 +111,16 @@ function figure(each, found) {
   picture.onload = () => picture.classList.toggle("small", picture.naturalWidth < 128);
   picture.src = `data:image/${found.output_format};base64,${each.b64_json}`;
   frame.append(picture, words);
-  frame.onclick = () => { at("seed").value = each.seed; };
+  frame.onclick = () => {
+    at("seed").value = each.seed;
+    at("first").value = each.index;
+    if (each.label !== null) at("labels").value = each.label;
+  };
   return frame;
+}
+
+function plain(number) {
+  return number < 100 ? number.toPrecision(3) : Math.round(number);
 }
 
 function wrong(error) {
