@@ -1,0 +1,71 @@
+"""Every command of docs/serving.md that can run here, run in order; what it says of options, files and metrics."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sparse_engine.cli.serve import command
+from tests.serving import Client
+
+REPOSITORY = Path(__file__).parents[2]
+PAGE = (REPOSITORY / "docs" / "serving.md").read_text()
+DOCKERFILE = (REPOSITORY / "Dockerfile").read_text()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_engine.export.build import build_engine
+
+    build_engine(REPOSITORY / "examples" / "digits" / "sparsedm.pth", tmp_path / "model.sengine")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    blocks = re.findall(r"```(sh|python) run\n(.*?)```", PAGE, re.S)
+    assert [language for language, _ in blocks] == ["sh", "python"]
+    for language, text in blocks:
+        text = text.replace("8000", port)
+        given = ["bash", "-emc", text] if language == "sh" else [sys.executable, "-c", text]
+        environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(tmp_path)}
+        done = subprocess.run(given, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+        if language == "sh":
+            assert re.search(r'sparse_engine_images_total{model="model"} 5.0', done.stdout)
+    assert len(json.loads((tmp_path / "answer.json").read_text())["data"]) == 4
+    assert (tmp_path / "digit.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_options_are_there() -> None:
+    names = {f"--{name.replace('_', '-')}" for name in command.__annotations__}
+    for option in re.findall(r"`(?:sparse-engine serve [^`]*?)?(--[a-z-]+)", PAGE):
+        assert option in names | {"--cpus"}, option
+
+
+def test_metrics_are_there(client: Client) -> None:
+    found = client.get("/metrics").body.decode()
+    table = PAGE.partition("## Metrics")[2].partition("##")[0]
+    names = re.findall(r"`([a-z_]+)(?:{[a-z,]+})?`", table)
+    assert len(names) == 10
+    for name in names:
+        assert f"# TYPE sparse_engine_{name}" in found, name
+
+
+def test_compose_and_kubernetes_fit_the_image() -> None:
+    service = yaml.safe_load((REPOSITORY / "compose.yaml").read_text())["services"]["sparse-engine"]
+    default = json.loads(re.findall(r"^CMD (.*)", DOCKERFILE, re.M)[-1])
+    assert service["command"] == default
+    port = re.findall(r"^EXPOSE (\d+)", DOCKERFILE, re.M)[0]
+    assert service["ports"] == [f"127.0.0.1:{port}:{port}"]
+    assert "cache:/home/engine/.cache" in service["volumes"]
+    pod = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", PAGE, re.S)[0])
+    probes = [pod["containers"][0][f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")]
+    assert {each["port"] for each in probes} == {int(port)}
+    assert {each["path"] for each in probes} == {"/health/live", "/health/ready"}
+    assert pod["terminationGracePeriodSeconds"] > 30 + 5
