@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sparse_engine import sampling
+from sparse_engine.backends.device_loop import CHUNK
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import OptionError
 from sparse_engine.images import PNG_CHANNELS
@@ -118,7 +119,8 @@ class Served:
             batch_size=len(rows),
             output="float",
             allow_nonfinite=True,
-            callback=(lambda *_: not batch.abandoned()) if self._on_cpu else None,  # it costs a GPU its pace
+            callback=lambda *_: not batch.abandoned(),
+            callback_every=1 if self._on_cpu else CHUNK,
             **batch.key.chosen,
         )[: len(batch)]
         return self._finished(x)
