@@ -34,7 +34,17 @@ HEADERS = {"Content-Type": "application/json"}
 @contextlib.contextmanager
 def service(engine: Path) -> Iterator[int]:
     """``sparse-engine serve`` on one thread, with room for many clients; its port."""
-    options = ["--port", "0", "--threads", "1", "--queue-images", "100000", "--queue-seconds", "100000"]
+    options = [
+        "--port",
+        "0",
+        "--threads",
+        "1",
+        "--no-autotune",
+        "--queue-images",
+        "100000",
+        "--queue-seconds",
+        "100000",
+    ]
     command = [sys.executable, "-m", "sparse_engine", "serve", str(engine), *options, "--deadline", "100000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -110,7 +120,7 @@ def measure(engine: Path, steps: int, turns: int, clients: int, each: int) -> di
     """Everything that is published of a service of this engine."""
     with service(engine) as port:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # after the service, which may go where it likes
-        with SparseEngine.load(engine, threads=1) as loaded:
+        with SparseEngine.load(engine, threads=1, autotune=False) as loaded:
             client(port, 5, steps, 0, [])
             loaded.sample(loaded.manifest.batch[1], steps=steps)
             result = {

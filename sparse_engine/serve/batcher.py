@@ -117,7 +117,8 @@ class Batcher:
     Args:
         draw: draws a batch, one at a time: an array for each image, None for one that is not finite.
         largest: model -> images that are drawn together at most.
-        max_wait: seconds that a job waits for others while nothing is drawn.
+        max_wait: seconds that a job waits for others while nothing is drawn; where the last batch was of one job, and
+            none came while it was drawn, nobody is waited for.
         queue_images, queue_seconds: what may wait.
         told: is told of each batch that was drawn: its key, how many images, and seconds.
     """
@@ -136,6 +137,7 @@ class Batcher:
         self._draw, self._largest, self._told = draw, largest, told
         self._max_wait, self._most_images, self._most_seconds = max_wait, queue_images, queue_seconds
         self._lanes: dict[Key, list[Job]] = {}
+        self._crowded = True  # whether others are about
         self._running: Batch | None = None
         self._began = 0.0
         self._arrived = asyncio.Event()
@@ -195,6 +197,7 @@ class Batcher:
             if not isinstance(outcome, BaseException):
                 self.pace.learn(batch.key, len(batch), seconds)
                 self._told(batch, seconds)
+            self._crowded = len(batch.parts) > 1 or bool(self._lanes)
             self._deliver(batch, outcome)
             self._rested.set()
 
@@ -246,7 +249,7 @@ class Batcher:
         if not self._lanes:
             return None, None
         oldest = min(self._lanes, key=lambda key: self._lanes[key][0].arrived)
-        due = self._lanes[oldest][0].arrived + self._max_wait
+        due = self._lanes[oldest][0].arrived + (self._max_wait if self._crowded else 0.0)
         if now >= due:
             return oldest, due
         waiting = {key: sum(job.waiting for job in lane) for key, lane in self._lanes.items()}

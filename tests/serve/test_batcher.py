@@ -103,6 +103,26 @@ def test_company_is_waited_for_while_there_is_nothing_to_do() -> None:
     on_loop(test, max_wait=0.2)
 
 
+def test_who_is_alone_waits_for_nobody_until_others_come() -> None:
+    async def test(bench: Bench) -> None:
+        for _ in range(4):
+            bench.gate.release()
+        await bench.job(1).done
+        alone = bench.job(1)
+        await rest()
+        assert len(bench.batches) == 2
+        await alone.done
+        first, others = bench.job(1), [bench.job(1), bench.job(1)]  # at once: the first has company
+        await asyncio.gather(first.done, *(job.done for job in others))
+        crowded = bench.job(1)
+        await rest()
+        assert bench.sizes() == [[1], [1], [1, 1, 1]]
+        await crowded.done
+        assert bench.sizes()[-1] == [1]
+
+    on_loop(test, max_wait=0.1)
+
+
 def test_a_lane_that_is_full_goes_before_one_that_still_waits_for_company() -> None:
     async def test(bench: Bench) -> None:
         bench.job(1, B)

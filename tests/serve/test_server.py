@@ -191,6 +191,13 @@ def test_the_service_gives_everything_back(conditional_engine: Path) -> None:
     assert all(late <= early for late, early in zip(held(), before, strict=True))
 
 
+def test_an_answer_does_not_wait_for_an_acknowledgement() -> None:
+    with server.listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 @pytest.mark.parametrize(
     "arguments, words, fix",
     [
