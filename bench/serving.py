@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ from typing import Any
 from sparse_engine import SparseEngine, __version__
 from sparse_engine.files import replacing
 
-LONE = 60  # requests of one client in a turn
 HEADERS = {"Content-Type": "application/json"}
 
 
@@ -71,15 +71,15 @@ def client(port: int, count: int, steps: int, seed: int, spent: list[float]) -> 
     connection.close()
 
 
-def lone(port: int, engine: SparseEngine, steps: int, turns: int) -> dict[str, Any]:
+def lone(port: int, engine: SparseEngine, steps: int, turns: int, count: int) -> dict[str, Any]:
     """One client at a time against ``sample(1)``: medians of the turns, in milliseconds."""
     asked, drawn = [], []
     for turn in range(turns):
         spent: list[float] = []
-        client(port, LONE, steps, turn, spent)
+        client(port, count, steps, turn, spent)
         asked.append(1e3 * statistics.median(spent))
         spent = []
-        for number in range(LONE):
+        for number in range(count):
             started = time.perf_counter()
             engine.sample(1, steps=steps, seed=turn, first=number)
             spent.append(time.perf_counter() - started)
@@ -89,8 +89,8 @@ def lone(port: int, engine: SparseEngine, steps: int, turns: int) -> dict[str, A
 
 
 def many(port: int, engine: SparseEngine, steps: int, turns: int, clients: int, each: int) -> dict[str, Any]:
-    """``clients`` at once, each asking ``each`` times, against ``sample`` in the usual batch."""
-    size = engine.manifest.batch[1]
+    """``clients`` at once, each asking ``each`` times, against ``sample`` in the usual batch, and in the service's."""
+    size, full = engine.manifest.batch[1], largest(port)
     rows = []
     for turn in range(turns):
         spent: list[float] = []
@@ -107,16 +107,25 @@ def many(port: int, engine: SparseEngine, steps: int, turns: int, clients: int, 
         began = time.perf_counter()
         batches = max(2, clients * each // size // 4)
         engine.sample(batches * size, steps=steps, seed=turn)
-        batch = (time.perf_counter() - began) / batches
+        drawn = batches * size / (time.perf_counter() - began)
+        began = time.perf_counter()
+        engine.sample(full, steps=steps, seed=turn, batch_size=full)
+        batch = time.perf_counter() - began
         spent.sort()
-        served, drawn = len(spent) / seconds, size / batch
+        served = len(spent) / seconds
         p50, p99 = spent[len(spent) // 2], spent[int(0.99 * len(spent))]
         rows.append({"images_per_second": served, "sample_images_per_second": drawn, "ratio": served / drawn})
-        rows[-1] |= {"p50": p50, "p99": p99, "batch_seconds": batch, "p99_of_two_batches": p99 / (2 * batch)}
-    return {"clients": clients, "requests_of_each": each, "batch": size, "turns": rows}
+        rows[-1] |= {"p50": p50, "p99": p99, "full_batch_seconds": batch, "p99_of_two_batches": p99 / (2 * batch)}
+    return {"clients": clients, "requests_of_each": each, "batch": size, "full_batch": full, "turns": rows}
 
 
-def measure(engine: Path, steps: int, turns: int, clients: int, each: int) -> dict[str, Any]:
+def largest(port: int) -> int:
+    """Images that the service draws together."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models") as answer:
+        return int(json.load(answer)["data"][0]["max_batch"])
+
+
+def measure(engine: Path, steps: int, turns: int, alone: int, clients: int, each: int) -> dict[str, Any]:
     """Everything that is published of a service of this engine."""
     with service(engine) as port:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # after the service, which may go where it likes
@@ -132,7 +141,7 @@ def measure(engine: Path, steps: int, turns: int, clients: int, each: int) -> di
                 "sparse_engine": __version__,
                 "load_average_before": os.getloadavg()[0],
             }
-            result["lone"] = lone(port, loaded, steps, turns)
+            result["lone"] = lone(port, loaded, steps, turns, alone)
             result["many"] = many(port, loaded, steps, turns, clients, each)
     return result
 
@@ -143,11 +152,12 @@ def main() -> None:
     parser.add_argument("engine", type=Path)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--alone", type=int, default=60, help="Requests of the lone client in a turn.")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--each", type=int, default=4, help="Requests of each client in a turn.")
     parser.add_argument("-o", "--output", type=Path)
     given = parser.parse_args()
-    result = measure(given.engine, given.steps, given.turns, given.clients, given.each)
+    result = measure(given.engine, given.steps, given.turns, given.alone, given.clients, given.each)
     text = json.dumps(result, indent=1) + "\n"
     if given.output:
         with replacing(given.output) as stream:

@@ -35,7 +35,7 @@ def command(
         bool, typer.Option("--autotune/--no-autotune", help="Time the kernels on this machine.")
     ] = True,
     max_batch: Annotated[
-        int | None, typer.Option(help="Images that are drawn together.", show_default="the build's usual")
+        int | None, typer.Option(help="Images that are drawn together.", show_default="twice the build's usual")
     ] = None,
     batch_sizes: Annotated[
         str | None,

@@ -39,7 +39,7 @@ class Served:
         self.manifest = engine.manifest
         self._on_cpu = str(engine.info["runtime"].get("device", "")).startswith("cpu")
         smallest, usual, most = self.manifest.batch
-        self.largest = usual if settings.max_batch is None else settings.max_batch
+        self.largest = min(2 * usual, most) if settings.max_batch is None else settings.max_batch
         given = settings.batch_sizes
         asked = max(self.largest, *given, 1)
         if asked > most:

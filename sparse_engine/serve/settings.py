@@ -18,7 +18,7 @@ class Settings:
         max_images: of one request.
         max_steps: of one request.
         max_body: bytes of a request's body.
-        max_batch: images that are drawn together; None is the engine's usual batch.
+        max_batch: images that are drawn together; None is twice the engine's usual batch, where it was built for that.
         batch_sizes: batches are filled up to one of these; () is powers of two on a GPU, where each size has recordings
             of its own, and any size on a CPU.
         max_wait: seconds that the first image of a batch waits for others while the engine has nothing to do.
