@@ -87,7 +87,7 @@ def command(
     errors.print(f"loading {names}", highlight=False, markup=False)
     if listener is None:
         on_gpu = float(str(device).startswith("cuda"))
-        run = partial(_serving("replicas").run, cluster=cluster, gpus=on_gpu, ready=ready)
+        run = partial(_serving("replicas").run, grace=grace, cluster=cluster, gpus=on_gpu, ready=ready)
         raise typer.Exit(run(paths, settings, load, host, port, replicas))
     service = service_module.Service(paths, settings, load)
     raise typer.Exit(_serving("server").Server(service, listener, grace=grace, ready=ready).run())

@@ -28,16 +28,18 @@ from .settings import Settings
 
 NAME = "sparse-engine"
 QUEUED_REQUESTS = 200  # of a replica, beside those that its own queue refuses: Ray's default of 5 would cap its batches
-GRACE = 60.0  # seconds that a replica has to answer what it accepted
 
 
-def deployment(paths: Mapping[str, Path], settings: Settings, load: Loader, replicas: int, **needs: float) -> Any:
+def deployment(
+    paths: Mapping[str, Path], settings: Settings, load: Loader, replicas: int, grace: float = 30.0, **needs: float
+) -> Any:
     """A Ray Serve application of so many replicas.
 
     Args:
         paths: name -> engine file, by a path that every node has.
         settings, load: as for ``Service``; ``load`` can be pickled.
         replicas: how many.
+        grace: seconds that a replica has to answer what it accepted, once it is to stop.
         needs: what Ray sets aside for each: ``num_cpus``, ``num_gpus``.
     """
     application = serve.ingress(lambda: create_app(Service(paths, settings, load), wait=True))(_Replica)
@@ -46,7 +48,7 @@ def deployment(paths: Mapping[str, Path], settings: Settings, load: Loader, repl
         num_replicas=replicas,
         max_ongoing_requests=QUEUED_REQUESTS + settings.queue_images,
         ray_actor_options=needs,
-        graceful_shutdown_timeout_s=GRACE,
+        graceful_shutdown_timeout_s=grace,
     )(application).bind()
 
 
@@ -62,6 +64,7 @@ def run(
     port: int,
     replicas: int,
     *,
+    grace: float = 30.0,
     cluster: str | None = None,
     gpus: float = 0,
     ready: Callable[[], None] = lambda: None,
@@ -69,7 +72,7 @@ def run(
     """Serve until a signal comes. Returns the exit code.
 
     Args:
-        paths, settings, load, replicas: as for ``deployment``.
+        paths, settings, load, replicas, grace: as for ``deployment``.
         host, port: where Ray's proxies listen.
         cluster: an address, as ``ray.init`` takes it; None starts Ray on this machine.
         gpus: that Ray sets aside for each replica.
@@ -93,7 +96,7 @@ def run(
             stack.enter_context(process.noting(told.set))
             serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR"})
             stack.callback(serve.shutdown)
-            bound = deployment(absolute, settings, load, replicas, num_cpus=1, num_gpus=gpus)
+            bound = deployment(absolute, settings, load, replicas, grace, num_cpus=1, num_gpus=gpus)
             serve.run(bound, name=NAME, route_prefix="/")
         except Exception as error:  # Ray's own have no common base
             raise BackendError(f"Ray could not start {replicas} replicas: {error}") from error
