@@ -146,6 +146,41 @@ def measure(engine: Path, steps: int, turns: int, alone: int, clients: int, each
     return result
 
 
+def table(results: dict[str, Any]) -> str:
+    """The rows that docs/serving.md shows of a file of results: medians of the turns, and their range."""
+    engines = results["engines"]
+    full = engines[0]["many"]["full_batch"]
+    clients = engines[0]["many"]["clients"]
+
+    def row(name: str, *cells: str) -> str:
+        return " | ".join([f"| {name}", *cells]) + " |"
+
+    def of_turns(engine: dict[str, Any], name: str, form: str) -> str:
+        return _range([turn[name] for turn in engine["many"]["turns"]], form)
+
+    return "\n".join(
+        [
+            row("", *(each["engine"] for each in engines)),
+            "|---" * (1 + len(engines)) + "|",
+            row(
+                "a lone request takes longer than `sample(1)` by",
+                *(_range(each["lone"]["overhead_ms"], ".1f") + " ms" for each in engines),
+            ),
+            row(f"{clients} clients: images/s", *(of_turns(each, "images_per_second", ".3g") for each in engines)),
+            row("beside `sample` in its usual batch", *(of_turns(each, "ratio", ".2f") + "x" for each in engines)),
+            row("99 % of the requests within, s", *(of_turns(each, "p99", ".2f") for each in engines)),
+            row(
+                f"beside two batches of {full}",
+                *(of_turns(each, "p99_of_two_batches", ".2f") + "x" for each in engines),
+            ),
+        ]
+    )
+
+
+def _range(values: list[float], form: str) -> str:
+    return f"{statistics.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sparse_engine.bench.serving import table
 from sparse_engine.cli.serve import command
 from tests.serving import Client
 
@@ -69,3 +70,20 @@ def test_compose_and_kubernetes_fit_the_image() -> None:
     assert {each["port"] for each in probes} == {int(port)}
     assert {each["path"] for each in probes} == {"/health/live", "/health/ready"}
     assert pod["terminationGracePeriodSeconds"] > 30 + 5
+
+
+def test_numbers_are_those_of_the_results_file() -> None:
+    results = json.loads((REPOSITORY / "bench" / "results" / "serving.json").read_text())
+    assert table(results) in PAGE
+    for each in results["engines"]:
+        assert max(each["lone"]["overhead_ms"]) <= 5
+        assert all(turn["p99_of_two_batches"] <= 2 for turn in each["many"]["turns"])
+    assert min(turn["ratio"] for turn in results["engines"][0]["many"]["turns"]) >= 0.9
+
+
+def test_a_small_run_of_the_bench(conditional_engine: Path) -> None:
+    command = [sys.executable, "-m", "sparse_engine.bench.serving", conditional_engine, "--steps", "2"]
+    small = ["--turns", "1", "--alone", "3", "--clients", "4", "--each", "2"]
+    done = subprocess.run([*command, *small], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "| 4 clients: images/s |" in table({"engines": [json.loads(done.stdout)]})
