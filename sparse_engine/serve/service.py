@@ -15,7 +15,7 @@ import numpy as np
 
 from sparse_engine import arguments
 from sparse_engine.arguments import SHOWN
-from sparse_engine.engine import SparseEngine
+from sparse_engine.engine import TRAJECTORY_OPTIONS, SparseEngine
 from sparse_engine.errors import OptionError
 
 from . import refusals
@@ -29,6 +29,7 @@ from .settings import Settings
 log = logging.getLogger(__name__)
 
 USUAL_STEPS = 50  # as ``SparseEngine.sample``
+OPTIONS = (*TRAJECTORY_OPTIONS, "clip")  # a sampler's own
 Loader = Callable[[Path], SparseEngine]
 
 
@@ -209,6 +210,8 @@ class Service:
 def _options(given: Mapping[str, Any] | None) -> str:
     """A sampler's options as JSON, in one order, so that equal ones are of one key. Raises OptionError."""
     for name, value in (given or {}).items():
+        if name not in OPTIONS:
+            raise OptionError(f"options: {name[:SHOWN]} is none of them; expected {', '.join(OPTIONS)}")
         if not isinstance(value, str | int | float | None):
-            raise OptionError(f"options: {name[:SHOWN]} is neither a number, a text, true nor false")
+            raise OptionError(f"options: {name} is neither a number, a text, true nor false")
     return json.dumps(dict(sorted((given or {}).items())))

@@ -14,6 +14,7 @@ import pytest
 from sparse_engine import SparseEngine
 from sparse_engine.errors import BackendError
 from sparse_engine.serve import guard
+from sparse_engine.serve.asked import ImageRequest
 from tests.serving import FAST, IMAGES, JSON, Client, load, serving
 
 DEEP = b"[" * 30_000 + b"]" * 30_000
@@ -40,7 +41,10 @@ DEEP = b"[" * 30_000 + b"]" * 30_000
         ({"first": 2**32 - 1, "n": 2}, "first", "within the"),
         ({"guidance": 1e300}, "guidance", "finite"),
         ({"options": {"eta": [1]}}, "options", "neither a number"),
-        ({"options": {"beta": 1}}, None, "beta: no such option"),
+        ({"options": {"beta": 1}}, "options", "beta is none of them"),
+        ({"options": {"self": 1}}, "options", "self is none of them"),
+        ({"options": {"steps": 1}}, "options", "steps is none of them"),
+        ({"options": {"eta": "x"}, "sampler": "ddim"}, None, "eta"),
         ({"sampler": "ddim", "options": {"clip": 1}}, None, "True or False"),
         ({"prompt": "a cat"}, "prompt", "prompt is given, but the model"),
         ({"conditioning": {"z": 1}}, "conditioning", "it is told y"),
@@ -209,3 +213,44 @@ def _begin(client: Client, **fields: Any) -> socket.socket:
     head = f"POST {IMAGES} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     connection.sendall(head.encode() + body)
     return connection
+
+
+VALUES: list[Any] = [
+    *(
+        None,
+        True,
+        0,
+        1,
+        -1,
+        2**32,
+        2**64,
+        10**30,
+        0.5,
+        1e308,
+        float("inf"),
+        float("nan"),
+        "",
+        "x",
+        "1",
+        "\0",
+        "é" * 100,
+    ),
+    *([], [1], [0, 1], ["a"], [None], [[1]], {}, {"": 1}, {"self": 1}, {"steps": 3}, {"eta": 0.5}, {"order": 2}),
+    *(
+        {"y": 1},
+        {"y": [1, 2]},
+        {"y": "a"},
+        {"y": {}},
+        {"t_start": 0.1},
+        {"t_start": None},
+        {"spacing": "x"},
+        {"clip": 1},
+    ),
+]
+
+
+@pytest.mark.parametrize("field", ImageRequest.model_fields)
+def test_any_value_of_any_field_is_taken_or_refused(client: Client, field: str) -> None:
+    for value in VALUES:
+        answer = client.draw(**{field: value})
+        assert answer.status in (200, 400, 404), (value, answer.body)
