@@ -120,7 +120,7 @@ class Batcher:
         max_wait: seconds that a job waits for others while nothing is drawn; where the last batch was of one job, and
             none came while it was drawn, nobody is waited for.
         queue_images, queue_seconds: what may wait.
-        told: is told of each batch that was drawn: its key, how many images, and seconds.
+        told: is told of each batch that was drawn, and its seconds.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class Batcher:
         """Give up whatever waits or is being drawn."""
         running = [job for job, _ in self._running.parts] if self._running is not None else []
         for job in [*running, *(job for lane in self._lanes.values() for job in lane)]:
-            if not job.done.done():
+            if not (job.gone or job.done.done()):
                 job.done.set_exception(why)
             self.abandon(job)
 
@@ -220,7 +220,7 @@ class Batcher:
         position = 0
         for job, rows in batch.parts:
             if isinstance(outcome, Exception):
-                if not job.done.done():
+                if not (job.gone or job.done.done()):
                     job.done.set_exception(refusals.failed())
                 self.abandon(job)
                 continue

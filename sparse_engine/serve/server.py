@@ -19,7 +19,6 @@ from .service import Service
 
 IDLE_SECONDS = 30.0  # that a new connection has for its first request's headers
 KEPT_SECONDS = 15  # that a connection is kept after an answer
-LAST_SECONDS = 5.0  # for answers that are drawn to be sent, within the grace
 
 
 class _Connection(H11Protocol):
@@ -162,7 +161,7 @@ class Server:
             await asyncio.wait({draining}, timeout=0.1)
         whole = draining.done()
         draining.cancel()
-        self._uvicorn.config.timeout_graceful_shutdown = int(max(1.0, min(LAST_SECONDS, end - loop.time())))
+        self._uvicorn.config.timeout_graceful_shutdown = max(1, int(end - loop.time()))  # for answers to be sent
         if not whole:
             self._service.drop_all()
         return whole
