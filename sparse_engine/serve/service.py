@@ -88,8 +88,8 @@ class Service:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for thread in (self._engine_thread, self._text_thread, self.encoder):
             thread.shutdown(wait=False, cancel_futures=True)
-        if not loading:
-            await asyncio.get_running_loop().run_in_executor(None, self._engine_thread.shutdown)
+            if not loading:
+                await asyncio.get_running_loop().run_in_executor(None, thread.shutdown)
         for served in self.models.values():
             served.engine.close()
 
