@@ -8,7 +8,7 @@ A chunk's content depends on the job and the kernels alone. So to resume is to d
 one twice is harmless, and the bytes are the same for any number of workers.
 """
 
-from .finish import FORMATS, finish
+from .formats import FORMATS, finish
 from .job import Job, Shard
 from .run import Machines, Progress, Summary, sample_many
 

@@ -233,7 +233,7 @@ class Pool:
     def _next(self, worker: int, slot: _Slot) -> None:
         slot.state, slot.chunk, slot.drawn = IDLE, None, 0
         if self._queue:
-            slot.state, slot.chunk = BUSY, self._queue.popleft()
+            slot.state, slot.chunk, slot.heard = BUSY, self._queue.popleft(), self._clock()
             self._fleet.give(worker, slot.chunk)
 
     def _failed(self, worker: int, slot: _Slot, trouble: Trouble) -> None:

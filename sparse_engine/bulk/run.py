@@ -18,7 +18,7 @@ from sparse_engine.errors import OptionError, OutputError, SparseEngineError, Un
 
 from .chunks import missing
 from .draw import ChunkSampler, Load
-from .finish import check_format, finish
+from .formats import check_format, finish
 from .job import CHUNKS, JOB, KERNELS, Job, Request, Shard, open_folder, request
 from .kernels import JobKernels
 from .local import Processes

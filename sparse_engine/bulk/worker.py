@@ -53,8 +53,11 @@ def _own_output() -> TextIO:
 
 
 def _say(said: TextIO, **event: Any) -> None:
-    said.write(json.dumps(event) + "\n")
-    said.flush()
+    try:
+        said.write(json.dumps(event) + "\n")
+        said.flush()
+    except OSError:  # nobody listens any more
+        os._exit(ORPHANED)
 
 
 def _listen(orders: queue.Queue[dict[str, Any]]) -> None:
