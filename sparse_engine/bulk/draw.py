@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -14,15 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from sparse_engine import __version__, tactics
+from sparse_engine import __version__, kernels, tactics
 from sparse_engine.artifact import EngineFile
 from sparse_engine.engine import SparseEngine
-from sparse_engine.errors import InputError, SparseEngineError
+from sparse_engine.errors import InputError, SparseEngineError, UnsupportedError
+from sparse_engine.kernels.library import Compute
 
 from . import chunks
 from .job import Chunk, Request, Told, labels_of
 
 log = logging.getLogger(__name__)
+
+COMPUTES: tuple[Compute, ...] = ("fp32", "bf16")
+LIBRARIES = ("library", "gpu", "capability", "cuda", "cusparselt", "linear")  # of what ``StepRunner.describe`` says
 
 
 @dataclass(frozen=True)
@@ -139,19 +145,35 @@ class ChunkSampler:
 
 
 def facts_of(engine: SparseEngine) -> dict[str, Any]:
-    """What the bits of an engine's images depend on, beside the file and the call: versions, processor, kernels."""
+    """What the bits of an engine's images depend on, beside the file and the call: versions, unit, kernels."""
     info = engine.info
     runtime = info["runtime"]
-    facts = {
+    device = str(runtime.get("device"))
+    on_gpu = device.startswith("cuda")
+    return {
         "sparse_engine": __version__,
         "backend": info["backend"]["name"],
-        "library": runtime.get("library"),
-        "device": runtime.get("device"),
-        "processor": tactics.processor_name(),
+        "device": re.sub(r"^cuda:\d+", "cuda", device),  # whichever of them it is
+        **{name: runtime[name] for name in LIBRARIES if name in runtime},
+        **({} if on_gpu else {"processor": tactics.processor_name(), "instructions": _tiers()}),
         "precision": info["precision"],
         "layers": {layer["name"]: layer["kernel"] for layer in info["layers"] if layer.get("kernel")},
+        **{part: _kernels(runtime[part]) for part in ("attention", "group_norm") if part in runtime},
     }
-    for part in ("attention", "group_norm"):
-        shapes = runtime.get(part, {}).get("shapes", {}) if isinstance(runtime.get(part), Mapping) else {}
-        facts[part] = {shape: each["kernel"] for shape, each in shapes.items()}
-    return facts
+
+
+def _tiers() -> list[str]:
+    """What our own kernels run on here, in each type that they compute in."""
+    found = []
+    for compute in COMPUTES if kernels.is_available() else ():
+        with contextlib.suppress(UnsupportedError):
+            found.append(kernels.best_tier(compute))
+    return found
+
+
+def _kernels(report: Any) -> Any:
+    """A part's report without its times: shape -> kernel."""
+    if not isinstance(report, Mapping):
+        return report
+    shapes = report.get("shapes", report)
+    return {shape: each["kernel"] for shape, each in shapes.items() if isinstance(each, Mapping) and "kernel" in each}

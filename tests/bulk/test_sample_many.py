@@ -7,6 +7,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 
 from sparse_engine import SparseEngine, tactics
 from sparse_engine.bulk import Machines, Shard, finish, sample_many
+from sparse_engine.bulk.draw import facts_of
 from sparse_engine.bulk.job import Chunk
 from sparse_engine.bulk.kernels import differences
 from sparse_engine.bulk.lock import locked
@@ -411,3 +413,30 @@ def test_progress_is_told(conditional_engine: Path, tmp_path: Path) -> None:
     assert told[-1].left == pytest.approx(0, abs=1e-9)
     assert all(earlier.done <= later.done for earlier, later in pairwise(told))
     assert any(each.rate and each.left for each in told)
+
+
+def test_facts_are_those_that_bits_depend_on(torch_engine: Path, conditional_engine: Path) -> None:
+    for path in (torch_engine, conditional_engine):
+        with SparseEngine.load(path, threads=1) as engine:
+            facts = facts_of(engine)
+            assert "threads" not in facts
+            assert facts["processor"] == tactics.processor_name()
+            assert facts["layers"]
+            assert set(facts["attention"].values()) <= {"own", "onnxruntime", "fused", "plain"}
+            assert facts["attention"]
+            assert json.loads(json.dumps(facts)) == facts
+            runtime = {"library": "torch 3", "device": "cuda:1", "gpu": "H100", "threads": 4, "attention": "plain"}
+            engine._runner = SimpleNamespace(describe=lambda runtime=runtime: dict(runtime), close=lambda: None)
+            on_gpu = facts_of(engine)
+            assert (on_gpu["device"], on_gpu["gpu"], on_gpu["attention"]) == ("cuda", "H100", "plain")
+            assert "processor" not in on_gpu
+
+
+def test_differences_are_said_by_name() -> None:
+    there = {"processor": "a", "layers": {"x": "dense", "y": "dense"}, "gone": 1}
+    assert differences(there, there) == []
+    assert differences(there, {"processor": "b", "layers": {"x": "t-lanes", "y": "n-lanes"}}) == [
+        "processor was a, here b",
+        "x ran dense, here t-lanes, and 1 more of its layers",
+        "gone was 1, here None",
+    ]
