@@ -104,6 +104,7 @@ class _Slot:
     chunk: Chunk | None = None
     drawn: int = 0
     heard: float = 0.0
+    given: float = 0.0
 
 
 @dataclass
@@ -116,6 +117,7 @@ class State:
         workers: that are up.
         first_up: when the first one was, by ``time.monotonic``.
         replaced: workers that died or hung.
+        busy: seconds from handing out the chunks that are done until they were, added up.
     """
 
     done: int = 0
@@ -123,6 +125,7 @@ class State:
     workers: int = 0
     first_up: float | None = None
     replaced: int = 0
+    busy: float = 0.0
 
 
 class Kernels(Protocol):
@@ -179,7 +182,9 @@ class Pool:
             SparseEngineError: workers do not come up.
         """
         try:
-            self._start(0)  # alone: it finds out which kernels the others are to have
+            first_alone = self._kernels.choices is None  # it finds out which kernels the others are to have
+            for worker in range(1 if first_alone else self._workers):
+                self._start(worker)
             while self._queue or any(slot.state == BUSY for slot in self._slots.values()):
                 for event in self._fleet.wait(LOOK):
                     self._handle(event)
@@ -211,6 +216,7 @@ class Pool:
             self._tell(self._now())
         elif isinstance(event, Done):
             self.state.done += slot.chunk.images if slot.chunk else 0
+            self.state.busy += slot.heard - slot.given
             self._next(event.worker, slot)
         elif isinstance(event, Failed):
             self._failed(event.worker, slot, event.trouble)
@@ -233,7 +239,8 @@ class Pool:
     def _next(self, worker: int, slot: _Slot) -> None:
         slot.state, slot.chunk, slot.drawn = IDLE, None, 0
         if self._queue:
-            slot.state, slot.chunk, slot.heard = BUSY, self._queue.popleft(), self._clock()
+            slot.state, slot.chunk = BUSY, self._queue.popleft()
+            slot.given = slot.heard = self._clock()
             self._fleet.give(worker, slot.chunk)
 
     def _failed(self, worker: int, slot: _Slot, trouble: Trouble) -> None:

@@ -112,6 +112,7 @@ class Summary:
         drawn: of them, by this command.
         seconds: that drawing took, from the first worker's being up.
         replaced: workers that died or hung.
+        busy: seconds that the workers had a chunk to draw and commit, added up.
         finished: what ``finish`` made, where it ran.
     """
 
@@ -119,6 +120,7 @@ class Summary:
     drawn: int
     seconds: float
     replaced: int
+    busy: float
     finished: Path | None = None
 
 
@@ -238,7 +240,7 @@ def _draw(asked: Request, out: Path, shard: Shard, machines: Machines, tell: Tel
     todo = missing(out, job, mine)
     images, to_draw = sum(chunk.images for chunk in mine), sum(chunk.images for chunk in todo)
     if not todo:
-        return Summary(images, 0, 0.0, 0)
+        return Summary(images, 0, 0.0, 0, 0.0)
     _check_room(out, to_draw * job.image_bytes)
 
     def report(state: State) -> None:
@@ -254,7 +256,7 @@ def _draw(asked: Request, out: Path, shard: Shard, machines: Machines, tell: Tel
     if failures:
         raise _failed(failures, len(mine), out)
     seconds = 0.0 if pool.state.first_up is None else time.monotonic() - pool.state.first_up
-    return Summary(images, to_draw, seconds, pool.state.replaced)
+    return Summary(images, to_draw, seconds, pool.state.replaced, pool.state.busy)
 
 
 def _fleet(asked: Request, machines: Machines) -> tuple[Fleet, int]:

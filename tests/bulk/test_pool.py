@@ -100,6 +100,15 @@ def test_a_worker_with_other_kernels_loads_again_with_the_jobs() -> None:
     assert (fleet.started, fleet.stopped) == ([(0, None), (0, {"of": 1})], [0])
 
 
+def test_where_the_kernels_are_known_all_start_at_once() -> None:
+    kernels = Kernels()
+    kernels.choices = {"of": "before"}
+    drawing, fleet = pool(lambda *_: "do", workers=3, kernels=kernels)
+    drawing.run()
+    assert fleet.started == [(worker, {"of": "before"}) for worker in range(3)]
+    assert fleet.drawn == Counter(CHUNKS)
+
+
 def test_no_more_workers_than_chunks() -> None:
     drawing, fleet = pool(lambda *_: "do", workers=100)
     drawing.run()
