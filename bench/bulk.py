@@ -3,8 +3,8 @@
     python -m sparse_engine.bench.bulk model.sengine -n 1024 --chunk 128 --repeat 5 --cluster
 
 Arms run in turn. The bare loop is ``engine.stream`` with nothing done to its batches, on as many threads as the machine
-has cores and on one. An arm's seconds are those from its first worker's being up, with the kernels known: that one's load
-does not count. "Per chunk" is the time from handing a chunk out until it is there, but for drawing: committing and talk.
+has cores and on one. An arm's seconds are those from its first worker's being up, with the kernels known: its load does
+not count. "Per chunk" is the time from handing a chunk out until it is there, but for drawing: committing and talk.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def command(
             format=None if format == "none" else format,
             tell=tell,
         )
-    rate = f", {summary.drawn / summary.seconds:.3g} images/s" if summary.seconds > 0 else ""
+    rate = f", {_rate(summary.drawn / summary.seconds)}" if summary.seconds > 0 else ""
     replaced = f", {summary.replaced} workers replaced" if summary.replaced else ""
     where = summary.finished or output
     _print(f"{summary.images} images ({summary.drawn} drawn now{rate}{replaced}): {where}")
@@ -190,7 +190,11 @@ def _pace(progress: Any) -> str:
     crew = f"{progress.workers} worker{'s' * (progress.workers != 1)}"
     replaced = f" ({progress.replaced} replaced)" if progress.replaced else ""
     left = "" if progress.left is None else f", {_duration(progress.left)} left"
-    return f"{progress.rate:.3g} images/s by {crew}{replaced}{left}"
+    return f"{_rate(progress.rate)} by {crew}{replaced}{left}"
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:.0f} images/s" if per_second >= 100 else f"{per_second:.3g} images/s"
 
 
 def _duration(seconds: float) -> str:
