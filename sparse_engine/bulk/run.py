@@ -250,8 +250,9 @@ def _draw(asked: Request, out: Path, shard: Shard, machines: Machines, tell: Tel
         left = (to_draw - drawn) / rate if rate else None
         tell(Progress(images - to_draw + drawn, images, rate, left, state.workers, state.replaced))
 
+    kernels = JobKernels(out, machines.mixed)
     fleet, workers = _fleet(asked, machines)
-    pool = Pool(fleet, workers, todo, timeout=machines.timeout, kernels=JobKernels(out, machines.mixed), tell=report)
+    pool = Pool(fleet, workers, todo, timeout=machines.timeout, kernels=kernels, tell=report)
     failures = pool.run()
     if failures:
         raise _failed(failures, len(mine), out)
