@@ -23,7 +23,8 @@ from sparse_engine.errors import InputError, SparseEngineError, UnsupportedError
 from sparse_engine.kernels.library import Compute
 
 from . import chunks
-from .job import Chunk, Request, Told, labels_of
+from .job import Chunk, Request
+from .told import Told, labels_of
 
 log = logging.getLogger(__name__)
 

@@ -18,12 +18,15 @@ from sparse_engine.errors import OptionError, OutputError, SparseEngineError, Un
 
 from .chunks import missing
 from .draw import ChunkSampler, Load
+from .folder import open_folder
 from .formats import check_format, finish
-from .job import CHUNKS, JOB, KERNELS, Job, Request, Shard, open_folder, request
+from .inline import Inline
+from .job import CHUNKS, JOB, KERNELS, Job, Request, Shard
 from .kernels import JobKernels
 from .local import Processes
 from .lock import locked
-from .pool import Failure, Fleet, Inline, Pool, State
+from .pool import Failure, Fleet, Pool, State
+from .request import request
 
 TIMEOUT = 600.0
 NAMED = 5  # chunks in an error

@@ -343,6 +343,20 @@ def test_a_folder_with_other_things_in_it(conditional_engine: Path, tmp_path: Pa
         draw(conditional_engine, tmp_path)
 
 
+def test_a_job_that_was_altered(conditional_engine: Path, tmp_path: Path) -> None:
+    draw(conditional_engine, tmp_path / "out")
+    path = tmp_path / "out" / "job.json"
+    said = json.loads(path.read_text())
+    for altered in ({"n": "many"}, {"chunk": 0}, {"shape": [8, 8]}, {"shape": None}, {"output": "jpeg"}, {"n": True}):
+        path.write_text(json.dumps(said | altered))
+        with pytest.raises(InputError, match=r"job\.json was altered"):
+            finish(tmp_path / "out")
+    for other in ({"format": 2}, {"more": 1}):
+        path.write_text(json.dumps(said | other))
+        with pytest.raises(InputError, match=r"no job of this version.*\n.*the version that began it"):
+            draw(conditional_engine, tmp_path / "out", chunk=None)
+
+
 def test_labels_that_do_not_fit(conditional_engine: Path, tiny_engine: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "few.npy", np.zeros(3, np.int64))
     with pytest.raises(InputError, match=rf"few\.npy holds \[3\] of int64; expected \[{N}\] whole numbers"):
