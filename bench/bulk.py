@@ -23,6 +23,7 @@ from sparse_engine.bulk import Machines, Shard, sample_many
 from sparse_engine.cores import usable_cores
 from sparse_engine.engine import SparseEngine
 
+LOOP = "bare loop, {} threads"
 Arm = Callable[[], tuple[float, float]]  # -> (seconds, milliseconds per chunk)
 
 
@@ -62,16 +63,14 @@ def bulk(engine: Path, machines: Machines, given: argparse.Namespace) -> Arm:
 def arms_of(given: argparse.Namespace) -> dict[str, Arm]:
     """Name -> arm."""
     engine, cores = given.engine, usable_cores()
-    one = Machines(threads=cores, batch_size=given.batch)
-    process = Machines(workers=1, threads=cores, batch_size=given.batch)
+    threads = given.threads or cores
+    one = Machines(threads=threads, batch_size=given.batch)
+    process = Machines(workers=1, threads=threads, batch_size=given.batch)
     each = Machines(workers=cores, threads=1, batch_size=given.batch)
-    arms = {
-        f"bare loop, {cores} threads": bare_loop(engine, cores, given),
-        "bare loop, 1 thread": bare_loop(engine, 1, given),
-        f"this process, {cores} threads": bulk(engine, one, given),
-        f"1 worker, {cores} threads": bulk(engine, process, given),
-        f"{cores} workers, 1 thread each": bulk(engine, each, given),
-    }
+    arms = {LOOP.format(size): bare_loop(engine, size, given) for size in dict.fromkeys((threads, 1))}
+    arms[f"this process, {threads} threads"] = bulk(engine, one, given)
+    arms[f"1 worker, {threads} threads"] = bulk(engine, process, given)
+    arms[f"{cores} workers, 1 thread each"] = bulk(engine, each, given)
     if given.cluster:
         ray = Machines(workers=cores, threads=1, batch_size=given.batch, cluster="local")
         arms[f"{cores} actors of Ray, 1 thread each"] = bulk(engine, ray, given)
@@ -89,14 +88,18 @@ def measure(arms: dict[str, Arm], repeat: int) -> tuple[dict[str, np.ndarray], d
 
 
 def lines(seconds: dict[str, np.ndarray], per_chunk: dict[str, float], n: int) -> Sequence[str]:
-    """The table: images/s of the median and of the fastest run, and the ratio to the faster bare loop."""
+    """The table: images/s of the median and of the fastest run, and the ratio to a bare loop.
+
+    One worker's is to the loop on as many threads, several workers' to the faster loop.
+    """
     loops = [name for name in seconds if name.startswith("bare")]
     best = min(loops, key=lambda name: float(np.median(seconds[name])))
     told = []
     for name, values in seconds.items():
-        ratio: Ratio = speedup(seconds[best], values)
+        loop = next((each for each in loops if each.endswith(name.rpartition(", ")[2])), best)
+        ratio: Ratio = speedup(seconds[loop], values)
         rates = f"{n / np.median(values):.1f} images/s (fastest run {n / values.min():.1f})"
-        told.append(f"{name}: {rates}, {ratio}x the bare loop, {per_chunk[name]:.0f} ms per chunk beside drawing")
+        told.append(f"{name}: {rates}, {ratio} of {loop}; {per_chunk[name]:.0f} ms per chunk beside drawing")
     return told
 
 
@@ -109,6 +112,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="Of the loop, and of one worker; the cores where not said.")
     parser.add_argument("--cluster", action="store_true", help="With actors of Ray on this machine.")
     given = parser.parse_args()
     print(*lines(*measure(arms_of(given), given.repeat), given.n), sep="\n")  # noqa: T201
