@@ -66,6 +66,7 @@ def test_wheel_holds_the_one_package_and_nothing_else(wheel: Path) -> None:
         "py.typed",
         "engine.py",
         "cli/main.py",
+        "bulk/worker.py",
         "sampling/solvers/__init__.py",
         "export/families/uvit.py",
         "bench/quality.py",
