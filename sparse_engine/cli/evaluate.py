@@ -24,7 +24,7 @@ from .options import (
     ScheduleName,
     model_options,
 )
-from .sample import parse_labels
+from .sample import filling_labels
 from .terminal import bench_module, console, make_table, print_json, progress, tell
 
 PAGE, RESULTS = "evaluation.html", "evaluation.json"  # in a folder that is given
@@ -76,7 +76,7 @@ def command(
     told, negative = read_conditioning(conditioning)
     measuring, files = bench_module("evaluate"), bench_module("results_file")
     drawing = measuring.Drawing(
-        count, _seeds(seeds), steps, sampler, guidance, batch_size, parse_labels(labels, count), told, negative
+        count, _seeds(seeds), steps, sampler, guidance, batch_size, filling_labels(labels, count), told, negative
     )
     with progress() as display:
         task = display.add_task("starting", total=None)
