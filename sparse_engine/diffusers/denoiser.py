@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -81,13 +81,19 @@ class EngineDenoiser(ModelMixin, ConfigMixin):
         super().__init__()
         self.register_to_config(**original.config)
         plain = self.__dict__  # nothing of the original is a part of this module
-        plain.update(engine=engine, original=original, _pipe=weakref.ref(pipe) if pipe is not None else lambda: None)
+        plain.update(engine=engine, original=original, _pipe=_reference(pipe))
         plain.update(_device=original.device, _dtype=original.dtype)
         manifest = engine.manifest
         plain["_conditions"] = {each.name: each for each in manifest.conditions}
         plain["_more"] = _channels_beyond(original.config, manifest.data_shape[0])
         if original.added_features is not None:  # which SDXL's pipelines read
             plain["add_embedding"] = SimpleNamespace(linear_1=SimpleNamespace(in_features=original.added_features))
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UnsupportedError(
+            "a network that an engine evaluates cannot be copied or sent to another process",
+            "use_engine(other, pipe.unet.engine) shares the engine; in another process name its file",
+        )
 
     @property
     def device(self) -> torch.device:
@@ -167,6 +173,14 @@ class EngineDenoiser(ModelMixin, ConfigMixin):
             raise UnsupportedError("a gradient of the picture is asked for, which an engine has none of", calls.RESTORE)
         if self._more:
             check_scheduler(getattr(self._pipe(), "scheduler", None))
+
+
+def _reference(pipe: Any) -> Callable[[], Any]:
+    """What gives a pipeline that is still there; of an object that takes no weak reference, always."""
+    try:
+        return weakref.ref(pipe)
+    except TypeError:
+        return lambda: pipe
 
 
 def check_scheduler(scheduler: Any) -> None:

@@ -10,6 +10,12 @@ from pipeline_cases import CASES, Built
 
 from sparse_engine.diffusers import restore, use_engine
 
+# Of diffusers itself: schedulers without Stable Diffusion's offset, an interface that it will drop.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
 PAIRS = [(name, scheduler) for name, case in CASES.items() for scheduler in case.schedulers]
 
 
