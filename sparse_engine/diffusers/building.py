@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import warnings
@@ -14,6 +15,9 @@ from typing import Any
 from sparse_engine import __version__, arguments, artifact, tactics
 from sparse_engine.backends import BuildOptions
 from sparse_engine.calibration.apply import Quantisation
+from sparse_engine.calibration.collect import collect
+from sparse_engine.calibration.quantize import QUANTISED_PRECISIONS
+from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import CheckpointError, EngineFileError, OptionError
 from sparse_engine.export.build import build_engine
 from sparse_engine.export.diffusers_folder import DECODERS
@@ -25,7 +29,8 @@ from sparse_engine.files import kept_if_done, scratch_folder
 from .original import Original, weights_digest
 
 FOLDER = "diffusers"  # in the user's cache folder
-# What an engine says of its noise where the pipeline's scheduler is none that is offered: it only evaluates its network.
+# What an engine says of noise where the pipeline's scheduler is not offered: it only evaluates its network.
+CALIBRATED = (*QUANTISED_PRECISIONS, "auto")
 TRAINING = ("schedule", "prediction")
 NOT_READ: dict[bool, dict[str, Any]] = {
     True: {"schedule": {"name": "flow", "time_scale": 1000.0, "shift": 3.0}, "prediction": "flow"},
@@ -43,7 +48,8 @@ class BuildRequest:
         backend: "auto" or a backend's name.
         batch: (smallest, usual, largest) of a call; under guidance a call has two rows for each picture.
         mask: as ``--mask``; mask_layers: globs; pattern: N:M.
-        calib: what ``sparse-engine calibrate`` wrote, for int8, fp8 and "auto".
+        calib: what ``sparse-engine calibrate`` wrote of the network's file, for int8, fp8 and "auto"; None collects it,
+            where the network is told no more than a label.
         max_quality_loss: as ``--max-quality-loss``.
         image_size: side of the latents or pixels, where it is not the configuration's.
         context_length: vectors of a text, where it is not the family's.
@@ -95,6 +101,9 @@ def built_engine(original: Original, pipe: Any, request: BuildRequest) -> Path:
             return path
     folder.mkdir(parents=True, exist_ok=True)
     with _saved(network, original, pipe) as checkpoint, kept_if_done(path) as built:
+        calib = Path(request.calib) if request.calib else None
+        if calib is None and request.precision in CALIBRATED:
+            calib = _calibrated(original, pipe, request, built.with_name("calibration.npz"))
         _, manifest = build_engine(
             checkpoint,
             built,
@@ -102,7 +111,7 @@ def built_engine(original: Original, pipe: Any, request: BuildRequest) -> Path:
             masks=MaskOptions(request.mask, Pattern.parse(request.pattern), request.mask_layers),
             backend=request.backend,
             options=BuildOptions(sparse=request.sparse, precision=request.precision, batch=request.batch),
-            quantisation=_quantisation(request),
+            quantisation=Quantisation(calib, max_quality_loss=request.max_quality_loss) if calib else None,
         )
     for note in manifest.notes:
         if note.startswith("warning:"):
@@ -125,10 +134,18 @@ def _key(network: Any, original: Original, trained: dict[str, Any], request: Bui
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
-def _quantisation(request: BuildRequest) -> Quantisation | None:
-    if request.calib is not None:
-        return Quantisation(Path(request.calib), max_quality_loss=request.max_quality_loss)
-    return None
+def _calibrated(original: Original, pipe: Any, request: BuildRequest, path: Path) -> Path:
+    """What a float engine's network is given as it samples, written to ``path``. Raises OptionError."""
+    float_engine = built_engine(original, pipe, dataclasses.replace(request, precision="fp32", max_quality_loss=None))
+    with SparseEngine.load(float_engine) as engine:
+        needed = [each.name for each in engine.manifest.conditions if each.needed]
+        if needed:
+            raise OptionError(
+                f"precision {request.precision} needs calibration data, and the network is told {', '.join(needed)}",
+                "sparse-engine calibrate FOLDER --conditioning told.npz, build with --calib, and pass engine=",
+            )
+        collect(engine).save(path)
+    return path
 
 
 @contextlib.contextmanager
