@@ -167,7 +167,9 @@ class _Arms:
         progress("building")
         self._engines = build_arms(folder, workload, 2, settings, self._skipped)
         self._ours, self._dense, *_ = self._engines.values()
-        self.networks: dict[str, Any] = {AS_IT_IS: network, COMPILED_AS_IT_IS: torch.compile(network, dynamic=False)}
+        self.networks: dict[str, Any] = {AS_IT_IS: network}
+        if settings.peers:
+            self.networks[COMPILED_AS_IT_IS] = torch.compile(network, dynamic=False)
         for arm in (self._ours, self._dense):
             self.networks[arm.name] = EngineDenoiser(arm.engine, self._original, pipe)
         self.precisions = dict.fromkeys(self.networks, "fp32")
