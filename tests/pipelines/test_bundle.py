@@ -49,21 +49,23 @@ SHARED: dict[str, tuple[dict[str, Any], Any]] = {
 }
 
 
-def text_parts(folder: Path, number: str, width: int, pad: str, projection: int = 0) -> tuple[Any, Any]:
+def text_parts(
+    folder: Path, number: str, width: int, pad: str, projection: int = 0, length: int = LENGTH
+) -> tuple[Any, Any]:
     """A text model with its tokenizer, in a pipeline's folder, as transformers read them."""
-    tokenizer = save_tokenizer(folder / f"tokenizer{number}", pad=pad, length=LENGTH)
+    tokenizer = save_tokenizer(folder / f"tokenizer{number}", pad=pad, length=length)
     encoder = folder / f"text_encoder{number}"
     if projection:
-        model = CLIPTextModelWithProjection(text_config(LENGTH, width, projection_dim=projection)).eval()
+        model = CLIPTextModelWithProjection(text_config(length, width, projection_dim=projection)).eval()
         fill(model, seed=3)
         model.save_pretrained(encoder)
         return model, CLIPTokenizer.from_pretrained(tokenizer)
-    save_text_model(encoder, LENGTH, width)
+    save_text_model(encoder, length, width)
     return CLIPTextModel.from_pretrained(encoder), CLIPTokenizer.from_pretrained(tokenizer)
 
 
-def make_sd(folder: Path) -> Any:
-    encoder, tokenizer = text_parts(folder / "parts", "", 24, "!")
+def make_sd(folder: Path, length: int = LENGTH) -> Any:
+    encoder, tokenizer = text_parts(folder / "parts", "", 24, "!", length=length)
     return StableDiffusionPipeline(
         vae=save_vae(folder / "parts" / "vae", **SMALL),
         unet=tamed(randomised(UNet2DConditionModel(**SD))),
