@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ IGNORED = ["*.fp16.*", "*.bf16.*", "*non_ema*", "*ema_only*", "*openvino*", "*fl
 
 def is_hub_name(path: Path) -> bool:
     """Whether a path that is not there can be the name of a repository."""
-    return not path.exists() and NAME.fullmatch(path.as_posix()) is not None
+    return NAME.fullmatch(path.as_posix()) is not None and not os.path.lexists(path)
 
 
 def cached(path: Path) -> Path:

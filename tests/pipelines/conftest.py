@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from pipeline_cases import CASES, Built, build
+
+from tests.pipelines.pipeline_cases import CASES, Built, build
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import PNDMScheduler
-from pipeline_cases import CASES, Built
 
 from sparse_engine.diffusers import building, restore, use_engine
 from sparse_engine.errors import OptionError, UnsupportedError
+from tests.pipelines.pipeline_cases import CASES, Built
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

@@ -17,7 +17,6 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from pipeline_cases import CASES, LENGTH, SD, SD_BETAS, SDXL, tamed
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sparse_engine import SparseEngine, sampling
@@ -31,6 +30,7 @@ from sparse_engine.export.model import load_model
 from tests.clip import fill, save_text_model, save_tokenizer, text_config
 from tests.export.diffusers_networks import randomised
 from tests.export.test_vae import SMALL, save_vae
+from tests.pipelines.pipeline_cases import CASES, LENGTH, SD, SD_BETAS, SDXL, tamed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from pipeline_cases import CASES, LENGTH, Built, drawn
 
 from sparse_engine.diffusers import EngineDenoiser, use_engine
 from sparse_engine.diffusers.original import Original
 from sparse_engine.errors import OptionError, UnsupportedError
+from tests.pipelines.pipeline_cases import CASES, LENGTH, Built, drawn
 
 X = drawn(2, 4, 8, 8, seed=8)
 CONTEXT = drawn(2, LENGTH, 24, seed=9)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pipeline_cases import CASES, Built
 
 from sparse_engine.diffusers import restore, use_engine
+from tests.pipelines.pipeline_cases import CASES, Built
 
 # Of diffusers itself: schedulers without Stable Diffusion's offset, an interface that it will drop.
 pytestmark = [

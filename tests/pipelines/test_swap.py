@@ -22,12 +22,12 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from pipeline_cases import CASES, SD, UNET, Built, tamed, text
 
 from sparse_engine.diffusers import EngineDenoiser, restore, use_engine
 from sparse_engine.diffusers.original import Original
 from sparse_engine.errors import CheckpointError, EngineClosedError, OptionError, UnsupportedError
 from tests.export.diffusers_networks import randomised
+from tests.pipelines.pipeline_cases import CASES, SD, UNET, Built, tamed, text
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 NO_TEXT = {"text_encoder": None, "tokenizer": None}

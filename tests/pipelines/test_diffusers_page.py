@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from pipeline_cases import CASES
-from test_bundle import make_sd
+
+from tests.pipelines.pipeline_cases import CASES
+from tests.pipelines.test_bundle import make_sd
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs" / "diffusers.md").read_text()
