@@ -201,6 +201,9 @@ class _Arms:
                 except PeerUnavailableError as error:
                     self._skipped[name] = str(error)
                     continue
+                except Exception as error:  # another runtime's failure is its own: the others are still measured
+                    self._skipped[name] = f"failed: {type(error).__name__}: {error}"[:200]
+                    continue
                 like: Any = PeerNetwork(self._ours.engine.manifest, runner)
                 self.networks[name] = EngineDenoiser(like, self._original, self._pipe)
                 self.precisions[name] = precision

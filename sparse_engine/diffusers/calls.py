@@ -38,7 +38,6 @@ REFUSED = {
     "ip_adapter_masks": ADAPTER,
 }
 OPTIONS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")  # of the attention's processors
-REFUSAL = UnsupportedError
 
 
 def told(arguments: Mapping[str, Any], conditions: Mapping[str, Condition], rows: int) -> dict[str, np.ndarray]:
@@ -73,7 +72,7 @@ def told(arguments: Mapping[str, Any], conditions: Mapping[str, Condition], rows
         mask = conditions[name].mask
         if mask in arrays:
             arrays[name], arrays[mask] = _filled(array, arrays[mask], conditions[name])
-        elif conditions[name].shape and conditions[name].mask is None and not name.endswith("_mask"):
+        elif conditions[name].shape and conditions[name].mask is None:
             _check_length(array, conditions[name])
     if LABELS in arrays and arrays[LABELS].size == 1:
         arrays[LABELS] = np.broadcast_to(arrays[LABELS].reshape(1), (rows,))
@@ -109,14 +108,16 @@ def _check_options(name: str, value: Mapping[str, Any]) -> None:
         if option == "scale" and setting in (None, 1, 1.0):
             continue
         if option == "scale":
-            raise REFUSAL(f"{name}: a LoRA's scale of {setting} is given, and an engine's weights are fixed", FUSE)
+            raise UnsupportedError(
+                f"{name}: a LoRA's scale of {setting} is given, and an engine's weights are fixed", FUSE
+            )
         what = REFUSED.get(option, f"the option {option!r} of attention")
-        raise REFUSAL(f"{name}: {what} is given, which an engine does not take", RESTORE)
+        raise UnsupportedError(f"{name}: {what} is given, which an engine does not take", RESTORE)
 
 
 def _refusal(name: str, conditions: Mapping[str, Condition]) -> Exception:
     if name in REFUSED:
-        return REFUSAL(f"{name}: {REFUSED[name]} cannot be given to an engine", RESTORE)
+        return UnsupportedError(f"{name}: {REFUSED[name]} cannot be given to an engine", RESTORE)
     has = ", ".join(conditions) or "nothing"
     return OptionError(f"{name} is given, but the engine's network is told {has}", RESTORE)
 
