@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -91,12 +92,15 @@ def load_pipeline(folder: Path) -> Any:
         raise CheckpointError(f"{folder} has no {PIPELINE}: no folder of a pipeline", "name what save_pretrained wrote")
     parts = read_json(folder / PIPELINE)
     absent = {name: None for name, kind in parts.items() if isinstance(kind, list) and kind[:1] == [None]}
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True, **absent)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # `dtype`, its new name, is not known to older versions
+            pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True, **absent)
     except Exception as error:  # of any kind, by what is wrong with the folder
         raise CheckpointError(f"{folder}: diffusers cannot load it: {error}", "check that it is whole") from error
     pipe.set_progress_bar_config(disable=True)
-    logging.set_verbosity_error()
     return pipe
 
 

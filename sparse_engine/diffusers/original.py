@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,9 @@ class Original:
 
     def _loaded(self, path: str, digest: str) -> Any:
         try:
-            network = self.kind.from_pretrained(path, torch_dtype=self.dtype, local_files_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # `dtype`, its new name, is not known to older versions
+                network = self.kind.from_pretrained(path, torch_dtype=self.dtype, local_files_only=True)
         except Exception as error:  # of any kind, by what is wrong with the folder
             raise CheckpointError(
                 f"{path}: the network cannot be loaded again: {error}", "restore the folder"
