@@ -21,7 +21,7 @@ TOLD = {
     "timestep_cond": "timestep_cond",
 }
 ADDED = {"text_embeds": "pooled", "time_ids": "time_ids", "resolution": "resolution", "aspect_ratio": "aspect_ratio"}
-FUSE = "pipe.fuse_lora(), restored to the original network, then build an engine of what comes out"
+FUSE = "restore(pipe), pipe.fuse_lora(), then use_engine(pipe, build=True): an engine of the fused weights"
 RESTORE = "restore(pipe), and run the original network with it"
 CONTROLNET = "residuals of a ControlNet"
 ADAPTER = "an IP-Adapter's image"

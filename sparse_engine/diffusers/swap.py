@@ -102,7 +102,8 @@ def restore(pipe: Any) -> Any:
         OptionError: none of its parts is an engine's.
         CheckpointError: the network was let go, and its folder holds other weights by now.
     """
-    found = {name: part for name, part in vars(pipe).items() if isinstance(part, EngineDenoiser)}
+    parts = {**vars(pipe), **getattr(pipe, "_modules", {})}  # of a pipeline that is a module itself, too
+    found = {name: part for name, part in parts.items() if isinstance(part, EngineDenoiser)}
     if not found:
         raise OptionError("the pipeline uses no engine: there is nothing to restore", "use_engine(pipe, ...) first")
     for name, denoiser in found.items():

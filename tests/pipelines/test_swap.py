@@ -267,6 +267,11 @@ def test_any_object_that_calls_its_network(made: Built) -> None:
     x, context = torch.zeros(1, 4, 8, 8), torch.zeros(1, 6, 24)
     assert (own.model(x, 3, context)[0] - made.baked(x, 3, context)[0]).abs().max() < 1e-5
     assert restore(own).model is made.network
+    module = torch.nn.Module()
+    module.unet = made.network
+    use_engine(module, made.engine)
+    assert isinstance(module.unet, EngineDenoiser)
+    assert restore(module).unet is made.network
 
 
 def test_a_compiled_network_comes_back_compiled(made: Built) -> None:
