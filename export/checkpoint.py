@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparse_engine.errors import CheckpointError
 
+from .hub import cached
 from .mask_carriers import told_apart
 from .weight_choice import choose_weights
 from .weight_files import find_weights, name_without_suffixes, read_json
@@ -56,13 +57,14 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Args:
         path: a ``.pth``/``.pt``/``.bin`` or ``.safetensors`` state dict, or one inside a training checkpoint's
             dictionaries or under prefixes; the ``*.index.json`` of shards; a SparseDM ``N.ckpt/`` or a Hub's folder; a
-            diffusers pipeline's folder, of which the network is taken, or that network's own.
+            diffusers pipeline's folder, of which the network is taken, or that network's own; the name of one on the
+            Hub, which is looked for in the local cache alone.
 
     Raises:
         CheckpointError: not a checkpoint, unreadable, truncated, holding code, without tensors, with several networks
             and nothing to choose between them, with a pruning tool's tensors that cannot be taken, or with NaN or inf.
     """
-    files = find_weights(Path(path))
+    files = find_weights(cached(Path(path)))
     held, inside = read_weights(files)
     where = str(files.path)
     tensors, notes = choose_weights(held, files.path.name)
