@@ -36,7 +36,7 @@ lint: $(READY)
 gpu-check:
 	rm -rf out/path
 	mkdir -p out/path/sparse_engine
-	ln -s $(CURDIR)/sparse_engine/* $(CURDIR)/export $(CURDIR)/calibration $(CURDIR)/bench out/path/sparse_engine
+	ln -s $(CURDIR)/sparse_engine/* $(CURDIR)/export $(CURDIR)/calibration $(CURDIR)/pruning $(CURDIR)/bench out/path/sparse_engine
 	PYTHONPATH=$(CURDIR)/out/path $(GPU_PYTHON) -P -m sparse_engine.bench.gpu $(GPU_ARGS)
 
 format: $(READY)

@@ -27,7 +27,7 @@ def test_imports_are_lazy() -> None:
 
 
 def test_nothing_imports_bench() -> None:
-    for folder in ("sparse_engine", "export", "calibration"):
+    for folder in ("sparse_engine", "export", "calibration", "pruning"):
         for file in (REPOSITORY / folder).rglob("*.py"):
             text = file.read_text()
             assert not re.search(r"^\s*(from|import) sparse_engine\.bench", text, re.M), file
@@ -64,6 +64,7 @@ def test_wheel_holds_the_one_package_and_nothing_else(wheel: Path) -> None:
         "export/families/uvit.py",
         "bench/quality.py",
         "calibration/__init__.py",
+        "pruning/__init__.py",
     ):
         assert f"sparse_engine/{name}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
