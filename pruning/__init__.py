@@ -1,1 +1,1 @@
-"""Dense checkpoints to 2:4 ones: in one shot, and by fine-tuning."""
+"""How a dense model becomes 2:4: training under the mask, from the data and the dense model as a teacher."""

@@ -11,7 +11,20 @@ import typer
 from sparse_engine import __version__, process
 from sparse_engine.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, SparseEngineError
 
-from . import bench, build, calibrate, doctor, export_triton, inspect, sample, samplers, tune, verify
+from . import (
+    bench,
+    build,
+    calibrate,
+    doctor,
+    evaluate,
+    export_triton,
+    finetune,
+    inspect,
+    sample,
+    samplers,
+    tune,
+    verify,
+)
 from .terminal import errors, tell
 
 # Typer brings click inside itself, or imports it, by version; the base of a usage error is the same class either way.
@@ -23,7 +36,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for module in (build, calibrate, inspect, sample, verify, bench, export_triton, samplers, tune, doctor):
+COMMANDS = (
+    build, finetune, calibrate, inspect, sample, verify, evaluate, bench, export_triton, samplers, tune, doctor,
+)  # fmt: skip
+for module in COMMANDS:
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)
 
 

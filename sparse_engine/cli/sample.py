@@ -77,7 +77,7 @@ def command(
             sampler=sampler,
             seed=seed,
             first=first,
-            labels=_labels(labels, n),
+            labels=parse_labels(labels, n),
             conditioning=told,
             negative=negative,
             prompt=prompt,
@@ -100,7 +100,7 @@ def command(
     errors.print(f"{written} samples: {output}", highlight=False, markup=False)
 
 
-def _labels(text: str | None, n: int) -> np.ndarray | None:
+def parse_labels(text: str | None, n: int) -> np.ndarray | None:
     """ "3", "0,1,2" or "0-9" -> one label per sample. Raises OptionError where they do not fill the count evenly."""
     if text is None:
         return None
