@@ -77,7 +77,7 @@ class Traced:
         return max(sizes, default=0) // EXAMPLE_BATCH
 
 
-def trace(network: nn.Module, config: FamilyConfig, selected: Mapping[str, nn.Linear | nn.Conv2d]) -> Traced:
+def trace(network: nn.Module, config: FamilyConfig, selected: Mapping[str, nn.Module]) -> Traced:
     """Trace a network of a family.
 
     Args:
@@ -101,7 +101,7 @@ def trace(network: nn.Module, config: FamilyConfig, selected: Mapping[str, nn.Li
     layers: dict[str, Layer] = {}
     for node in nodes:
         if node.target is LINEAR or node.target in CONV:
-            name = weights.get(tensors.get(node.args[1], ""))  # type: ignore[arg-type]
+            name = weights.get(tensors.get(node.args[1], ""))
             if name is not None and name not in layers:
                 layers[name] = Layer(name, node, node.args[0], selected[name])  # type: ignore[arg-type]
     groups: dict[tuple[Any, ...], list[Layer]] = {}

@@ -57,7 +57,7 @@ def run_job(
             taken = states_for(checkpoint, model, states, given, lambda done, total: progress(done, total, "sampling"))
             journal.keep_states(taken)
         pruned = prune(model, taken, options, journal, folder, progress)
-        write_pruned(checkpoint, output, model, given, pruned)
+        write_pruned(checkpoint, output, model, pruned)
     except Exception:
         journal.remove_if_empty()
         raise

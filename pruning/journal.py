@@ -45,7 +45,7 @@ class Turn:
 
     def write(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Note a layer as done. Raises OutputError."""
-        arrays = {kind: tensor.numpy() for kind, tensor in tensors.items()}
+        arrays: dict[str, Any] = {kind: tensor.numpy() for kind, tensor in tensors.items()}
         with replacing(self.folder / f"{name}.npz") as stream:
             np.savez(stream, facts=np.array(json.dumps(dict(facts))), **arrays)
 
@@ -99,6 +99,11 @@ class Journal:
     def remove(self) -> None:
         """The job is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def remove_if_empty(self) -> None:
+        """The job has failed; what took long is kept."""
+        if not any(self.folder.rglob("*.npz")):
+            self.remove()
 
     def _check(self, job: Mapping[str, Any]) -> None:
         path = self.folder / JOB

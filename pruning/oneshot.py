@@ -22,8 +22,8 @@ from sparse_engine.export.masks import TWO_FOUR, Pattern
 from sparse_engine.export.model import Model
 from sparse_engine.export.names import listed
 
-from .graph import Layer, Traced, trace
 from .gram import Sums, Work, collect, columns_of, weight_of
+from .graph import Layer, Traced, trace
 from .journal import Journal, Turn
 from .solve import DAMPING, METHODS
 from .walk import Walk
@@ -61,6 +61,17 @@ class PruneOptions:
             raise OptionError(f"method {self.method!r} is not known; expected one of {', '.join(METHODS)}")
         if isinstance(self.dense_layers, bool) or self.dense_layers < 0:
             raise OptionError(f"dense_layers is {self.dense_layers}; expected a whole number from 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What fixes the result, for a journal."""
+        layers = None if self.layers is None else list(self.layers)
+        return {
+            "method": self.method,
+            "pattern": str(self.pattern),
+            "layers": layers,
+            "dense_layers": self.dense_layers,
+            "force": self.force,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +120,19 @@ class Pruned:
     spilled: int = 0
     notes: list[str] = dataclasses.field(default_factory=list)
 
+    def report(self, path: Path) -> dict[str, Any]:
+        """As ``--json`` prints it."""
+        return {
+            "path": str(path),
+            "method": self.options.method,
+            "pattern": str(self.options.pattern),
+            "seconds": self.seconds,
+            "float64": dataclasses.asdict(self.work),
+            "spilled": self.spilled,
+            "layers": [layer.to_dict() for layer in self.layers],
+            "notes": self.notes,
+        }
+
     def record(self) -> dict[str, Any]:
         """What a checkpoint says of it: ``bake`` obeys it."""
         return {
@@ -144,10 +168,10 @@ def prune(
     """
     started, work = time.perf_counter(), Work()
     network = model.network(bake(model, "none").state)
-    modules, spared = _selected(model, network, options)
-    traced = trace(network, model.config, modules)
+    modules, spared = check_prunable(model, options)
+    traced = trace(network, model.config, {name: network.get_submodule(name) for name in modules})
     used = [layer for group in traced.groups for layer in group]
-    spared |= dict.fromkeys(modules.keys() - {layer.name for layer in used}, "the network does not use it")
+    spared |= dict.fromkeys(set(modules) - {layer.name for layer in used}, "the network does not use it")
     _check_memory(used, options)
     walker = _Walker(traced, states, options, folder, work)
     walker.turns = 2 if options.dense_layers else 1
@@ -158,16 +182,12 @@ def prune(
         spared |= dict.fromkeys(excluded, KEPT_DENSE)
         done = walker.pruned(names, walker.before(excluded, done), journal.of("second"), progress)
     layers = [
-        done[name].result if name in done else LayerResult(name, kind_of(module), tuple(module.weight.shape), False, why)
-        for name, module, why in ((name, network.get_submodule(name), spared.get(name)) for name in [*modules, *spared])
+        done[name].result
+        if name in done
+        else LayerResult(name, kind_of(module), tuple(module.weight.shape), False, spared[name])
+        for name, module in network.named_modules()
+        if name in done or name in spared
     ]
-    order = [name for name, _ in network.named_modules()]
-    layers = sorted({layer.name: layer for layer in layers}.values(), key=lambda layer: order.index(layer.name))
-    if not done:
-        raise CheckpointError(
-            f"{model.checkpoint.path}: none of the {len(layers)} selected layers is left to prune",
-            "choose others with --mask-layers, or fewer --dense-layers",
-        )
     tensors = {f"{name}.{kind}": value for name, each in done.items() for kind, value in each.tensors().items()}
     return Pruned(tensors, layers, options, work, time.perf_counter() - started, walker.spilled, _warnings(layers))
 
@@ -246,28 +266,27 @@ class _Walker:
         self, group: Sequence[Layer], walk: Walk, done: Mapping[str, _Done], journal: Turn
     ) -> Iterator[_Done]:
         noted = {layer.name: done.get(layer.name) or _read(journal, layer) for layer in group}
-        sums = [None] * len(group)
-        if any(each is None for each in noted.values()):
-            sums = collect(group, walk.given(group), self.work)
-        for layer, own in zip(group, sums, strict=True):
+        missing = [layer for layer in group if noted[layer.name] is None]
+        sums = dict(zip(group, collect(group, walk.given(group), self.work), strict=True)) if missing else {}
+        for layer in group:
             new = noted[layer.name]
             if new is None:
-                new = self._solved(layer, own)
+                new = self._solved(layer, sums[layer])
                 journal.write(layer.name, new.tensors(), new.result.to_dict())
             yield new
 
     def _solved(self, layer: Layer, sums: Sums) -> _Done:
         """Prune a layer, and measure what it cost."""
-        options, module = self.options, layer.module
+        options, module, old = self.options, layer.module, layer.module.bias
         dense = columns_of(module.weight).double()
-        best_bias = options.method == "full" and module.bias is not None
+        best_bias = old is not None and options.method == "full"
         sums = sums.centred() if best_bias else sums
         found = METHODS[options.method](dense, sums, options.pattern, self.work)
         columns = found.weight.float()
         new = columns.double()
         bias = None
-        if best_bias:
-            bias = (module.bias.double() + (sums.outputs - new @ sums.inputs) / sums.rows).float()
+        if best_bias and old is not None:
+            bias = (old.double() + (sums.outputs - new @ sums.inputs) / sums.rows).float()
         largest = METHODS["magnitude"](dense, sums, options.pattern, self.work).weight
         result = LayerResult(
             layer.name,
@@ -293,12 +312,13 @@ def _read(journal: Turn, layer: Layer) -> _Done | None:
     return _Done(weight, bias, LayerResult(**{**facts, "shape": tuple(facts["shape"])}))
 
 
-def _selected(
-    model: Model, network: nn.Module, options: PruneOptions
-) -> tuple[dict[str, nn.Linear | nn.Conv2d], dict[str, str | None]]:
-    """(layers to prune, those of the chosen that cannot be and why). Raises OptionError, CheckpointError."""
+def check_prunable(model: Model, options: PruneOptions) -> tuple[list[str], dict[str, str]]:
+    """Say before the work what of a model can be pruned: (the layers, those of the chosen that cannot be and why).
+
+    Raises OptionError, CheckpointError.
+    """
     pattern, masks = options.pattern, model.checkpoint.masks
-    chosen = {name: network.get_submodule(name) for name in chosen_layers(model, options.layers)}
+    chosen = chosen_layers(model, options.layers)
     weights = {name: model.checkpoint.state[f"{name}.weight"] for name in chosen}
     already = [name for name, weight in weights.items() if is_pruned(weight, masks.get(f"{name}.weight"), pattern)]
     if already and not options.force:
@@ -307,13 +327,19 @@ def _selected(
             f"{listed(already)}",
             "build takes it as it is, with --sparse; prune the dense weights, or these again with --force",
         )
-    spared: dict[str, str | None] = {
+    spared = {
         name: f"{weight.shape[1]} inputs are no multiple of {pattern.m}"
         for name, weight in weights.items()
         if weight.shape[1] % pattern.m
     }
-    modules = {name: module for name, module in chosen.items() if name not in spared}
-    return modules, spared  # type: ignore[return-value]
+    wanted = [name for name in chosen if name not in spared]
+    if len(wanted) <= options.dense_layers:
+        raise OptionError(
+            f"{len(wanted)} of the {len(chosen)} selected layers can be pruned, and {options.dense_layers} are to stay "
+            "dense: none is left",
+            "choose others with --mask-layers, or fewer --dense-layers",
+        )
+    return wanted, spared
 
 
 def _check_memory(layers: Sequence[Layer], options: PruneOptions) -> None:

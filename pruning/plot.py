@@ -18,7 +18,7 @@ LINES = (
     ("error", "pruned", "#0072b2", "o"),
     ("inherited", "dense weights, given the same", "#d55e00", "_"),
 )
-LEAST = 1e-8  # what is smaller stands at the bottom
+LEAST = 1e-7  # what is smaller is none, but for the rounding of float32
 
 
 def plot_errors(layers: Sequence[LayerResult], method: str, path: Path) -> None:
@@ -44,7 +44,7 @@ def plot_errors(layers: Sequence[LayerResult], method: str, path: Path) -> None:
         figure = Figure(figsize=(max(6.0, 0.17 * len(layers) + 2.0), 4.2), layout="constrained")
         axes = figure.subplots()
         for name, label, colour, marker in LINES:
-            values = [max(getattr(layer, name), LEAST) if layer.pruned else np.nan for layer in layers]
+            values = [value if (value := getattr(layer, name)) > LEAST else np.nan for layer in layers]
             axes.plot(places, values, marker, color=colour, label=label, markersize=4)
         axes.set_yscale("log")
         axes.set_ylabel("error of the outputs, share of their energy")

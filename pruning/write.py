@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -21,15 +20,22 @@ from sparse_engine.errors import OptionError
 from sparse_engine.export import diffusers_folder
 from sparse_engine.export.checkpoint import stored_weights
 from sparse_engine.export.model import Model
-from sparse_engine.export.options import ModelOptions
 from sparse_engine.export.weight_files import WeightFiles, find_weights, name_without_suffixes
-from sparse_engine.files import check_fillable, check_writable, filling, in_folder, kept_if_done, output_error, replacing
+from sparse_engine.files import (
+    UMASK,
+    check_fillable,
+    check_writable,
+    filling,
+    in_folder,
+    kept_if_done,
+    output_error,
+    replacing,
+)
 
 from .oneshot import Pruned
 
 SUFFIX = ".safetensors"
 OF_DIFFUSERS = f"diffusion_pytorch_model{SUFFIX}"
-OF_RECIPE = ("schedule", "prediction", "value_range", "null_class", "sampler")
 
 
 def output_for(checkpoint: Path, output: Path) -> Path:
@@ -57,14 +63,13 @@ def is_folder(checkpoint: Path, files: WeightFiles, output: Path) -> bool:
     return saved and checkpoint.is_dir() and output.suffix != SUFFIX
 
 
-def write_pruned(checkpoint: Path, output: Path, model: Model, given: ModelOptions, pruned: Pruned) -> None:
+def write_pruned(checkpoint: Path, output: Path, model: Model, pruned: Pruned) -> None:
     """Write a pruned checkpoint.
 
     Args:
         checkpoint: the dense one.
         output: what ``output_for`` says.
         model: the dense model.
-        given: what was said of it: the configuration that is written says it too.
         pruned: what ``prune`` made.
 
     Raises:
@@ -78,18 +83,13 @@ def write_pruned(checkpoint: Path, output: Path, model: Model, given: ModelOptio
             network = _copied(checkpoint, files, folder)
             _save(tensors, network / OF_DIFFUSERS, metadata, output)
         return
-    recipe = {name: getattr(model.recipe, name) for name in OF_RECIPE}
-    config: dict[str, Any] = {**model.checkpoint.config, "family": model.family.name, **recipe, **given.given()}
-    config.pop("pruning", None)
     with replacing(output.with_suffix(".json")) as stream:
-        stream.write(json.dumps(config, indent=1, default=dict).encode())
+        stream.write(json.dumps(model.settings(), indent=1).encode())
     with kept_if_done(output) as temporary:
         _save(tensors, temporary, metadata, output)
 
 
-def _renewed(
-    stored: Mapping[str, tuple[str, Tensor]], model: Model, new: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _renewed(stored: Mapping[str, tuple[str, Tensor]], model: Model, new: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors under the names they are stored by, those of pruned layers new, in the shape and type of the old."""
     layout = model.family.layout({name: tuple(tensor.shape) for name, (_, tensor) in stored.items()})
     names = {} if layout is None else layout.names
@@ -135,6 +135,7 @@ def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str], w
     """Write a safetensors file, flushed to disk. Raises OutputError that names ``wanted``."""
     try:
         save_file(dict(tensors), path, metadata)
+        path.chmod(0o666 & ~UMASK)
         with path.open("r+b") as stream:
             os.fsync(stream.fileno())
     except OSError as error:

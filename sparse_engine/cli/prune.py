@@ -46,6 +46,10 @@ def command(
     dense_layers: Annotated[int, typer.Option(help="Leave so many layers dense: those damaged most.")] = 0,
     pattern: Annotated[str, typer.Option(help="N:M; only 2:4 has sparse kernels.")] = "2:4",
     calib: Annotated[Path | None, typer.Option(help="States that `sparse-engine calibrate` wrote.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Images to put noise on, in place of trajectories: a folder, or an .npz.")
+    ] = None,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out pictures that cannot be read.")] = False,
     images: Annotated[int, typer.Option(help="Trajectories; of every four steps one is kept.")] = 64,
     steps: Annotated[int, typer.Option(help="Network evaluations of each.")] = 20,
     sampler: Annotated[str | None, typer.Option(help="Sampler.", show_default="the model's own")] = None,
@@ -71,7 +75,7 @@ def command(
     given = model_options({**locals(), "sampler": None})  # ``sampler`` is the trajectories', not the model's
     writer, oneshot, source = (pruning_module(name) for name in ("write", "oneshot", "states"))
     told, negative = read_conditioning(conditioning)
-    states = source.StateOptions(calib, images, steps, sampler, told, negative, seed)
+    states = source.StateOptions(calib, data, skip_broken, images, steps, sampler, told, negative, seed)
     options = oneshot.PruneOptions(
         method,
         export_module("masks").Pattern.parse(pattern),
@@ -111,7 +115,7 @@ def _shown(display: Progress) -> Callable[[int, int, str], None]:
     task = display.add_task("reading the checkpoint", total=None)
 
     def show(done: int, total: int, what: str) -> None:
-        display.update(task, completed=done, total=total, **({"description": what} if what else {}))
+        display.update(task, completed=done, total=total, description=what or None)
 
     return show
 
