@@ -1,7 +1,9 @@
 """What pruning has to know of a layer: sums of products of its inputs, in float64.
 
-For inputs X [T, n] of the layer in the pruned network and outputs Y [T, out] of it in the dense one, without bias:
-G = X^T X and B = Y^T X. Every method and every error is a function of these, so states are looked at once.
+For inputs X [T, n] of the layer in the pruned network and the outputs Y [T, out] that are wanted of it, without bias:
+G = X^T X and B = Y^T X. Every method and every error is a function of these, so states are looked at once. Y are the
+outputs of the dense network's layer and, where they are added to something else, what that lacks in the pruned network:
+a residual's branch makes up for what its trunk has lost.
 """
 
 from __future__ import annotations
@@ -43,33 +45,23 @@ class Sums:
     Attributes:
         gram: G, float64 [n, n].
         cross: B, float64 [out, n].
-        energy: sum of the squares of Y.
-        inputs, outputs: sums of the rows of X [n] and Y [out].
+        wanted: sum of the squares of Y.
+        energy: sum of the squares of the dense network's outputs alone.
         rows: how many rows.
     """
 
     gram: Tensor
     cross: Tensor
+    wanted: float
     energy: float
-    inputs: Tensor
-    outputs: Tensor
     rows: int
 
     def error(self, weight: Tensor) -> float:
-        """||Y - X W^T||^2 / ||Y||^2 for weights [out, n] in float64; 0 where the dense layer gives nothing."""
+        """||Y - X W^T||^2 for weights [out, n] in float64, in parts of the dense outputs' energy; 0 where that is."""
         if not self.energy:
             return 0.0
-        missed = self.energy - 2 * (weight * self.cross).sum() + ((weight @ self.gram) * weight).sum()
+        missed = self.wanted - 2 * (weight * self.cross).sum() + ((weight @ self.gram) * weight).sum()
         return max(0.0, float(missed) / self.energy)
-
-    def centred(self) -> Sums:
-        """The same of X and Y less their means: what is left once the bias is whatever is best."""
-        return dataclasses.replace(
-            self,
-            gram=self.gram - torch.outer(self.inputs, self.inputs) / self.rows,
-            cross=self.cross - torch.outer(self.outputs, self.inputs) / self.rows,
-            energy=self.energy - float(self.outputs.square().sum()) / self.rows,
-        )
 
 
 def columns_of(weight: Tensor) -> Tensor:
@@ -102,6 +94,11 @@ def outputs_of(x: Tensor, module: nn.Linear | nn.Conv2d) -> Tensor:
     if isinstance(module, nn.Linear):
         return F.linear(x, module.weight).reshape(-1, module.weight.shape[0])
     y = F.conv2d(x, module.weight, None, module.stride, module.padding, module.dilation, module.groups)
+    return _by_place(y)
+
+
+def _by_place(y: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B H W, C]."""
     return y.flatten(2).transpose(1, 2).reshape(-1, y.shape[1])
 
 
@@ -115,12 +112,16 @@ def collect(group: Sequence[Layer], given: Iterable[Given], work: Work) -> list[
     outs = [layer.rows for layer in group]
     gram = torch.zeros(n, n, dtype=torch.float64)
     # Y^T X, or W (X_dense^T X), whichever is less to multiply.
-    by_inputs = sum(outs) > n and isinstance(first.module, nn.Linear)
+    by_inputs = sum(outs) > n and isinstance(first.module, nn.Linear) and not any(layer.beside for layer in group)
     cross = torch.zeros(n if by_inputs else sum(outs), n, dtype=torch.float64)
-    inputs, outputs = torch.zeros(n, dtype=torch.float64), torch.zeros(sum(outs), dtype=torch.float64)
-    energy = torch.zeros(sum(outs), dtype=torch.float64)
+    wanted, energy = (torch.zeros(sum(outs), dtype=torch.float64) for _ in range(2))
     for both in given:
-        y = torch.cat([outputs_of(both.dense, layer.module) for layer in group], dim=1)
+        dense = [outputs_of(both.dense, layer.module) for layer in group]
+        energy += torch.cat([each.double().square().sum(0) for each in dense])
+        for outputs, missing in zip(dense, both.missing, strict=False):
+            if missing is not None:
+                outputs += missing.reshape(-1, outputs.shape[1]) if missing.ndim < 4 else _by_place(missing)
+        y = torch.cat(dense, dim=1)
         x = rows_of(both.pruned, first.module)
         left = rows_of(both.dense, first.module) if by_inputs else y
         rows += len(x)
@@ -130,11 +131,9 @@ def collect(group: Sequence[Layer], given: Iterable[Given], work: Work) -> list[
             flops = _add_products(gram, wide)
             cross.addmm_((left[part].double() if by_inputs else target).T, wide)
             work.add(flops + 2.0 * len(wide) * cross.numel(), started)
-            inputs += wide.sum(0)
-            outputs += target.sum(0)
-            energy += target.square().sum(0)
+            wanted += target.square().sum(0)
     _mirror(gram)
-    if not (torch.isfinite(gram).all() and torch.isfinite(cross).all() and torch.isfinite(energy).all()):
+    if not (torch.isfinite(gram).all() and torch.isfinite(cross).all() and torch.isfinite(wanted).all()):
         raise NonFiniteError(
             f"{first.name} is given NaN or infinite values: the states, or the network on them, are not finite",
             "check the states that are given with --calib or --data, and the checkpoint",
@@ -144,7 +143,7 @@ def collect(group: Sequence[Layer], given: Iterable[Given], work: Work) -> list[
     for layer, out in zip(group, outs, strict=True):
         own = slice(at, at + out)
         mine = columns_of(layer.module.weight).double() @ cross if by_inputs else cross[own].clone()
-        found.append(Sums(gram, mine, float(energy[own].sum()), inputs, outputs[own], rows))
+        found.append(Sums(gram, mine, float(wanted[own].sum()), float(energy[own].sum()), rows))
         at += out
     return found
 

@@ -21,17 +21,28 @@ from sparse_engine.errors import BackendError
 from sparse_engine.export.families import FamilyConfig
 
 LINEAR, CONV = torch.ops.aten.linear.default, (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
+ADD = torch.ops.aten.add.Tensor
 EXAMPLE_BATCH = 3  # any size but 0 and 1, which the tracer takes for constants
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One Linear or Conv2d where it is applied: ``node`` is its operation, ``source`` what it is given."""
+    """One Linear or Conv2d where it is applied.
+
+    Attributes:
+        name: of the module.
+        node: its operation.
+        source: what it is given.
+        module: itself.
+        beside: what its outputs are added to, and nothing else is done with them: the other end of a residual. None
+            where there is no such.
+    """
 
     name: str
     node: Node
     source: Node
     module: nn.Linear | nn.Conv2d
+    beside: Node | None = None
 
     @property
     def columns(self) -> int:
@@ -99,15 +110,18 @@ def trace(network: nn.Module, config: FamilyConfig, selected: Mapping[str, nn.Mo
     tensors = {node: named[node.name] for node in placeholders if node.name in named}
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
     layers: dict[str, Layer] = {}
+    before: set[Node] = set()
     for node in nodes:
+        before.add(node)
         if node.target is LINEAR or node.target in CONV:
             name = weights.get(tensors.get(node.args[1], ""))
             if name is not None and name not in layers:
-                layers[name] = Layer(name, node, node.args[0], selected[name])  # type: ignore[arg-type]
+                module, source = selected[name], node.args[0]
+                layers[name] = Layer(name, node, source, module, _beside(node, before))  # type: ignore[arg-type]
     groups: dict[tuple[Any, ...], list[Layer]] = {}
     for layer in layers.values():
         groups.setdefault((layer.source, layer.geometry()), []).append(layer)
-    kept = _used(nodes, [layer.source for layer in layers.values()])
+    kept = _used(nodes, [node for layer in layers.values() for node in (layer.source, layer.beside) if node])
     place = {node: index for index, node in enumerate(kept)}
     return Traced(
         kept,
@@ -133,6 +147,18 @@ def _exported(network: nn.Module, config: FamilyConfig) -> torch.export.Exported
     except Exception as error:  # a tracer raises whatever the network makes it raise
         cause = str(error.__cause__ or error).strip().partition("\n")[0]
         raise BackendError(f"torch {torch.__version__} cannot trace the network: {cause}") from error
+
+
+def _beside(node: Node, before: set[Node]) -> Node | None:
+    """What a layer's outputs are added to, if that is all that becomes of them and it is there by then."""
+    users = list(node.users)
+    if len(users) != 1 or users[0].target is not ADD or users[0].kwargs:
+        return None
+    others = [other for other in users[0].args if other is not node]
+    other = others[0] if len(others) == 1 else None
+    if not isinstance(other, Node) or other not in before or _size(other.meta["val"]) != _size(node.meta["val"]):
+        return None
+    return other
 
 
 def _used(nodes: list[Node], ends: list[Node]) -> list[Node]:

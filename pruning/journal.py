@@ -31,23 +31,22 @@ class Turn:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """(tensors, facts) of a layer that is done; None where it is not, or its file is damaged."""
+    def read(self, name: str) -> tuple[Tensor, dict[str, Any]] | None:
+        """(weight, facts) of a layer that is done; None where it is not, or its file is damaged."""
         path = self.folder / f"{name}.npz"
         if not path.is_file():
             return None
         try:
             members = read_arrays(path, "no layer of a journal", "remove it")
-            facts = parsed_json(str(members.pop("facts")))
+            weight, facts = torch.from_numpy(members["weight"]), parsed_json(str(members["facts"]))
         except (InputError, KeyError, ValueError):
             return None
-        return {kind: torch.from_numpy(array) for kind, array in members.items()}, facts
+        return weight, facts
 
-    def write(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def write(self, name: str, weight: Tensor, facts: Mapping[str, Any]) -> None:
         """Note a layer as done. Raises OutputError."""
-        arrays: dict[str, Any] = {kind: tensor.numpy() for kind, tensor in tensors.items()}
         with replacing(self.folder / f"{name}.npz") as stream:
-            np.savez(stream, facts=np.array(json.dumps(dict(facts))), **arrays)
+            np.savez(stream, facts=np.array(json.dumps(dict(facts))), weight=weight.numpy())
 
 
 class Journal:

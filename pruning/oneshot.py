@@ -188,7 +188,7 @@ def prune(
         for name, module in network.named_modules()
         if name in done or name in spared
     ]
-    tensors = {f"{name}.{kind}": value for name, each in done.items() for kind, value in each.tensors().items()}
+    tensors = {f"{name}.weight": each.weight for name, each in done.items()}
     return Pruned(tensors, layers, options, work, time.perf_counter() - started, walker.spilled, _warnings(layers))
 
 
@@ -204,14 +204,10 @@ def kind_of(module: nn.Module) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Done:
-    """One layer's new tensors, and what was done."""
+    """One layer's new weight, and what was done."""
 
     weight: Tensor
-    bias: Tensor | None
     result: LayerResult
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
 
 
 class _Walker:
@@ -248,7 +244,7 @@ class _Walker:
             progress(count, self.turns * each, group[0].name)
             for layer, new in zip(wanted, self._of_group(wanted, walk, made, journal), strict=True):
                 made[layer.name] = new
-                walk.replace(layer.name, new.weight, new.bias)
+                walk.replace(layer.name, new.weight)
         self.turn += 1
         self.spilled = max(self.spilled, walk.kept.spilled)
         return made
@@ -272,34 +268,28 @@ class _Walker:
             new = noted[layer.name]
             if new is None:
                 new = self._solved(layer, sums[layer])
-                journal.write(layer.name, new.tensors(), new.result.to_dict())
+                journal.write(layer.name, new.weight, new.result.to_dict())
             yield new
 
     def _solved(self, layer: Layer, sums: Sums) -> _Done:
         """Prune a layer, and measure what it cost."""
-        options, module, old = self.options, layer.module, layer.module.bias
+        options, module = self.options, layer.module
         dense = columns_of(module.weight).double()
-        best_bias = old is not None and options.method == "full"
-        sums = sums.centred() if best_bias else sums
         found = METHODS[options.method](dense, sums, options.pattern, self.work)
-        columns = found.weight.float()
-        new = columns.double()
-        bias = None
-        if best_bias and old is not None:
-            bias = (old.double() + (sums.outputs - new @ sums.inputs) / sums.rows).float()
+        new = found.weight.float()
         largest = METHODS["magnitude"](dense, sums, options.pattern, self.work).weight
         result = LayerResult(
             layer.name,
             kind_of(module),
             tuple(module.weight.shape),
             True,
-            error=sums.error(new),
+            error=sums.error(new.double()),
             inherited=sums.error(dense),
             by_magnitude=sums.error(largest),
             damping=found.damping,
             states=sums.rows,
         )
-        return _Done(weight_of(columns, module.weight.shape), bias, result)
+        return _Done(weight_of(new, module.weight.shape), result)
 
 
 def _read(journal: Turn, layer: Layer) -> _Done | None:
@@ -307,9 +297,8 @@ def _read(journal: Turn, layer: Layer) -> _Done | None:
     found = journal.read(layer.name)
     if found is None:
         return None
-    tensors, facts = found
-    weight, bias = tensors["weight"], tensors.get("bias")
-    return _Done(weight, bias, LayerResult(**{**facts, "shape": tuple(facts["shape"])}))
+    weight, facts = found
+    return _Done(weight, LayerResult(**{**facts, "shape": tuple(facts["shape"])}))
 
 
 def check_prunable(model: Model, options: PruneOptions) -> tuple[list[str], dict[str, str]]:

@@ -47,7 +47,7 @@ def wanda(weight: Tensor, sums: Sums, pattern: Pattern, work: Work) -> Solved:
 
 def sparsegpt(weight: Tensor, sums: Sums, pattern: Pattern, work: Work) -> Solved:
     """From left to right, the cheapest go, and the columns behind make up for them."""
-    factor, damping = _damped(sums.gram, work)
+    factor, damping, _ = _damped(sums.gram, work)
     return Solved(_swept(weight, factor, pattern, work)[0], damping)
 
 
@@ -56,8 +56,7 @@ def full(weight: Tensor, sums: Sums, pattern: Pattern, work: Work) -> Solved:
 
     The kept weights of a row minimise ||Y - X w||^2 + damping ||w - w_dense||^2.
     """
-    factor, damping = _damped(sums.gram, work)
-    ridge = damping * float(sums.gram.diagonal().mean())
+    factor, damping, ridge = _damped(sums.gram, work)
     target = sums.cross + ridge * weight
     started = time.perf_counter()
     closest = torch.cholesky_solve(target.T, factor).T
@@ -83,8 +82,8 @@ def largest(scores: Tensor, pattern: Pattern) -> Tensor:
     return torch.ones_like(groups, dtype=torch.bool).scatter_(1, gone, False).reshape(scores.shape)
 
 
-def _damped(gram: Tensor, work: Work) -> tuple[Tensor, float]:
-    """(lower Cholesky factor of G with something added to its diagonal, how much of the diagonal's mean that was).
+def _damped(gram: Tensor, work: Work) -> tuple[Tensor, float, float]:
+    """(lower Cholesky factor of G with something added to its diagonal, in parts of the diagonal's mean, how much).
 
     More is added where G is singular all the same, as it is of too few states.
     """
@@ -97,7 +96,7 @@ def _damped(gram: Tensor, work: Work) -> tuple[Tensor, float]:
         factor, failed = torch.linalg.cholesky_ex(system)
         work.add(len(gram) ** 3 / 3, started)
         if not int(failed) or damping > MOST_DAMPING:
-            return factor, damping
+            return factor, damping, damping * mean
         damping *= 10
 
 

@@ -29,10 +29,15 @@ SPILL_FROM = 1 << 16  # bytes; smaller values stay
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """What a group of layers is given of one batch: the same tensor twice while nothing before it was pruned."""
+    """What a group of layers is given of one batch: the same tensor twice while nothing before it was pruned.
+
+    ``missing`` is of each layer by how much what its outputs are added to is less in the pruned network than in the
+    dense one; None where that is nothing.
+    """
 
     dense: Tensor
     pruned: Tensor
+    missing: tuple[Tensor | None, ...] = ()
 
 
 class Kept:
@@ -110,7 +115,7 @@ class Walk:
         self.batches = [inputs_of(part, traced) for part in states.batches(batch)]
         self.stops = traced.groups
         self.last = self._last_uses()
-        self.differs = self._differing({f"{name}.{kind}" for name in pruned for kind in ("weight", "bias")})
+        self.differs = self._differing({f"{name}.weight" for name in pruned})
         self.kept = Kept(budget, folder, self.last.__getitem__)
 
     def stop_before_each(self, progress: Callable[[], None]) -> Iterator[list[Layer]]:
@@ -120,7 +125,7 @@ class Walk:
         """
         at = 0
         for group in self.stops:
-            until = self.place.get(group[0].source, -1) + 1
+            until = self._stop(group)
             for batch in range(len(self.batches)):
                 self._run(batch, at, until)
                 progress()
@@ -133,13 +138,17 @@ class Walk:
         source = group[0].source
         for batch in range(len(self.batches)):
             dense = self._value(batch, source, DENSE, {})
-            yield Given(dense, self._value(batch, source, PRUNED, {}) if source in self.differs else dense)
+            pruned = self._value(batch, source, PRUNED, {}) if source in self.differs else dense
+            yield Given(dense, pruned, tuple(self._missing(batch, layer.beside) for layer in group))
 
-    def replace(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
+    def _missing(self, batch: int, beside: Node | None) -> Tensor | None:
+        if beside is None or beside not in self.differs:
+            return None
+        return self._value(batch, beside, DENSE, {}) - self._value(batch, beside, PRUNED, {})
+
+    def replace(self, name: str, weight: Tensor) -> None:
         """Give a layer of the pruned network its new weights."""
         self.weights[PRUNED][f"{name}.weight"] = weight
-        if bias is not None:
-            self.weights[PRUNED][f"{name}.bias"] = bias
 
     def _run(self, batch: int, start: int, stop: int) -> None:
         """Run the operations from ``start`` to ``stop`` on a batch, and keep what later ones use."""
@@ -184,9 +193,16 @@ class Walk:
                 if used in last:
                     last[used] = index
         for group in self.stops:
-            if group[0].source in last:
-                last[group[0].source] = max(last[group[0].source], self.place[group[0].source] + 1)
+            stop = self._stop(group)
+            for waiting in (group[0].source, *(layer.beside for layer in group)):
+                if waiting is not None and waiting in last:
+                    last[waiting] = max(last[waiting], stop)
         return last
+
+    def _stop(self, group: Sequence[Layer]) -> int:
+        """How many operations have to be run before a group: all that it is given, and added to, is there then."""
+        needed = [group[0].source, *(layer.beside for layer in group)]
+        return max(self.place.get(node, -1) for node in needed if node is not None) + 1
 
     def _differing(self, names: set[str]) -> set[Node]:
         """The parameters that are replaced, and all operations that depend on one."""
