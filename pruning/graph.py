@@ -21,7 +21,7 @@ from sparse_engine.errors import BackendError
 from sparse_engine.export.families import FamilyConfig
 
 LINEAR, CONV = torch.ops.aten.linear.default, (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
-ADD = torch.ops.aten.add.Tensor
+ADD, TRANSPOSE, RESHAPE = torch.ops.aten.add.Tensor, torch.ops.aten.transpose.int, torch.ops.aten.reshape.default
 EXAMPLE_BATCH = 3  # any size but 0 and 1, which the tracer takes for constants
 
 
@@ -150,15 +150,26 @@ def _exported(network: nn.Module, config: FamilyConfig) -> torch.export.Exported
 
 
 def _beside(node: Node, before: set[Node]) -> Node | None:
-    """What a layer's outputs are added to, if that is all that becomes of them and it is there by then."""
-    users = list(node.users)
-    if len(users) != 1 or users[0].target is not ADD or users[0].kwargs:
+    """What a layer's outputs are added to, if that is all that becomes of them and it is there by then.
+
+    Between the layer and the sum, tokens [B, L, C] may become a map [B, C, H, W].
+    """
+    end, user = node, _only_user(node)
+    if user is not None and user.target is TRANSPOSE and user.args[1:] == (1, 2):
+        reshaped = _only_user(user)
+        if reshaped is not None and reshaped.target is RESHAPE and len(reshaped.meta["val"].shape) == 4:
+            end, user = reshaped, _only_user(reshaped)
+    if user is None or user.target is not ADD or user.kwargs:
         return None
-    others = [other for other in users[0].args if other is not node]
+    others = [other for other in user.args if other is not end]
     other = others[0] if len(others) == 1 else None
-    if not isinstance(other, Node) or other not in before or _size(other.meta["val"]) != _size(node.meta["val"]):
+    if not isinstance(other, Node) or other not in before or _size(other.meta["val"]) != _size(end.meta["val"]):
         return None
     return other
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _used(nodes: list[Node], ends: list[Node]) -> list[Node]:
