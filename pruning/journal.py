@@ -25,6 +25,11 @@ SUFFIX = ".partial"
 JOB, STATES = "job.json", "states.npz"
 
 
+def folder_of(output: Path) -> Path:
+    """Where the journal of what ``output`` will be is."""
+    return output.with_name(output.name + SUFFIX)
+
+
 class Turn:
     """One walk's layers in a journal."""
 
@@ -62,7 +67,7 @@ class Journal:
     """
 
     def __init__(self, output: Path, job: Mapping[str, Any]) -> None:
-        self.folder = output.with_name(output.name + SUFFIX)
+        self.folder = folder_of(output)
         self.resumed = self.folder.exists()
         if self.resumed:
             self._check(job)

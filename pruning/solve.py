@@ -22,7 +22,6 @@ from .gram import Sums, Work
 DAMPING = 0.01  # of the mean of G's diagonal, which is added to it
 MOST_DAMPING = 1e6
 BLOCK = 128  # columns whose errors are carried over to those behind them at once
-AT_ONCE = 1 << 28  # bytes of systems that are solved together
 EXACT_UP_TO = 2048  # unknowns of a row; more are found by conjugate gradients, a product of matrices at a time
 MOST_ITERATIONS, TOLERANCE = 200, 1e-6
 
@@ -133,15 +132,12 @@ def resolved(system: Tensor, target: Tensor, mask: Tensor, start: Tensor, work: 
     if kept > EXACT_UP_TO:
         return _by_gradients(system, target, mask, start, work)
     solution = torch.zeros_like(target)
-    at_once = max(1, AT_ONCE // (8 * kept * kept))
-    for first in range(0, len(target), at_once):
-        rows = slice(first, first + at_once)
-        places = mask[rows].nonzero()[:, 1].reshape(-1, kept)
-        started = time.perf_counter()
-        factors = torch.linalg.cholesky(system[places[:, :, None], places[:, None, :]])
-        found = torch.cholesky_solve(target[rows].gather(1, places)[:, :, None], factors)[:, :, 0]
-        work.add(len(places) * (kept**3 / 3 + 2.0 * kept * kept), started)
-        solution[rows] = solution[rows].scatter(1, places, found)
+    places = mask.nonzero()[:, 1].reshape(-1, kept)
+    started = time.perf_counter()
+    for row, own in enumerate(places):  # one by one: LAPACK is given no more at once either, and nothing is copied
+        factor = torch.linalg.cholesky(system.index_select(0, own).index_select(1, own), upper=True)
+        solution[row, own] = torch.cholesky_solve(target[row, own, None], factor, upper=True)[:, 0]
+    work.add(len(places) * (kept**3 / 3 + 2.0 * kept * kept), started)
     return solution
 
 

@@ -27,7 +27,17 @@ from .options import (
     ScheduleName,
     model_options,
 )
-from .terminal import console, export_module, make_table, parse_globs, print_json, progress, pruning_module, tell
+from .terminal import (
+    console,
+    errors,
+    export_module,
+    make_table,
+    parse_globs,
+    print_json,
+    progress,
+    pruning_module,
+    tell,
+)
 
 if TYPE_CHECKING:
     from sparse_engine.pruning.oneshot import Pruned
@@ -88,10 +98,17 @@ def command(
         plot = in_folder(plot, f"{checkpoint.stem}.png")
         check_plot(plot)
     path = writer.output_for(checkpoint, output)
-    with progress(bar=True) as display, scratch_folder() as folder:
-        pruned = pruning_module("job").run_job(
-            checkpoint, path, given=given, states=states, options=options, folder=folder, progress=_shown(display)
-        )
+    job = pruning_module("job")
+    try:
+        with progress(bar=True) as display, scratch_folder() as folder:
+            pruned = job.run_job(
+                checkpoint, path, given=given, states=states, options=options, folder=folder, progress=_shown(display)
+            )
+    except KeyboardInterrupt:
+        partial = pruning_module("journal").folder_of(path)
+        if partial.exists():
+            errors.print(f"{partial} has what is done: the same command goes on with it", markup=False)
+        raise
     if plot is not None:
         pruning_module("plot").plot_errors(pruned.layers, method, plot)
     if as_json:

@@ -108,9 +108,3 @@ def test_a_singular_matrix_is_damped(weight: Tensor) -> None:
     assert torch.isfinite(found.weight).all()
     nothing = torch.zeros(5, COLUMNS, dtype=torch.float64)  # inputs that are always 0
     assert torch.isfinite(METHODS["full"](weight, sums_of(nothing, nothing @ weight.T), TWO_FOUR, Work()).weight).all()
-
-
-def test_rows_are_solved_in_parts_as_at_once(weight: Tensor, sums: Sums, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = METHODS["full"](weight, sums, TWO_FOUR, Work()).weight
-    monkeypatch.setattr(solve, "AT_ONCE", 1)
-    assert torch.allclose(METHODS["full"](weight, sums, TWO_FOUR, Work()).weight, whole, atol=1e-12)
