@@ -132,7 +132,7 @@ def evaluate(
         "steps": drawing.steps,
         "sampler": drawing.sampler or manifests["dense"].sampler,
         "guidance": drawing.guidance or 1.0,
-        "metrics": {name: _summary(name, values, tools) for name, values in measured.items()},
+        "metrics": {name: _summary(tools.get(name, name), values) for name, values in measured.items()},
         "notes": notes,
     }
     return Evaluation(results, pairs)
@@ -214,17 +214,20 @@ def _judges(
         notes.append(f"LPIPS is left out: it needs torch-fidelity, and {lacking} in {lpips_weights()[0].parent}.")
     if is_digits(canvas, manifest.num_classes):
         try:
-            judges.append(digits_judge(images))
-            tools |= {"accuracy": "scikit-learn, a support vector machine on the real digits", "frechet": "pixels"}
+            judges.append(_of_digits(digits_judge(images), reference))
+            tools |= {"accuracy": "scikit-learn, a support vector machine on the real digits"}
+            tools |= (
+                {"frechet": "sparse-engine, in pixels, to all of scikit-learn's digits"} if reference is None else {}
+            )
         except MissingDependencyError as error:
             notes.append(f"Left out: {error.what}.")
     if reference is None:
         return judges, tools, [*notes, *([] if judges else ["No reference pictures: distances to them are left out."])]
     if canvas.value_range is None:
         raise OptionError("--reference: this is a latent model, whose samples have no pixels", "build with --vae")
-    if np.prod(canvas.data_shape) <= MOST_PIXELS and "frechet" not in tools:
+    if np.prod(canvas.data_shape) <= MOST_PIXELS:
         judges.append(frechet_judge(reference_pictures(canvas, reference), canvas.value_range, images))
-        tools["frechet"] = "pixels"
+        tools["frechet"] = "sparse-engine, in pixels"
     if fid:
         try:
             judges.append(fid_judge(canvas, reference, images, "--reference"))
@@ -232,6 +235,13 @@ def _judges(
         except (MissingDependencyError, UnsupportedError) as error:
             notes.append(f"FID is left out: {error.what}.")
     return judges, tools, notes
+
+
+def _of_digits(judge: Judge, reference: Path | None) -> Judge:
+    """The digits' own, without their distance where other pictures are the reference."""
+    if reference is None:
+        return judge
+    return Judge(judge.images, lambda drawn, labels: {"accuracy": judge.judge(drawn, labels)["accuracy"]})
 
 
 Values = dict[str, dict[str, list[float]]]  # metric -> "candidate" or "dense" -> a value for each seed
@@ -280,9 +290,9 @@ def _pairs(
     ]
 
 
-def _summary(name: str, values: Mapping[str, Sequence[float]], tools: Mapping[str, str]) -> Row:
+def _summary(tool: str, values: Mapping[str, Sequence[float]]) -> Row:
     """Mean and spread over the seeds: the standard deviation, of n - 1; None of one seed."""
-    row: Row = {"tool": tools.get(name, name)}
+    row: Row = {"tool": tool}
     for whose, each in values.items():
         spread = float(np.std(each, ddof=1)) if len(each) > 1 else None
         row[whose] = {"mean": float(np.mean(each)), "spread": spread, "values": list(each)}

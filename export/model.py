@@ -96,7 +96,9 @@ class Model:
         own = {name: value for name, value in config.items() if name in self.family.settings}
         names = ("prediction", "value_range", "null_class", "sampler")
         recipe = {name: getattr(self.recipe, name) for name in names}
-        return {"family": self.family.name, **own, "schedule": self.schedule.to_dict(), **recipe}
+        said = self.recipe.schedule
+        schedule = dict(said) if isinstance(said, Mapping) else said
+        return {"family": self.family.name, **own, "schedule": schedule, **recipe}
 
     def network(self, state: Mapping[str, np.ndarray]) -> nn.Module:
         """The family's network with the given weights, in evaluation mode."""
@@ -176,16 +178,16 @@ def initialised_model(config: Path, family: str | None = None, seed: int = 0, **
         sizes = chosen.config_from_dict(settings)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = chosen.network(sizes)
+            state = {key: tensor.numpy() for key, tensor in chosen.network(sizes).state_dict().items()}
+        sizes, notes = chosen.read_config({key: array.shape for key, array in state.items()}, settings)  # checks it
     except SparseEngineError:
         raise
     except Exception as error:  # of any kind, where sizes are none
         raise CheckpointError(
             f"{config} describes no {name} network: {error}", "see config.json of examples/digits"
         ) from error
-    state = {key: tensor.numpy() for key, tensor in network.state_dict().items()}
     digest = hashlib.sha256(config.read_bytes()).hexdigest()
-    recipe, notes = _recipe(chosen.recipe(sizes), sizes, settings, [])
+    recipe, notes = _recipe(chosen.recipe(sizes), sizes, settings, notes)
     return Model(Checkpoint(config, state, {}, dict(stored), digest), chosen, sizes, recipe, notes)
 
 

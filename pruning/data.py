@@ -310,7 +310,7 @@ def _check_images(images: Any, canvas: Canvas, path: Path, name: str) -> None:
         low, high = canvas.value_range
         if np.abs(images).max() > FAR_OUT * max(abs(low), abs(high), high - low):
             raise InputError(
-                f"{path}: {name} runs from {images.min():g} to {images.max():g}; the model's range is {low:g} to {high:g}",
+                f"{path}: {name} is {images.min():g} to {images.max():g}; the model's range is {low:g} to {high:g}",
                 "scale them, or save uint8 [n, H, W, C]",
             )
 

@@ -6,6 +6,7 @@ the same on any number of processes, and goes on where it stopped when the same 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -23,7 +24,7 @@ import torch
 from sparse_engine import __version__, arguments, process
 from sparse_engine.errors import CheckpointError, MissingDependencyError, OptionError, TrainingError
 from sparse_engine.export.bake import bake
-from sparse_engine.export.masks import obeys_training_groups
+from sparse_engine.export.masks import TWO_FOUR, obeys_training_groups
 from sparse_engine.export.model import Model, initialised_model, load_model
 from sparse_engine.export.names import listed
 from sparse_engine.export.options import ModelOptions
@@ -139,11 +140,10 @@ def finetune(
         folder = RunFolder(output)
         facts = _facts(loaded, initial, found, of_data, settings)
         if processes.first:
-            folder.begin(facts, loaded.settings(), settings.endless)
-            with folder.held():
-                run = _Run(loaded, initial, found, masked, settings, reporting, folder, processes)
-                return run.go(tell, stepped)
-        return _Run(loaded, initial, found, masked, settings, reporting, folder, processes).go(tell, stepped)
+            record = pruning_record(loaded, masked, settings)
+            folder.begin(facts, {**loaded.settings(), **record}, settings.endless)
+        with folder.held() if processes.first else contextlib.nullcontext():
+            return _Run(loaded, initial, found, masked, settings, reporting, folder, processes).go(tell, stepped)
 
 
 def _check_parts(settings: Settings, processes: Processes) -> None:
@@ -224,12 +224,28 @@ def masked_layers(model: Model, settings: Settings) -> tuple[list[str], list[str
     return fitting, notes
 
 
+def pruning_record(model: Model, masked: Sequence[str], settings: Settings) -> dict[str, Any]:
+    """What the run's configuration says of its masks: which layers have one, and which of the family's do not."""
+    if not masked:
+        return {}
+    others = dict.fromkeys(_left_dense(model, masked), "not masked in the fine-tuning")
+    return {"pruning": {"pattern": str(settings.pattern), "pruned": list(masked), "dense": others}}
+
+
+def _left_dense(model: Model, masked: Sequence[str]) -> list[str]:
+    """The layers of the family's choice that are not masked."""
+    names = [layer.name for layer in bake(model, "none").layers]
+    chosen = [name for name in names if any(fnmatchcase(name, glob) for glob in model.family.sparse_layers)]
+    return [name for name in chosen if name not in masked]
+
+
 def _check_dense(model: Model, masked: Sequence[str], start: Start, settings: Settings) -> None:
     """Refuse a teacher that is pruned itself, unless that is wanted."""
     if start.dense is None or start.force or not masked:
         return
     state = bake(model, "none").state
-    pruned = [name for name in masked if obeys_training_groups(state[f"{name}.weight"], settings.pattern)]
+    weights = {name: state[f"{name}.weight"] for name in masked}
+    pruned = [name for name, own in weights.items() if own.any() and obeys_training_groups(own, settings.pattern)]
     if pruned:
         raise CheckpointError(
             f"{start.dense} is {settings.pattern} already, in {len(pruned)} of the {len(masked)} layers that would be "
@@ -280,6 +296,10 @@ class _Run:
         self._model, self._data, self._settings, self._reporting = model, data, settings, reporting
         self._folder, self._processes = folder, processes
         teacher = bake(model, "none").state if settings.taught else None
+        self._left = _left_dense(model, masked)
+        globs = model.family.sparse_layers
+        chosen = all(any(fnmatchcase(name, glob) for glob in globs) for name in masked)
+        self._by_rule = not self._left and chosen and settings.pattern == TWO_FOUR
         self._trainer = Trainer(model, bake(initial, "none").state, teacher, masked, settings, processes)
         self._batches = Batches(data, Draws(settings.seed, data.count, settings.batch), model, settings, processes)
         self._stop = threading.Event()
@@ -393,10 +413,22 @@ class _Run:
             raise self._diverged(f"weights are NaN or infinite after step {step}")
         if self._processes.first:
             rest = {**self._trainer.rest(), "sums": self._sums.values, "count": self._sums.count}
-            self._saved = self._folder.save(step, self._trainer.averaged(), self._trainer.raw(), rest)
+            averaged = {**self._trainer.averaged(), **self._stored_masks()}
+            self._saved = self._folder.save(step, averaged, self._trainer.raw(), rest)
             self._folder.thin(self._reporting.keep)
         else:
             self._saved = self._folder.path / f"{step:06d}.ckpt"
+
+    def _stored_masks(self) -> dict[str, torch.Tensor]:
+        """Masks to store beside averages that no rule would find again: of other layers than the family's, or not 2:4.
+
+        Where they are the family's and 2:4, none are stored, as SparseDM stores none.
+        """
+        if self._by_rule or not self._settings.masked:
+            return {}
+        masks, shapes = self._trainer.averaged_masks(), self._model.checkpoint.shapes
+        whole = {f"{name}.weight": torch.ones(shapes[f"{name}.weight"], dtype=torch.bool) for name in self._left}
+        return {f"{name}_mask": mask for name, mask in {**masks, **whole}.items()}
 
     def _picture(self) -> bytes:
         count, model = self._reporting.samples, self._model

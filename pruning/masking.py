@@ -79,7 +79,7 @@ class MaskedWeights:
             first += weight.numel()
         self.parameters: list[nn.Parameter] = weights
         self.dense = nn.Parameter(torch.empty(first, device=weights[0].device, dtype=weights[0].dtype))
-        self._masked, self._scratch, self._grad = (torch.empty_like(self.dense.detach()) for _ in range(3))
+        self._masked, self._grad = (torch.empty_like(self.dense.detach()) for _ in range(2))
         self._weights = [weight.detach() for weight in weights]  # the same storage
         torch._foreach_copy_([layer.seen(self.dense.detach()) for layer in self._layers], self._weights)
         self._fixed, self._decay = fixed, decay
@@ -98,7 +98,11 @@ class MaskedWeights:
 
     def masked(self, flat: Tensor) -> Tensor:
         """Weights of the same layers, such as averages, under the mask that is derived from themselves."""
-        return flat * (self.mask if self._fixed else self._derived(flat))
+        return flat * self.mask_of(flat)
+
+    def mask_of(self, flat: Tensor) -> Tensor:
+        """The mask that is derived from such weights."""
+        return self.mask if self._fixed else self._derived(flat)
 
     def _derived(self, flat: Tensor) -> Tensor:
         magnitudes, pattern = flat.abs(), self._pattern
@@ -161,5 +165,5 @@ class MaskedWeights:
         if self._fixed:
             self._grad.mul_(self.mask)
         elif self._decay:
-            torch.sub(self.dense.detach(), self._masked, out=self._scratch)  # (1 - mask) w
-            self._grad.add_(self._scratch, alpha=self._decay)
+            torch.sub(self.dense.detach(), self._masked, out=self._masked)  # (1 - mask) w; filled anew by ``refresh``
+            self._grad.add_(self._masked, alpha=self._decay)

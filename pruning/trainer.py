@@ -129,6 +129,8 @@ class Trainer:
             trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, foreach=True
         )
         self._trained = trained
+        names = {*self._others, *(f"{name}.weight" for name in masked)}
+        self._kept = {name: torch.from_numpy(array) for name, array in state.items() if name not in names}
         self.average = Average(trained, settings.ema)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self._wrapped = processes.wrapped(self.network)
@@ -225,7 +227,7 @@ class Trainer:
         return self._state(self.average.tensors)
 
     def _state(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        state = dict(self.network.state_dict())
+        state = dict(self._kept)  # as it was: a network may cut a table that it was given whole
         others = list(tensors)
         if self.masks:
             state |= self.masks.parts(others.pop(0).detach())
@@ -239,6 +241,13 @@ class Trainer:
             flat = self.average.tensors[0]
             state |= {name: part.cpu() for name, part in self.masks.parts(self.masks.masked(flat)).items()}
         return state
+
+    def averaged_masks(self) -> dict[str, Tensor]:
+        """Name of a weight -> the mask of its average, on the CPU; {} without masks."""
+        if not self.masks:
+            return {}
+        mask = self.masks.mask_of(self.average.tensors[0])
+        return {name: part.cpu().contiguous() for name, part in self.masks.parts(mask).items()}
 
     def rest(self) -> dict[str, Any]:
         """What a checkpoint holds beside the weights."""

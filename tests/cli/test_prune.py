@@ -21,7 +21,7 @@ from sparse_engine.artifact import EngineFile
 from sparse_engine.cli.main import run
 from sparse_engine.export.model import load_model
 from tests.conftest import TINY_CONDITIONAL, random_state
-from tests.pruning.conftest import states_of
+from tests.pruning.states import states_of
 
 MODEL = ["--heads", "4", "--null-class", "4"]
 

@@ -21,8 +21,10 @@ from sparse_engine.pruning.oneshot import PruneOptions, prune
 from sparse_engine.pruning.write import output_for, write_pruned
 from tests.conftest import TINY_CONDITIONAL, save_checkpoint
 from tests.export import test_dit, test_unet_ddpm, test_uvit_t2i
-from tests.pruning.conftest import states_of
+from tests.pruning.states import states_of
 from tests.test_families import FAST, MAKERS, OPTIONS, said
+
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 SHORT = dataclasses.replace(test_uvit_t2i.SHORT, depth=2)
 FAMILIES: dict[str, Callable[[Path], Path]] = {

@@ -16,6 +16,8 @@ from sparse_engine.pruning.gram import Work, collect, columns_of, outputs_of, ro
 from sparse_engine.pruning.graph import Layer
 from sparse_engine.pruning.walk import Given
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 CONVS = [{}, {"padding": 1}, {"padding": 1, "stride": 2}, {"padding": 2, "dilation": 2}]
 
 

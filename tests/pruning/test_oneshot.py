@@ -19,7 +19,9 @@ from sparse_engine.pruning.graph import trace
 from sparse_engine.pruning.journal import Journal
 from sparse_engine.pruning.oneshot import KEPT_DENSE, Pruned, PruneOptions, prune, worst
 from tests.conftest import TINY, random_state
-from tests.pruning.conftest import states_of
+from tests.pruning.states import states_of
+
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 class Stop(Exception):

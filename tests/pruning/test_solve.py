@@ -12,6 +12,8 @@ from sparse_engine.pruning import solve
 from sparse_engine.pruning.gram import Sums, Work
 from sparse_engine.pruning.solve import METHODS, resolved
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 OUT, COLUMNS, ROWS = 12, 40, 300
 
 

@@ -15,8 +15,10 @@ from sparse_engine.export.model import Model, load_model
 from sparse_engine.pruning.graph import Traced, trace
 from sparse_engine.pruning.walk import Walk, inputs_of
 from tests.export import test_unet2d
-from tests.pruning.conftest import states_of
+from tests.pruning.states import states_of
 from tests.test_families import SMALL_UNET
+
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 @pytest.fixture(scope="module", params=["uvit", "unet"])
