@@ -7,6 +7,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from sparse_engine import __version__, process
 from sparse_engine.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, SparseEngineError
@@ -22,7 +23,9 @@ from . import (
     inspect,
     prune,
     sample,
+    sample_many,
     samplers,
+    serve,
     tune,
     verify,
 )
@@ -31,18 +34,30 @@ from .terminal import errors, tell
 # Typer brings click inside itself, or imports it, by version; the base of a usage error is the same class either way.
 ClickException: Any = typer.BadParameter.__mro__[2]
 
+
+class Commands(TyperGroup):
+    """The commands, by name. One of them has a second word: ``sample-many finish``."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that the arguments begin with, and the rest of them."""
+        words = " ".join(args[:2])
+        return super().resolve_command(ctx, [words, *args[2:]] if words == sample_many.FINISH else args)
+
+
 app = typer.Typer(
     name="sparse-engine",
+    cls=Commands,
     help="Inference engines for 2:4-sparse diffusion models (SparseDM).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    build, prune, finetune, calibrate, inspect, sample, verify, evaluate, bench, export_triton, samplers, tune,
-    doctor,
+    build, prune, finetune, calibrate, inspect, sample, sample_many, serve, verify, evaluate, bench, export_triton,
+    samplers, tune, doctor,
 )  # fmt: skip
 for module in COMMANDS:
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)
+app.command(sample_many.FINISH)(sample_many.finish_command)
 
 
 def _version(wanted: bool) -> None:
