@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from sparse_engine.export.options import ModelOptions
 from sparse_engine.pruning.data import DataOptions
@@ -51,3 +52,10 @@ def train(conditional_checkpoint: Path, tiny_data: Path, tmp_path: Path, one_tor
         )
 
     return run
+
+
+@pytest.fixture
+def without_gradients(one_torch_thread: None) -> Iterator[None]:
+    """As in ``prune``, which trains nothing."""
+    with torch.no_grad():
+        yield
