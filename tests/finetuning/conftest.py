@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from sparse_engine.export.options import ModelOptions
 from sparse_engine.pruning.data import DataOptions
@@ -52,10 +51,3 @@ def train(conditional_checkpoint: Path, tiny_data: Path, tmp_path: Path, one_tor
         )
 
     return run
-
-
-@pytest.fixture
-def without_gradients(one_torch_thread: None) -> Iterator[None]:
-    """As in ``prune``, which trains nothing."""
-    with torch.no_grad():
-        yield
