@@ -12,7 +12,7 @@ import torch
 from sparse_engine.backends import Backend, BuildOptions, backend_named, usable_backend
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import SparseEngineError, UnsupportedError
-from sparse_engine.export.build import write_built
+from sparse_engine.export.write import write_built
 
 from .peers import Feed
 from .settings import Settings

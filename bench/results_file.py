@@ -11,11 +11,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sparse_engine import __version__
 from sparse_engine.cores import pool_size
 from sparse_engine.errors import InputError
 from sparse_engine.files import check_readable, parsed_json, replacing
 from sparse_engine.tactics import processor_name
+from sparse_engine.version import __version__
 
 SCHEMA = "sparse-engine-bench/2"  # docs/bench-results.md describes it
 FIRST_SCHEMA = "sparse-engine-bench/1"  # still read

@@ -25,8 +25,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sparse_engine import SparseEngine, __version__
+from sparse_engine import SparseEngine
 from sparse_engine.files import replacing
+from sparse_engine.version import __version__
 
 HEADERS = {"Content-Type": "application/json"}
 

@@ -19,11 +19,12 @@ from sparse_engine.calibration.collect import EVERY, CalibrationData, collect
 from sparse_engine.calibration.quantize import QUANTISED_PRECISIONS
 from sparse_engine.engine import SparseEngine
 from sparse_engine.export.bake import bake
-from sparse_engine.export.build import export_baked, graph_for, write_built
+from sparse_engine.export.graphs import export_baked, graph_for
 from sparse_engine.export.model import Model
 from sparse_engine.export.precision import lower
 from sparse_engine.export.quantise import calibration_of
 from sparse_engine.export.step_graph import step_of
+from sparse_engine.export.write import write_built
 
 from .peers import Feed, Subject
 

@@ -30,8 +30,9 @@ from sparse_engine.files import scratch_folder
 from sparse_engine.tactics import Choice, fastest
 
 from .bake import Baked
-from .build import export_baked, graph_for, write_built
+from .graphs import export_baked, graph_for
 from .model import Model
+from .write import write_built
 
 REFERENCE = "fp32"
 PRECISIONS = (REFERENCE, "tf32", "bf16", "fp16", "int8", "fp8")

@@ -13,10 +13,10 @@ from sparse_engine.errors import MissingDependencyError
 from sparse_engine.plots import save_figure
 
 from .bake import bake
-from .build import warnings_of
 from .masks import Pattern
 from .model import load_model
 from .options import ModelOptions
+from .write import warnings_of
 
 # What each half of the chart shows: all, what a mask leaves of it, and what it is.
 PANELS = (("parameters", "nonzeros", "parameters"), ("macs", "macs_nonzero", "multiply-accumulates"))

@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparse_engine import __version__, arguments, process
+from sparse_engine import arguments, process
 from sparse_engine.errors import CheckpointError, MissingDependencyError, OptionError, TrainingError
 from sparse_engine.export.bake import bake
 from sparse_engine.export.masks import TWO_FOUR, obeys_training_groups
 from sparse_engine.export.model import Model, initialised_model, load_model
 from sparse_engine.export.names import listed
 from sparse_engine.export.options import ModelOptions
+from sparse_engine.version import __version__
 
 from .data import Data, DataOptions, load_data
 from .drawing import check_drawable, draw, own_copy, picture

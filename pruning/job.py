@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from sparse_engine import __version__
 from sparse_engine.export.model import load_model
 from sparse_engine.export.options import ModelOptions
+from sparse_engine.version import __version__
 
 from .journal import Journal
 from .oneshot import Pruned, PruneOptions, check_prunable, prune

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sparse_engine.version import __version__
+
 if TYPE_CHECKING:
     from sparse_engine.engine import SparseEngine
     from sparse_engine.errors import SparseEngineError
-
-__version__ = "0.1.0"
 
 __all__ = ["SparseEngine", "SparseEngineError", "__version__"]
 

@@ -10,10 +10,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sparse_engine import __version__, kernels
+from sparse_engine import kernels
 from sparse_engine.backends import BACKENDS, backend_named
 from sparse_engine.cores import usable_cores
 from sparse_engine.errors import SparseEngineError, UnsupportedError
+from sparse_engine.version import __version__
 
 PACKAGES = (
     "numpy",

@@ -24,8 +24,8 @@ from sparse_engine.bench.statistics import speedup, spread
 from sparse_engine.bench.timing import interleave
 from sparse_engine.bench.workload import Workload
 from sparse_engine.errors import BackendError, UnsupportedError
-from sparse_engine.export.build import write_built
 from sparse_engine.export.families.uvit import UViTConfig
+from sparse_engine.export.write import write_built
 from sparse_engine.files import scratch_folder
 from sparse_engine.images import psnr
 

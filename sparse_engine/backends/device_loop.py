@@ -26,8 +26,9 @@ from sparse_engine.sampling import Trajectory
 from sparse_engine.sampling.noise import SeededNoise
 
 from .base import IDENTITY_ROW, NO_CLIP, NoiseSource, StepCallback
+from .device_errors import CaptureError, OutOfDeviceMemoryError
 from .device_state import PERIOD, State, allocate, allocate_drawn, step_buffers
-from .step_device import B, CaptureError, OutOfDeviceMemoryError, Recording, StepDevice, TakingDevice
+from .step_device import B, Recording, StepDevice, TakingDevice
 
 if TYPE_CHECKING:
     from .cuda.dlpack_in import DeviceArray

@@ -8,21 +8,11 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_check
 
 import numpy as np
 
-from sparse_engine.errors import BackendError
-
 if TYPE_CHECKING:
     from .cuda.dlpack_in import DeviceArray
 
 B = TypeVar("B")
 B_contra = TypeVar("B_contra", contravariant=True)
-
-
-class OutOfDeviceMemoryError(BackendError):
-    """The device has no memory left for a batch; the loop halves it."""
-
-
-class CaptureError(Exception):
-    """Steps cannot be recorded here; the message says why. The loop enqueues them one by one."""
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from sparse_engine import __version__, kernels, tactics
+from sparse_engine import kernels, tactics
 from sparse_engine.artifact import EngineFile
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import InputError, SparseEngineError, UnsupportedError
 from sparse_engine.kernels.library import Compute
+from sparse_engine.version import __version__
 
 from . import chunks
 from .job import Chunk, Request

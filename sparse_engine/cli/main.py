@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from sparse_engine import __version__, process
+from sparse_engine import process
 from sparse_engine.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, SparseEngineError
+from sparse_engine.version import __version__
 
 from . import (
     bench,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sparse_engine import __version__, arguments, artifact, tactics
+from sparse_engine import arguments, artifact, tactics
 from sparse_engine.backends import BuildOptions
 from sparse_engine.calibration.apply import Quantisation
 from sparse_engine.calibration.collect import collect
@@ -25,6 +25,7 @@ from sparse_engine.export.diffusers_scheduler import scheduler_settings
 from sparse_engine.export.masks import Pattern
 from sparse_engine.export.options import MaskOptions, ModelOptions
 from sparse_engine.files import kept_if_done, scratch_folder
+from sparse_engine.version import __version__
 
 from .original import Original, weights_digest
 

@@ -17,8 +17,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
-from sparse_engine import __version__
 from sparse_engine.images import encode_png
+from sparse_engine.version import __version__
 
 from . import refusals
 from .asked import ImageRequest

@@ -13,8 +13,8 @@ import pytest
 from sparse_engine import kernels
 from sparse_engine.backends.base import StepGraph, weights_payload
 from sparse_engine.export.bake import Baked, bake
-from sparse_engine.export.build import export_baked
 from sparse_engine.export.families.uvit import UViTConfig
+from sparse_engine.export.graphs import export_baked
 from sparse_engine.export.model import Model, load_model
 from tests.conftest import save_checkpoint
 

@@ -12,8 +12,9 @@ import pytest
 from sparse_engine import sampling
 from sparse_engine.backends import device_loop, device_state
 from sparse_engine.backends.cuda.dlpack_in import DeviceArray
+from sparse_engine.backends.device_errors import CaptureError, OutOfDeviceMemoryError
 from sparse_engine.backends.device_loop import DeviceLoop
-from sparse_engine.backends.step_device import CaptureError, OutOfDeviceMemoryError, StepBuffers
+from sparse_engine.backends.step_device import StepBuffers
 from sparse_engine.errors import BackendError, EngineClosedError, SamplingCancelled
 
 SHAPE = (3, 4, 4)

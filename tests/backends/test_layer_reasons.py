@@ -8,7 +8,7 @@ import pytest
 from sparse_engine import SparseEngine
 from sparse_engine.backends.base import BUILT_DENSE, with_kernel
 from sparse_engine.errors import CheckpointError, UnsupportedError
-from sparse_engine.export.build import check_all_sparse
+from sparse_engine.export.write import check_all_sparse
 from tests.conftest import TINY_LATENT, build_with, save_checkpoint
 
 # A convolution with three inputs is no 2:4 one, whatever a backend says; one with four, and a product of one row, are.

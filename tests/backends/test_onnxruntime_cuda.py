@@ -16,7 +16,7 @@ from sparse_engine.backends.cuda.runtime import Gpu
 from sparse_engine.backends.onnxruntime import cuda
 from sparse_engine.cli.main import run
 from sparse_engine.errors import BackendError, OptionError, UnsupportedError
-from sparse_engine.export.build import write_built
+from sparse_engine.export.write import write_built
 from tests.backends.fake_cuda import FakeCuda
 
 

@@ -35,9 +35,9 @@ from sparse_engine.conditioning import Condition
 from sparse_engine.errors import EngineFileError, OptionError
 from sparse_engine.export import families
 from sparse_engine.export.bake import bake
-from sparse_engine.export.build import export_baked
 from sparse_engine.export.families import Family, Recipe
 from sparse_engine.export.families.uvit import Mlp, timestep_embedding
+from sparse_engine.export.graphs import export_baked
 from sparse_engine.export.model import load_model
 from sparse_engine.triton import configuration
 from tests.backends.fake_builder import FakeTensorRTBuilder

@@ -27,8 +27,9 @@ from sparse_engine.calibration.quantize import observed_tensors, quantize, schem
 from sparse_engine.cli.main import run
 from sparse_engine.errors import BackendError, OptionError, UnsupportedError
 from sparse_engine.export.bake import bake
-from sparse_engine.export.build import export_baked, write_built
 from sparse_engine.export.families.uvit import UViTConfig
+from sparse_engine.export.graphs import export_baked
+from sparse_engine.export.write import write_built
 
 pytestmark = pytest.mark.skipif(not RTX.availability().version, reason="tensorrt_rtx is not installed")
 

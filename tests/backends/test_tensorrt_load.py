@@ -29,7 +29,7 @@ from sparse_engine.backends.cuda.runtime import Gpu
 from sparse_engine.backends.tensorrt import libraries, plans
 from sparse_engine.backends.tensorrt.libraries import Library
 from sparse_engine.errors import BackendError, EngineFileError, OptionError, UnsupportedError
-from sparse_engine.export.build import write_built
+from sparse_engine.export.write import write_built
 from sparse_engine.tactics import Choice
 from tests.backends.fake_cuda import FakeCuda, FakeEngine
 from tests.backends.fake_tensorrt import FakeTensorRT
@@ -365,7 +365,7 @@ def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_call_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_runtime", lambda: FakeRuntime(13040, (0, 1)))
-    from sparse_engine.backends.step_device import OutOfDeviceMemoryError
+    from sparse_engine.backends.device_errors import OutOfDeviceMemoryError
 
     with pytest.raises(OutOfDeviceMemoryError, match=r"out of memory: cudaMalloc failed: out of memory \(error 2\)"):
         cuda.Cuda(0).allocate(1 << 40)

@@ -17,7 +17,7 @@ from sparse_engine.backends.tensorrt.builder import Messages, make_logger
 from sparse_engine.backends.tensorrt.device import TensorRTDevice
 from sparse_engine.backends.tensorrt.libraries import RTX
 from sparse_engine.errors import UnsupportedError
-from sparse_engine.export.build import write_built
+from sparse_engine.export.write import write_built
 from tests.backends.fake_cuda import FakeCuda
 from tests.backends.fake_tensorrt import RtxEngine, RuntimeConfig
 from tests.backends.test_cuda_runner import close_to, draws, reference, step, trajectory

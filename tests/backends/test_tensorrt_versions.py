@@ -17,7 +17,7 @@ from sparse_engine.backends.cuda.runtime import Gpu
 from sparse_engine.backends.tensorrt import libraries, plans
 from sparse_engine.backends.tensorrt.libraries import TENSORRT, Library
 from sparse_engine.errors import BackendError
-from sparse_engine.export.build import write_built
+from sparse_engine.export.write import write_built
 from sparse_engine.manifest import Manifest
 from sparse_engine.tactics import Choice
 from tests.backends.fake_builder import SPARSE_KERNEL, FakeTensorRTBuilder, How

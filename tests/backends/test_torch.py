@@ -16,15 +16,16 @@ import torch
 from sparse_engine import SparseEngine
 from sparse_engine.artifact import EngineFile, PayloadFile, write_engine
 from sparse_engine.backends import BuildOptions, StepGraph, backend_named, usable_backend
-from sparse_engine.backends.step_device import CaptureError, OutOfDeviceMemoryError, StepBuffers
+from sparse_engine.backends.device_errors import CaptureError, OutOfDeviceMemoryError
+from sparse_engine.backends.step_device import StepBuffers
 from sparse_engine.backends.torch.device import TorchDevice
 from sparse_engine.backends.torch.payload import NETWORK_FILE, read_network
 from sparse_engine.backends.torch.runner import find_device
 from sparse_engine.cli.main import run
 from sparse_engine.errors import BackendError, EngineClosedError, EngineFileError, OptionError, UnsupportedError
 from sparse_engine.export.bake import Baked
-from sparse_engine.export.build import check_all_sparse, write_built
 from sparse_engine.export.model import Model
+from sparse_engine.export.write import check_all_sparse, write_built
 from sparse_engine.images import psnr
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits" / "sparsedm.pth"

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from sparse_engine.backends.cuda.dlpack_in import DeviceArray
-from sparse_engine.backends.step_device import CaptureError, StepBuffers
+from sparse_engine.backends.device_errors import CaptureError
+from sparse_engine.backends.step_device import StepBuffers
 from sparse_engine.backends.torch.device import TorchDevice
 from sparse_engine.errors import EngineClosedError
 

@@ -32,11 +32,11 @@ from sparse_engine.calibration.sensitivity import relative_error
 from sparse_engine.cli.main import run
 from sparse_engine.errors import BackendError, EngineFileError, UnsupportedError
 from sparse_engine.export.bake import Baked
-from sparse_engine.export.build import check_all_sparse, write_built
 from sparse_engine.export.masks import is_n_of_m
 from sparse_engine.export.model import Model
 from sparse_engine.export.quantise import describe_quantised
 from sparse_engine.export.quantise import quantise as quantise_model
+from sparse_engine.export.write import check_all_sparse, write_built
 from sparse_engine.tactics import Choice
 from tests.backends.fake_recorder import FakeRecorder
 from tests.backends.test_torch import rewritten, with_header

@@ -24,7 +24,7 @@ from sparse_engine.calibration.ranges import mse_range
 from sparse_engine.calibration.sensitivity import relative_error
 from sparse_engine.errors import BackendError, UnsupportedError
 from sparse_engine.export.bake import bake
-from sparse_engine.export.build import export_baked
+from sparse_engine.export.graphs import export_baked
 from sparse_engine.export.masks import is_n_of_m
 from sparse_engine.export.model import load_model
 

@@ -15,9 +15,9 @@ import torch
 from sparse_engine import SparseEngine
 from sparse_engine.bench.quality import frechet_distance
 from sparse_engine.export.bake import bake
-from sparse_engine.export.build import ENERGY_WARNING
 from sparse_engine.export.masks import TWO_FOUR
 from sparse_engine.export.model import load_model
+from sparse_engine.export.write import ENERGY_WARNING
 from sparse_engine.pruning.finetune import masked_layers
 from sparse_engine.pruning.masking import MaskedWeights
 from sparse_engine.pruning.settings import Settings

@@ -10,10 +10,10 @@ import torch
 from diffusers import UNet2DModel
 
 from sparse_engine.export.bake import bake
-from sparse_engine.export.build import ENERGY_WARNING, warnings_of
 from sparse_engine.export.families.unet2d import FAMILY
 from sparse_engine.export.masks import TWO_FOUR
 from sparse_engine.export.model import load_model
+from sparse_engine.export.write import ENERGY_WARNING, warnings_of
 from sparse_engine.pruning.finetune import masked_layers
 from sparse_engine.pruning.masking import MaskedWeights
 from sparse_engine.pruning.settings import Settings

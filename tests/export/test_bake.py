@@ -10,10 +10,11 @@ import torch
 from sparse_engine.calibration.collect import CalibrationData
 from sparse_engine.errors import CheckpointError, OptionError
 from sparse_engine.export.bake import bake
-from sparse_engine.export.build import calibrated_otherwise, warnings_of
+from sparse_engine.export.build import calibrated_otherwise
 from sparse_engine.export.families.uvit import UViTConfig
 from sparse_engine.export.masks import Pattern, is_n_of_m, magnitude_mask
 from sparse_engine.export.model import Model, load_model
+from sparse_engine.export.write import warnings_of
 from tests.conftest import TINY, TINY_CONDITIONAL, random_state, save_checkpoint
 
 

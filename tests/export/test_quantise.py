@@ -19,7 +19,7 @@ from sparse_engine.calibration.smooth import migrate
 from sparse_engine.errors import BackendError, InputError, OptionError, QualityLimitError, UnsupportedError
 from sparse_engine.export import fastest, quantise
 from sparse_engine.export.bake import bake
-from sparse_engine.export.build import export_baked
+from sparse_engine.export.graphs import export_baked
 from sparse_engine.export.model import load_model
 from sparse_engine.tactics import Choice
 from tests.conftest import build_with

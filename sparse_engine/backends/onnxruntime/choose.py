@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from sparse_engine import __version__, kernels
+from sparse_engine import kernels
 from sparse_engine.backends.attention import Attention
 from sparse_engine.cores import pool_size
 from sparse_engine.kernels.library import Compute
 from sparse_engine.manifest import Manifest
 from sparse_engine.tactics import Choice, TacticCache
+from sparse_engine.version import __version__
 
 from .attention import MICROSOFT, own_nodes, runtime_nodes
 from .compute import attention_in, products_in

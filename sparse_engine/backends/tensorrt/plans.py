@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from sparse_engine import __version__
 from sparse_engine.backends.base import IDENTITY_ROW, NO_CLIP, StepGraph, weights_payload
 from sparse_engine.backends.cuda.device import Buffer
 from sparse_engine.backends.cuda.runtime import Cuda, Gpu
@@ -20,6 +19,7 @@ from sparse_engine.backends.options import LINEAR_FORMS, BuildOptions
 from sparse_engine.backends.step_device import StepBuffers
 from sparse_engine.errors import BackendError, SparseEngineError
 from sparse_engine.tactics import fastest
+from sparse_engine.version import __version__
 
 from .builder import Messages, build_plan
 from .cache import PlanCache, TimingCache, graph_digest

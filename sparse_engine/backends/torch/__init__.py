@@ -15,6 +15,8 @@ from sparse_engine.backends.options import BuildOptions
 from sparse_engine.cores import say_if_capped
 from sparse_engine.errors import UnsupportedError
 
+from .precision import float_precision
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -23,11 +25,6 @@ if TYPE_CHECKING:
     from .runner import TorchRunner
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
-
-
-def float_precision(precision: str) -> str:
-    """What the layers of an engine are in that are not in 8 bits."""
-    return {"int8": "fp16", "fp8": "fp16"}.get(precision, precision)
 
 
 class TorchBackend:

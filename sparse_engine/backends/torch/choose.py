@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_engine import __version__
 from sparse_engine.tactics import Choice, TacticCache
+from sparse_engine.version import __version__
 
 from .candidates import (
     REFUSALS,

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from sparse_engine.backends.cuda.dlpack import CPU, CUDA
 from sparse_engine.backends.cuda.dlpack_in import DeviceArray
-from sparse_engine.backends.step_device import CaptureError, OutOfDeviceMemoryError, StepBuffers
+from sparse_engine.backends.device_errors import CaptureError, OutOfDeviceMemoryError
+from sparse_engine.backends.step_device import StepBuffers
 from sparse_engine.errors import BackendError, EngineClosedError, SparseEngineError
 
 from .fused import RECOMPILE_LIMIT

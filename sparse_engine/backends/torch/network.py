@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from sparse_engine.errors import EngineFileError
 from sparse_engine.manifest import Manifest
 
-from . import float_precision
 from .choose import Chooser, nearest
 from .codes import QuantisedWeight
 from .convolutions import DenseConvolution, Window
 from .layers import ConvolutionLayer, FloatLayer, Layer, QuantisedLayer
 from .packing import from_matrix
 from .payload import StoredNetwork
+from .precision import float_precision
 
 if TYPE_CHECKING:
     from sparse_engine.export.families import FamilyConfig
