@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from sparse_engine.kernels.int8 import MatMulInt8
 from sparse_engine.kernels.library import (
+    INT8_TIERS,
     ISA_VARIABLE,
     LIBRARY_PATH,
     TIERS,
@@ -16,10 +18,12 @@ from sparse_engine.kernels.library import (
 from sparse_engine.kernels.packing import pack, unpack, validate
 
 __all__ = [
+    "INT8_TIERS",
     "ISA_VARIABLE",
     "LIBRARY_PATH",
     "TIERS",
     "MatMul24",
+    "MatMulInt8",
     "available_tiers",
     "best_tier",
     "group_norm",

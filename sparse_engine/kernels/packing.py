@@ -7,7 +7,10 @@ is 53% of the dense float32 bytes in an engine file's four bits per group, 56% i
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 from numpy.typing import NDArray
 
 from sparse_engine.errors import InputError, UnsupportedError
@@ -79,17 +82,17 @@ def unpack(values: Values, positions: Positions) -> NDArray[np.float32]:
     return weight.reshape(rows, -1)
 
 
-def validate(values: Values, positions: Positions) -> None:
-    """Check that ``values`` and ``positions`` are canonical 2:4 weights.
+def validate(values: NDArray[Any], positions: Positions, dtype: npt.DTypeLike = np.float32) -> None:
+    """Check that ``values``, of ``dtype``, and ``positions`` are canonical 2:4 weights.
 
     Raises:
         InputError: wrong dtype or shape, or positions that are not ``first | second << 2`` with
             first < second; row and group are named.
     """
-    if values.ndim != 2 or values.dtype != np.float32 or positions.ndim != 2 or positions.dtype != np.uint8:
+    if values.ndim != 2 or values.dtype != dtype or positions.ndim != 2 or positions.dtype != np.uint8:
         raise InputError(
             f"values are {values.dtype} {list(values.shape)} and positions {positions.dtype} "
-            f"{list(positions.shape)}, expected float32 [N, K/2] and uint8 [N, K/4]"
+            f"{list(positions.shape)}, expected {np.dtype(dtype)} [N, K/2] and uint8 [N, K/4]"
         )
     if 0 in positions.shape or values.shape != (positions.shape[0], 2 * positions.shape[1]):
         raise InputError(
