@@ -15,7 +15,7 @@ from sparse_engine.kernels.library import (
     is_available,
     peak_flops,
 )
-from sparse_engine.kernels.packing import pack, unpack, validate
+from sparse_engine.kernels.packing import pack, pack_codes, unpack, unpack_codes, validate
 
 __all__ = [
     "INT8_TIERS",
@@ -29,7 +29,9 @@ __all__ = [
     "group_norm",
     "is_available",
     "pack",
+    "pack_codes",
     "peak_flops",
     "unpack",
+    "unpack_codes",
     "validate",
 ]

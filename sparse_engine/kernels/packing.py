@@ -46,10 +46,20 @@ def pack(weight: NDArray[np.float32]) -> tuple[Values, Positions]:
         InputError: not a float32 matrix with K % 4 == 0.
         UnsupportedError: a group has more than two nonzeros; row and group are named.
     """
-    if weight.ndim != 2 or weight.dtype != np.float32 or 0 in weight.shape or weight.shape[1] % 4:
+    return _pack(weight, np.float32)
+
+
+def pack_codes(codes: NDArray[np.int8]) -> tuple[NDArray[np.int8], Positions]:
+    """As :func:`pack`, of codes int8 ``[N, K]``: values int8 ``[N, K/2]`` and positions."""
+    return _pack(codes, np.int8)
+
+
+def _pack(weight: NDArray[Any], dtype: npt.DTypeLike) -> tuple[NDArray[Any], Positions]:
+    if weight.ndim != 2 or weight.dtype != dtype or 0 in weight.shape or weight.shape[1] % 4:
         raise InputError(
-            f"weight is {weight.dtype} {list(weight.shape)}, expected float32 [N, K] with K a multiple of 4"
+            f"weight is {weight.dtype} {list(weight.shape)}, expected {np.dtype(dtype)} [N, K] with K a multiple of 4"
         )
+    weight = np.ascontiguousarray(weight)
     groups = weight.reshape(weight.shape[0], -1, 4)
     nonzero = groups != 0  # NaN counts, -0.0 does not
     positions = _KEPT[np.packbits(nonzero, axis=-1, bitorder="little")[..., 0]]
@@ -62,7 +72,7 @@ def pack(weight: NDArray[np.float32]) -> tuple[Values, Positions]:
             fix="bake the 2:4 mask into the weight first, or run this layer dense",
         )
     first = np.arange(0, weight.size, 4).reshape(positions.shape)
-    values = np.empty((*positions.shape, 2), np.float32)
+    values = np.empty((*positions.shape, 2), weight.dtype)
     np.take(weight.reshape(-1), first + (positions & 3), out=values[..., 0])
     np.take(weight.reshape(-1), first + (positions >> 2), out=values[..., 1])
     return values.reshape(weight.shape[0], -1), positions
@@ -75,8 +85,18 @@ def unpack(values: Values, positions: Positions) -> NDArray[np.float32]:
         InputError: see :func:`validate`.
     """
     validate(values, positions)
+    return _unpack(values, positions)
+
+
+def unpack_codes(values: NDArray[np.int8], positions: Positions) -> NDArray[np.int8]:
+    """As :func:`unpack`, of codes: int8 ``[N, K]``."""
+    validate(values, positions, np.int8)
+    return _unpack(values, positions)
+
+
+def _unpack(values: NDArray[Any], positions: Positions) -> NDArray[Any]:
     rows, groups = positions.shape
-    weight = np.zeros((rows, groups, 4), np.float32)
+    weight = np.zeros((rows, groups, 4), values.dtype)
     kept = np.stack([positions & 3, positions >> 2], axis=-1).astype(np.intp)
     np.put_along_axis(weight, kept, values.reshape(rows, groups, 2), axis=-1)
     return weight.reshape(rows, -1)

@@ -11,12 +11,16 @@ template <class Vectors, int Rows, int TileVectors>
 struct Float32Attention {
   using V = Vectors;
   using Vector = typename V::Vector;
+  using Number = float;
   static constexpr int kRows = Rows;
   static constexpr int kVectors = TileVectors;
   static constexpr int kKeysPerOperand = 1;
   static constexpr int kDegree = 5;
 
   static size_t padded_steps(int head_dim) { return round_up(head_dim, V::kLanes); }
+  static SPARSE_ENGINE_INLINE void store_output(const Attention& attention, size_t index, Vector y, int count) {
+    V::store_first(static_cast<float*>(attention.output) + index, y, count);
+  }
 
   static SPARSE_ENGINE_INLINE Vector multiply_add(Vector sum, Vector weight, Vector line) {
     return V::multiply_add(weight, line, sum);

@@ -14,6 +14,7 @@
 //
 // Bound: a Zen 5 permutes on two of its four ports and multiplies on two, one of which is the same: sixteen
 // instructions of eight tokens in 5.3 cycles, 1.5 times the dense peak.
+#include "codes_avx512.h"
 #include "epilogue.h"
 #include "int8.h"
 #include "peak.h"
@@ -176,30 +177,13 @@ SPARSE_ENGINE_INLINE void add_up(const ProductInt8& product, int row, const uint
   }
 }
 
-// Sixteen codes of floats that were divided by the scale already.
-SPARSE_ENGINE_INLINE __m128i to_codes(__m512 scaled, __m512i zero) {
-  // What is too large for an integer would become the lowest of them; what is too small, and NaN, may.
-  const __m512i codes = _mm512_add_epi32(_mm512_cvtps_epi32(V::min(scaled, V::set(1e6f))), zero);
-  return _mm512_cvtusepi32_epi8(_mm512_max_epi32(codes, _mm512_setzero_si512()));
-}
-
-// Rounded to nearest even, by integers: the instruction is another extension's.
-SPARSE_ENGINE_INLINE __m256i to_bfloat16(__m512 x) {
-  const __m512i bits = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
-}
-
 // What a store needs beside the sums, kept out of memory that the stores might alias.
 template <Element E>
 struct Output {
   static constexpr Operand kFit = E == Element::kFloat32 ? Operand::kFloat32 : Operand::kBfloat16;
 
   explicit Output(const ProductInt8& product)
-      : data(product.output),
-        inverse(V::set(1.0f / product.epilogue.codes.scale)),
-        zero(_mm512_set1_epi32(product.epilogue.codes.zero)) {}
+      : data(product.output), to_codes(product.epilogue.codes) {}
 
   SPARSE_ENGINE_INLINE void store(size_t index, __m512 y, int count) const {
     const __mmask16 there = V::first(count);
@@ -208,13 +192,12 @@ struct Output {
     } else if constexpr (E == Element::kBfloat16) {
       _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + index, there, to_bfloat16(y));
     } else {
-      _mm_mask_storeu_epi8(static_cast<uint8_t*>(data) + index, there, to_codes(y * inverse, zero));
+      _mm_mask_storeu_epi8(static_cast<uint8_t*>(data) + index, there, to_codes(y));
     }
   }
 
   void* data;
-  __m512 inverse;
-  __m512i zero;
+  CodesOf to_codes;
 };
 
 template <Activation A, Element E>
@@ -288,12 +271,11 @@ SPARSE_ENGINE_INLINE float sum_over(const float* x, int depth, const Function& f
 // Codes of change(numbers, where they stand, how many of them).
 template <class Change>
 SPARSE_ENGINE_INLINE void write_codes(const float* x, int depth, Codes codes, uint8_t* out, const Change& change) {
-  const __m512 inverse = V::set(1.0f / codes.scale);
-  const __m512i zero = _mm512_set1_epi32(codes.zero);
+  const CodesOf to_codes(codes);
   for (int k = 0; k < depth; k += V::kLanes) {
     const int count = depth - k < V::kLanes ? depth - k : V::kLanes;
     const __m512 y = change(V::load_first(x + k, count), k, count);
-    _mm_mask_storeu_epi8(out + k, V::first(count), to_codes(y * inverse, zero));
+    _mm_mask_storeu_epi8(out + k, V::first(count), to_codes(y));
   }
 }
 

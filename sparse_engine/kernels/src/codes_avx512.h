@@ -1,0 +1,35 @@
+// Floats to codes and to bfloat16, sixteen at a time. Included by instruction-set files only (see vector_avx512.h).
+#pragma once
+
+#include "int8.h"
+#include "vector_avx512.h"
+
+namespace sparse_engine {
+namespace {
+
+// The codes of floats: round(value / scale) + zero, within 0 and 255. NaN becomes 0.
+class CodesOf {
+ public:
+  explicit SPARSE_ENGINE_INLINE CodesOf(Codes codes)
+      : inverse_(_mm512_set1_ps(1.0f / codes.scale)), zero_(_mm512_set1_ps(float(codes.zero))) {}
+
+  SPARSE_ENGINE_INLINE __m128i operator()(__m512 x) const {
+    const __m512 code = _mm512_fmadd_ps(x, inverse_, zero_);
+    const __m512 within = _mm512_min_ps(_mm512_max_ps(code, _mm512_setzero_ps()), _mm512_set1_ps(255.0f));
+    return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(within));  // in this order: the second operand is what NaN becomes
+  }
+
+ private:
+  __m512 inverse_, zero_;
+};
+
+// Rounded to nearest even, by integers: the instruction is another extension's.
+SPARSE_ENGINE_INLINE __m256i to_bfloat16(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+
+}  // namespace
+}  // namespace sparse_engine
