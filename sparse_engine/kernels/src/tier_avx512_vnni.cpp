@@ -92,10 +92,10 @@ SPARSE_ENGINE_INLINE void add_step(__m512i (&sum)[chains_of(Tokens)][Tokens], co
   }
 }
 
-// sums[token][row] of one panel.
-template <int Tokens>
-__attribute__((noinline)) void add_up_sparse(const uint8_t* panel, const uint8_t* x, size_t stride, int depth,
-                                             const int32_t* starts, int32_t* sums) {
+// Calls finish(panel, token, sums of its sixteen rows) for each token of one panel.
+template <int Tokens, class Finish>
+SPARSE_ENGINE_INLINE void add_up_sparse(const uint8_t* panel, const uint8_t* x, size_t stride, int depth,
+                                        const int32_t* starts, const Finish& finish) {
   constexpr int kChains = chains_of(Tokens);
   __m512i sum[kChains][Tokens];
 #pragma GCC unroll 8
@@ -127,14 +127,15 @@ __attribute__((noinline)) void add_up_sparse(const uint8_t* panel, const uint8_t
   for (int t = 0; t < Tokens; ++t) {
 #pragma GCC unroll 4
     for (int c = 1; c < kChains; ++c) sum[0][t] = _mm512_add_epi32(sum[0][t], sum[c][t]);
-    _mm512_store_si512(sums + t * kRows, sum[0][t]);
+    finish(0, t, sum[0][t]);
   }
 }
 
-// Dense: four codes of a token, repeated in all lanes by the load. sums[panel][kTokens][row].
-template <int Tokens>
-__attribute__((noinline)) void add_up_dense(const uint8_t* panel, size_t panel_bytes, const uint8_t* x, size_t stride,
-                                            int depth, const int32_t* starts, int32_t* sums) {
+// The same of kDensePanels of dense weights: four codes of a token are repeated in all lanes by the load.
+template <int Tokens, class Finish>
+SPARSE_ENGINE_INLINE void add_up_dense(const uint8_t* panel, const uint8_t* x, size_t stride, int depth,
+                                       const int32_t* starts, const Finish& finish) {
+  const size_t panel_bytes = panel_bytes_of(depth, true);
   __m512i sum[kDensePanels][Tokens];
 #pragma GCC unroll 2
   for (int p = 0; p < kDensePanels; ++p) {
@@ -157,96 +158,177 @@ __attribute__((noinline)) void add_up_dense(const uint8_t* panel, size_t panel_b
 #pragma GCC unroll 2
   for (int p = 0; p < kDensePanels; ++p) {
 #pragma GCC unroll 8
-    for (int t = 0; t < Tokens; ++t) _mm512_store_si512(sums + (p * kTokens + t) * kRows, sum[p][t]);
+    for (int t = 0; t < Tokens; ++t) finish(p, t, sum[p][t]);
   }
 }
 
-// The kernel that is as wide as there are tokens, 1 to 8.
-template <int Tokens = kTokens>
-SPARSE_ENGINE_INLINE void add_up(const ProductInt8& product, int row, const uint8_t* x, size_t stride, int tokens,
-                                 int32_t* sums) {
+// The kernel that is as wide as there are tokens, 1 to 7, into sums[panel][kTokens][row].
+template <bool Dense, int Tokens = kTokens - 1>
+__attribute__((noinline)) void add_up_few(const uint8_t* panel, const uint8_t* x, size_t stride, int depth,
+                                          const int32_t* starts, int tokens, int32_t* sums) {
   if constexpr (Tokens > 1) {
-    if (tokens < Tokens) return add_up<Tokens - 1>(product, row, x, stride, tokens, sums);
+    if (tokens < Tokens) return add_up_few<Dense, Tokens - 1>(panel, x, stride, depth, starts, tokens, sums);
   }
-  const size_t panel_bytes = panel_bytes_of(product.depth, product.dense);
-  const uint8_t* const panel = static_cast<const uint8_t*>(product.packed) + row / kRows * panel_bytes;
-  if (product.dense) {
-    add_up_dense<Tokens>(panel, panel_bytes, x, stride, product.depth, product.starts + row, sums);
+  const auto store = [=](int p, int t, __m512i sum) __attribute__((always_inline)) {
+    _mm512_store_si512(sums + (p * kTokens + t) * kRows, sum);
+  };
+  if constexpr (Dense) {
+    add_up_dense<Tokens>(panel, x, stride, depth, starts, store);
   } else {
-    add_up_sparse<Tokens>(panel, x, stride, product.depth, product.starts + row, sums);
+    add_up_sparse<Tokens>(panel, x, stride, depth, starts, store);
   }
 }
 
-// What a store needs beside the sums, kept out of memory that the stores might alias.
-template <Element E>
-struct Output {
-  static constexpr Operand kFit = E == Element::kFloat32 ? Operand::kFloat32 : Operand::kBfloat16;
+// What an element becomes: an Element, where fine codes are those whose step is not far above the error of a GELU that
+// is fitted for codes.
+enum class Form { kFloat32, kBfloat16, kCode, kFineCode };
+constexpr float kFinestStep = 1e-3f;
 
-  explicit Output(const ProductInt8& product)
-      : data(product.output), to_codes(product.epilogue.codes) {}
+Form form_of(const EpilogueInt8& epilogue) {
+  if (epilogue.element == Element::kFloat32) return Form::kFloat32;
+  if (epilogue.element == Element::kBfloat16) return Form::kBfloat16;
+  return epilogue.codes.scale < kFinestStep ? Form::kFineCode : Form::kCode;
+}
 
-  SPARSE_ENGINE_INLINE void store(size_t index, __m512 y, int count) const {
-    const __mmask16 there = V::first(count);
-    if constexpr (E == Element::kFloat32) {
-      _mm512_mask_storeu_ps(static_cast<float*>(data) + index, there, y);
-    } else if constexpr (E == Element::kBfloat16) {
-      _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + index, there, to_bfloat16(y));
+// x Phi(x) within 2e-4: Phi(x) = 1/2 + x P(x^2), |x| clamped to 4, where P is a minimax fit with Phi(4) = 1.
+SPARSE_ENGINE_INLINE __m512 gelu_for_codes(__m512 x) {
+  constexpr float kCoefficients[] = {0.397870272f,    -0.0645544156f,   0.00876369141f, -0.0008121875f,
+                                     4.77638896e-05f, -1.58882722e-06f, 2.25882089e-08f};
+  const __m512 near = V::min(V::max(x, V::set(-4.0f)), V::set(4.0f));
+  const __m512 square = near * near;
+  __m512 p = V::set(kCoefficients[6]);
+#pragma GCC unroll 6
+  for (int i = 5; i >= 0; --i) p = V::multiply_add(p, square, V::set(kCoefficients[i]));
+  return x * V::multiply_add(p, near, V::set(0.5f));
+}
+
+// One panel's part of a product: what its sums become, and where they go.
+template <Activation A, Form F>
+class Finish {
+ public:
+  SPARSE_ENGINE_INLINE Finish(const ProductInt8& product, size_t token, int row, int count)
+      : scales_(V::load_unaligned(product.scales + row)),
+        bias_(product.epilogue.bias ? V::load_first(product.epilogue.bias + row, count) : V::zero()),
+        to_codes_(product.epilogue.codes),
+        residual_(product.epilogue.residual),
+        output_(product.output),
+        stride_(product.rows),
+        first_(token * stride_ + row),
+        whole_(count == kRows),
+        there_(V::first(count)) {}
+
+  SPARSE_ENGINE_INLINE void operator()(int token, __m512i sum) const {
+    const size_t index = first_ + token * stride_;
+    __m512 y = activate_sum(V::multiply_add(_mm512_cvtepi32_ps(sum), scales_, bias_));
+    if (residual_) y = y + _mm512_maskz_loadu_ps(there_, residual_ + index);
+    if constexpr (F == Form::kFloat32) {
+      float* const out = static_cast<float*>(output_) + index;
+      whole_ ? _mm512_storeu_ps(out, y) : _mm512_mask_storeu_ps(out, there_, y);
+    } else if constexpr (F == Form::kBfloat16) {
+      uint16_t* const out = static_cast<uint16_t*>(output_) + index;
+      const __m256i halves = to_bfloat16(y);
+      whole_ ? _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), halves)
+             : _mm256_mask_storeu_epi16(out, there_, halves);
     } else {
-      _mm_mask_storeu_epi8(static_cast<uint8_t*>(data) + index, there, to_codes(y));
+      uint8_t* const out = static_cast<uint8_t*>(output_) + index;
+      const __m128i codes = to_codes_(y);
+      whole_ ? _mm_storeu_si128(reinterpret_cast<__m128i*>(out), codes) : _mm_mask_storeu_epi8(out, there_, codes);
     }
   }
 
-  void* data;
-  CodesOf to_codes;
+ private:
+  static SPARSE_ENGINE_INLINE __m512 activate_sum(__m512 x) {
+    if constexpr (A == Activation::kGelu && F == Form::kCode) return gelu_for_codes(x);
+    constexpr bool kCoarse = F == Form::kBfloat16 || F == Form::kCode;
+    return activate<V, kCoarse ? Operand::kBfloat16 : Operand::kFloat32, A>(x);
+  }
+
+  __m512 scales_, bias_;
+  CodesOf to_codes_;
+  const float* residual_;
+  void* output_;
+  size_t stride_, first_;
+  bool whole_;
+  __mmask16 there_;
 };
 
-template <Activation A, Element E>
-SPARSE_ENGINE_INLINE void finish(const ProductInt8& product, size_t token, int tokens, int row, int count,
-                                 const int32_t* sums) {
-  const Output<E> output(product);
-  const __m512 scales = V::load_unaligned(product.scales + row);
-  const __m512 bias = product.epilogue.bias ? V::load_first(product.epilogue.bias + row, count) : V::zero();
-  const float* const residual = product.epilogue.residual;
-  size_t index = token * product.rows + row;
-  const size_t stride = product.rows;
-  for (int t = 0; t < tokens; ++t, index += stride) {
-    const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + t * kRows));
-    __m512 y = activate<V, Output<E>::kFit, A>(V::multiply_add(sum, scales, bias));
-    if (residual) y = y + V::load_first(residual + index, count);
-    output.store(index, y, count);
+// Part `i` of `parts` of the next panel, on its way to L1 where two of them fit there, else to L2. The weights of a
+// network are more than the caches hold, and a panel is used by one octet of tokens after the other.
+SPARSE_ENGINE_INLINE void fetch_ahead(const uint8_t* panel, size_t bytes, size_t i, size_t parts) {
+  constexpr size_t kSmall = 16 * 1024;
+  const uint8_t* const end = panel + bytes * (i + 1) / parts;
+  for (const uint8_t* line = panel + bytes * i / parts; line < end; line += 64) {
+    bytes <= kSmall ? _mm_prefetch(line, _MM_HINT_T0) : _mm_prefetch(line, _MM_HINT_T1);
   }
 }
 
-template <Activation A, Element E>
+template <Activation A, Form F, bool Dense>
 __attribute__((noinline)) void run_rows(const ProductInt8& product, const uint8_t* x, size_t stride, size_t first,
                                         size_t tokens, int row_begin, int row_end) {
-  alignas(64) int32_t sums[kDensePanels * kTokens * kRows];
-  const int panels = product.dense ? kDensePanels : 1;
+  constexpr int kPanels = Dense ? kDensePanels : 1;
+  const int depth = product.depth;
   const size_t octets = (tokens + kTokens - 1) / kTokens;
-  for (int row = row_begin; row < row_end; row += panels * kRows) {
+  for (int row = row_begin; row < row_end; row += kPanels * kRows) {
+    const uint8_t* const panel =
+        static_cast<const uint8_t*>(product.packed) + row / kRows * panel_bytes_of(depth, Dense);
+    const int32_t* const starts = product.starts + row;
+    const int panels = row_end - row > kRows ? kPanels : 1;  // the second may be missing
+    const size_t panel_bytes = kPanels * panel_bytes_of(depth, Dense);
+    const bool more = row + kPanels * kRows < row_end;
     for (size_t i = 0; i < octets; ++i) {
+      if (more) fetch_ahead(panel + panel_bytes, panel_bytes, i, octets);
       const size_t begin = tokens * i / octets;  // near equal: a single token would not fill the pipeline
       const int count = int(tokens * (i + 1) / octets - begin);
-      add_up(product, row, x + begin * stride, stride, count, sums);
-      for (int p = 0; p < panels; ++p) {
+      const uint8_t* const codes = x + begin * stride;
+      const auto finish_of = [&](int p) __attribute__((always_inline)) {
         const int left = row_end - row - p * kRows;
-        if (left <= 0) break;
-        finish<A, E>(product, first + begin, count, row + p * kRows, left < kRows ? left : kRows,
-                     sums + p * kTokens * kRows);
+        return Finish<A, F>(product, first + begin, row + p * kRows, left < kRows ? left : kRows);
+      };
+      if (!Dense && count == kTokens) {
+        const auto finish = finish_of(0);
+        add_up_sparse<kTokens>(panel, codes, stride, depth, starts,
+                               [&](int, int t, __m512i sum) __attribute__((always_inline)) { finish(t, sum); });
+        continue;
+      }
+      alignas(64) int32_t sums[kPanels * kTokens * kRows];
+      if (count == kTokens) {
+        add_up_dense<kTokens>(panel, codes, stride, depth, starts,
+                              [&](int p, int t, __m512i sum) __attribute__((always_inline)) {
+                                _mm512_store_si512(sums + (p * kTokens + t) * kRows, sum);
+                              });
+      } else {
+        add_up_few<Dense>(panel, codes, stride, depth, starts, count, sums);
+      }
+      for (int p = 0; p < panels; ++p) {
+        const auto finish = finish_of(p);
+        for (int t = 0; t < count; ++t) finish(t, _mm512_load_si512(sums + (p * kTokens + t) * kRows));
       }
     }
   }
+}
+
+template <Activation A, bool Dense>
+SPARSE_ENGINE_INLINE auto rows_of(Form form) {
+  switch (form) {
+    case Form::kFloat32:
+      return run_rows<A, Form::kFloat32, Dense>;
+    case Form::kBfloat16:
+      return run_rows<A, Form::kBfloat16, Dense>;
+    case Form::kCode:
+      return run_rows<A, Form::kCode, Dense>;
+    case Form::kFineCode:
+      break;
+  }
+  return run_rows<A, Form::kFineCode, Dense>;
 }
 
 void run(const ProductInt8& product, const uint8_t* x, size_t stride, size_t first, size_t tokens, int row_begin,
          int row_end) {
   with_activation(product.epilogue.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
-    const auto run_element = product.epilogue.element == Element::kFloat32 ? run_rows<kActivation, Element::kFloat32>
-                             : product.epilogue.element == Element::kBfloat16
-                                 ? run_rows<kActivation, Element::kBfloat16>
-                                 : run_rows<kActivation, Element::kCode>;
-    run_element(product, x, stride, first, tokens, row_begin, row_end);
+    const Form form = form_of(product.epilogue);
+    const auto run_form = product.dense ? rows_of<kActivation, true>(form) : rows_of<kActivation, false>(form);
+    run_form(product, x, stride, first, tokens, row_begin, row_end);
   });
 }
 
