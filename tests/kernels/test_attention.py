@@ -380,4 +380,5 @@ def test_tensors_that_do_not_fit_are_refused_when_run(changed, message):
 @needs_compiler
 @pytest.mark.parametrize("source", FLAGS)
 def test_an_instruction_set_shares_no_code_with_the_others(source, tmp_path):
-    assert len(defined_symbols(source, FLAGS[source], tmp_path)) == 1, "the kernel, and nothing else"
+    expected = 2 if "bf16" in source else 1  # in bf16 q, k and v may be bfloat16
+    assert len(defined_symbols(source, FLAGS[source], tmp_path)) == expected, "the kernels, and nothing else"
