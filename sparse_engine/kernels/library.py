@@ -226,8 +226,8 @@ class MatMul24:
         To the bit what two calls give, but what ``first`` gives stays in the caches. Arguments as those of a call.
 
         Raises:
-            InputError: also where ``first`` does not give what this one takes, or is of another tier.
-            UnsupportedError: a tier without such a kernel (scalar), or lanes other than ``t-lanes``.
+            InputError: also where ``first`` does not give what this one takes, or is of another tier or other lanes.
+            UnsupportedError: a tier without such a kernel (scalar).
         """
         tokens, out = self._check_call(x, first.depth, bias, residual, out)
         if first_bias is not None:

@@ -34,7 +34,7 @@ N_LANES_UP_TO = {"fp32": 64, "bf16": 1 << 30}
 ENOUGH_TOKENS = 2048  # more of them take longer and change nothing
 DENSE = ("dense", "dense-bf16")
 OWN_INT8, RUNTIME_INT8 = "own", "dense int8"  # candidates for layers in 8 bits
-PAIRED = ("t-lanes", "dense-bf16")  # kernels that compute two layers in a row
+PAIRED = ("t-lanes", "n-lanes", "dense-bf16")  # kernels that compute two layers in a row
 ATTENTION_RULE = {"fp32": "onnxruntime", "bf16": "own"}  # without timing
 PATTERNS = (4, 8, 12, 9, 13, 14)  # the positions that two of four can have
 # Without timing: ours, its lanes by the tokens of the usual batch. Where T-lanes overtake N-lanes on a Zen 4: below it
@@ -141,7 +141,7 @@ class Chooser:
         )
 
     def _pair(self, first: FusedLayer, second: FusedLayer, tokens: int, kernel: str, one: bool) -> Callable[[], object]:
-        tactic: dict[str, str] = {"compute": self._compute} if first.is_sparse else {}
+        tactic = {"compute": self._compute, "tactic": kernel} if first.is_sparse else {}
         threads = pool_size(self._threads)
         if one:
             nodes = [first.node_with(second, threads=threads, **tactic)]

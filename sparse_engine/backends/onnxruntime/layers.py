@@ -105,7 +105,7 @@ class FusedLayer:
         return helper.make_node(operator, inputs, [self.output], name=self.name, domain=DOMAIN, **attributes)
 
     def node_with(self, second: FusedLayer, **attributes: Any) -> NodeProto:
-        """Write it and the layer that takes its output as one node. Attributes: ``threads``, and of 2:4 ``compute``."""
+        """Write it and the layer that takes its output as one node. Attributes as ``node``'s."""
         inputs = [self.x, *self._weights, self.bias, *second._weights, second.bias, second.residual]
         while not inputs[-1]:
             inputs.pop()

@@ -127,14 +127,15 @@ def _join_pairs(
         if second is None or only_consumer(graph, first.output) is None:
             continue
         kernels_chosen = {prepared.report[layer.name]["kernel"] for layer in (first, second)}
-        choice = chooser.together(first, second, kernels_chosen.pop()) if len(kernels_chosen) == 1 else None
+        kernel = kernels_chosen.pop()
+        choice = None if kernels_chosen else chooser.together(first, second, kernel)
         if choice is None:
             continue
         report = {"with": second.name, "chosen": choice.kernel, "milliseconds": choice.milliseconds}
         prepared.report[first.name]["pair"] = report
         prepared.report[second.name]["pair"] = {**report, "with": first.name}
         if choice.kernel == "together":
-            attributes = {"compute": compute} if first.is_sparse else {}
+            attributes = {"compute": compute, "tactic": kernel} if first.is_sparse else {}
             node = first.node_with(second, threads=pool_size(threads), **attributes)
             graph.node[_index_of(prepared, second)].CopyFrom(node)
             graph.node.remove(graph.node[_index_of(prepared, first)])

@@ -30,7 +30,7 @@ SPARSE_ENGINE_API int sparse_engine_matmul24_run(const void* product, const floa
                                                  const float* bias, const float* residual, const char* activation,
                                                  int threads, char* message, size_t message_size);
 
-// output = second(first(input)), with T-lanes and one tier for both. Bias and residual may be null.
+// output = second(first(input)), with one tier and the same lanes for both. Bias and residual may be null.
 SPARSE_ENGINE_API int sparse_engine_matmul24_run_pair(const void* first, const float* first_bias,
                                                       const char* activation, const void* second, const float* bias,
                                                       const float* residual, const float* input, int64_t tokens,
