@@ -118,8 +118,8 @@ def _build(
     else:
         options = BuildOptions(sparse, "fp32", options.batch)
     path = folder / f"{name.replace(':', '')} {batch}.sengine"
-    graph = workload.graph(backend.graph_precision(options))
-    write_built(path, workload.model, workload.baked, graph, backend, options)
+    graph, quantised = workload.build_graph(backend, options, folder)
+    write_built(path, workload.model, workload.baked, graph, backend, options, quantised)
     return Arm(name, path, backend.name, options.precision, settings.threads)
 
 

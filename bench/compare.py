@@ -59,7 +59,7 @@ def compare_model(
     with scratch_folder() as folder:
         progress("exporting")
         if settings.peers:
-            workload.write_onnx(folder)
+            workload.write_onnx(folder, settings.precision)
         for batch in batches:
             with _Comparison(folder, workload, batch, settings, progress) as comparison:
                 yield comparison.row(judges if workload.trained and batch == batches[-1] else None)
@@ -139,7 +139,7 @@ class _Comparison:
         if not error <= TOLERANCE[arm.precision]:
             raise VerificationError(
                 f"{arm.name} ({arm.backend}, {arm.precision}) differs from torch fp32 by {error:.1e} of the largest "
-                f"value; expected at most {TOLERANCE[arm.precision]:.0e}"
+                f"value; expected at most {TOLERANCE[arm.precision]:.1e}"
             )
         return error
 

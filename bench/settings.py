@@ -8,7 +8,7 @@ from sparse_engine import arguments
 
 # A runtime may differ from our dense fp32 engine by this share of the largest value before it is said to compute
 # something else.
-TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 3e-2, "bf16": 1e-1}
+TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 3e-2, "bf16": 1e-1, "int8": 1.5e-1}
 PRECISIONS = tuple(TOLERANCE)
 
 

@@ -11,16 +11,23 @@ import onnx
 from torch import nn
 
 from sparse_engine import sampling
-from sparse_engine.backends import StepGraph
+from sparse_engine.artifact import SUFFIX
+from sparse_engine.backends import Backend, BuildOptions, StepGraph, backend_named
 from sparse_engine.backends.base import GRAPH_FILE, WEIGHTS_FILE, NoiseSource, weights_payload
+from sparse_engine.calibration.apply import Quantisation, Quantised
+from sparse_engine.calibration.collect import EVERY, CalibrationData, collect
+from sparse_engine.calibration.quantize import QUANTISED_PRECISIONS
+from sparse_engine.engine import SparseEngine
 from sparse_engine.export.bake import bake
-from sparse_engine.export.build import export_baked
+from sparse_engine.export.build import export_baked, graph_for, write_built
 from sparse_engine.export.model import Model
 from sparse_engine.export.precision import lower
+from sparse_engine.export.quantise import calibration_of
 from sparse_engine.export.step_graph import step_of
 
 from .peers import Feed, Subject
 
+CALIBRATION_IMAGES, CALIBRATION_STEPS = 16, 16  # of trajectories: 64 samples
 NETWORK_TIME = 500.0  # any: the work of a step does not depend on it
 SEED = 0
 
@@ -41,6 +48,42 @@ class Workload:
             self._graphs[precision] = export_baked(self.model, self.baked, precision)
         return self._graphs[precision]
 
+    def build_graph(self, backend: Backend, options: BuildOptions, folder: Path) -> tuple[StepGraph, Quantised | None]:
+        """What a backend builds an engine from; in 8 bits on ranges that this model's own trajectories have."""
+        wanted = data = None
+        if options.precision in QUANTISED_PRECISIONS:
+            wanted = Quantisation(self._calibration(folder))
+            data = calibration_of(self.model, wanted)
+        return graph_for(self.model, self.baked, backend, options, data, wanted, self._graphs)
+
+    def _calibration(self, folder: Path) -> Path:
+        """Collected with a float engine, once in a folder; of random weights, whose trajectories run away, noise."""
+        path = folder / "calibration.npz"
+        if path.exists():
+            return path
+        if self.trained:
+            float_engine = folder / f"calibration{SUFFIX}"
+            backend, options = backend_named("onnxruntime"), BuildOptions()
+            write_built(float_engine, self.model, self.baked, self.graph("fp32"), backend, options)
+            with SparseEngine.load(float_engine) as engine:
+                collect(engine, images=CALIBRATION_IMAGES, steps=CALIBRATION_STEPS).save(path)
+            float_engine.unlink()
+        else:
+            self._noise().save(path)
+        return path
+
+    def _noise(self) -> CalibrationData:
+        images = np.arange(CALIBRATION_IMAGES * CALIBRATION_STEPS // EVERY)
+        times = np.linspace(1, 0, len(images), endpoint=False)
+        return CalibrationData(
+            x=sampling.normal(SEED, images, 1, self.model.config.data_shape),
+            times=times,
+            network_times=np.float32(2 * NETWORK_TIME * times),
+            conditioning=self.model.told(images, SEED),
+            guidance=np.ones(len(images), np.float32),
+            facts={"checkpoint_sha256": self.model.checkpoint.sha256, "masked": True, "seed": SEED},
+        )
+
     def torch_step(self, precision: str = "fp32") -> nn.Module:
         """The same as a torch module, a fresh one."""
         network = lower(self.model.network(self.baked.state), self.model.family.float32_layers, precision)
@@ -58,15 +101,16 @@ class Workload:
 
     def subject(self, folder: Path, device: str, threads: int, precision: str) -> Subject:
         """What a peer is given; ``write_onnx`` has filled the folder."""
-        return Subject(self.torch_step, folder / GRAPH_FILE, device, threads, precision, self.sparse_layers)
+        onnx_folder = folder / precision if precision in QUANTISED_PRECISIONS else folder
+        return Subject(self.torch_step, onnx_folder / GRAPH_FILE, device, threads, precision, self.sparse_layers)
 
-    def write_onnx(self, folder: Path) -> None:
-        """Write the float32 step graph as any runtime reads it."""
-        graph = self.graph("fp32")
-        onnx.save_model(graph.proto, folder / GRAPH_FILE)
-        with (folder / WEIGHTS_FILE).open("wb") as stream:
-            for chunk in weights_payload(graph.weights).chunks():
-                stream.write(chunk)
+    def write_onnx(self, folder: Path, precision: str = "fp32") -> None:
+        """Write the float32 step graph as any runtime reads it, and in a folder of its own one in 8 bits."""
+        _write_graph(folder, self.graph("fp32"))
+        if precision in QUANTISED_PRECISIONS:
+            own = BuildOptions(sparse=True, precision=precision)
+            (folder / precision).mkdir()
+            _write_graph(folder / precision, self.build_graph(backend_named("onnxruntime"), own, folder)[0])
 
     def feed(self, images: np.ndarray) -> Feed:
         """A fixed step from the seed's noise of some images, in the order of the graph's inputs.
@@ -94,3 +138,10 @@ class Workload:
             "masked_layers": sum(layer.masked for layer in self.baked.layers),
             "macs": sum(layer.macs for layer in self.baked.layers),
         }
+
+
+def _write_graph(folder: Path, graph: StepGraph) -> None:
+    onnx.save_model(graph.proto, folder / GRAPH_FILE)
+    with (folder / WEIGHTS_FILE).open("wb") as stream:
+        for chunk in weights_payload(graph.weights).chunks():
+            stream.write(chunk)

@@ -12,6 +12,7 @@ import contextlib
 import os
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -37,12 +38,23 @@ def library_call() -> Iterator[None]:
         _inside[me] = _inside.get(me, 0) + 1
     try:
         yield
+    except BaseException as error:
+        if _last not in (None, me):
+            _give_up(error)
+        raise
     finally:
         with _changed:
             left = _inside.pop(me, 1) - 1
             if left:
                 _inside[me] = left
             _changed.notify_all()
+
+
+def _give_up(error: BaseException | None) -> None:
+    """What the frames of a call that has failed own of the library: else it goes with the thread, unwaited for."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 @contextlib.contextmanager

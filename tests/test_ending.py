@@ -10,6 +10,7 @@ import threading
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sparse_engine import SparseEngine, ending
@@ -87,6 +88,37 @@ def test_what_a_thread_owns_of_a_library_is_given_up_last(monkeypatch: pytest.Mo
     del owner, late
     gc.collect()
     assert all(each() is not None for each in seen)
+
+
+def test_a_call_that_the_end_has_cut_short_leaves_nothing_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that its frames own would else go, in calls of the library's, when nobody waits any more."""
+
+    class Tensor:
+        pass
+
+    seen: list[weakref.ref[Tensor]] = []
+
+    def network() -> None:
+        tensor = Tensor()
+        seen.append(weakref.ref(tensor))
+        monkeypatch.setattr(ending, "_last", -1)
+        ending.stop_if_ending()
+
+    monkeypatch.setattr(ending, "_last", None)
+    with pytest.raises(SystemExit) as end, ending.library_call():
+        network()
+    assert end.value.__traceback__ is not None
+    assert seen[0]() is None
+
+
+def test_images_of_a_device_backend_are_in_memory_of_numpys_own(torch_engine: Path) -> None:
+    with SparseEngine.load(torch_engine, threads=1, autotune=False) as engine:
+        states: list[object] = []
+        images = engine.sample(1, steps=1, output="float", callback=lambda step, t, x: states.append(x))
+    for array in (images, *states):
+        while isinstance(array, np.ndarray) and array.base is not None:
+            array = array.base
+        assert isinstance(array, np.ndarray)
 
 
 def test_what_is_closed_before_the_end_goes_at_once(conditional_engine: Path) -> None:

@@ -57,7 +57,7 @@ def test_performance_sections_are_the_results_files() -> None:
 
 
 def test_the_table_of_precisions_is_the_results_file() -> None:
-    rows = json.loads((REPOSITORY / "bench" / "results" / "cpu-uvit-s-int8.json").read_text())["rows"]
+    rows = json.loads((REPOSITORY / "bench" / "results" / "engines-uvit-s-int8.json").read_text())["rows"]
     names = {"fp32-dense": "dense, fp32", "fp32-sparse": "2:4, fp32", "bf16-sparse": "2:4, bf16", "int8": "dense, int8"}
     for engine, name in names.items():
         cells = [f"{row['milliseconds'][engine]['median']:.1f} ms" for row in rows]

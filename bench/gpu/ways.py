@@ -24,7 +24,8 @@ from torch import nn
 
 from sparse_engine import sampling
 from sparse_engine.backends.base import IDENTITY_ROW
-from sparse_engine.backends.device_loop import CaptureError, DeviceLoop, StepBuffers
+from sparse_engine.backends.device_loop import DeviceLoop
+from sparse_engine.backends.step_device import CaptureError, StepBuffers
 from sparse_engine.backends.torch.choose import Chooser
 from sparse_engine.backends.torch.device import TorchDevice
 from sparse_engine.backends.torch.network import choose_attention, choose_products

@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from sparse_engine.backends.base import NoiseSource
+from sparse_engine.calibration.quantize import QUANTISED_PRECISIONS
 from sparse_engine.sampling import Trajectory, walk
 
 Feed = dict[str, np.ndarray]
@@ -27,7 +28,7 @@ class Subject:
     Attributes:
         step: precision -> the solver step as a torch module, masks baked in, its network lowered to that precision;
             takes the feed's arrays by name, the conditions as one mapping. A fresh one each time.
-        onnx: the same in fp32 as ``step.onnx`` with ``weights.bin`` beside it.
+        onnx: the same in fp32 as ``step.onnx`` with ``weights.bin`` beside it; in int8 our own engine's Q/DQ graph.
         device: "cpu" or "cuda".
         threads: that every runtime may use on the CPU.
         precision: that the peer is to run in.
@@ -84,6 +85,7 @@ class Peer:
     prepare: Callable[[Subject], PeerRunner]
 
     def wanted(self, device: str, precision: str) -> tuple[str, ...]:
-        """The precisions to measure it in: ours, where it has it, and the one it is best at."""
+        """The precisions to measure it in: ours, where it has it, and its best one; beside our 8 bits all of them."""
         offered = self.precisions.get(device, ())
-        return tuple(dict.fromkeys(each for each in (precision, *offered[-1:]) if each in offered))
+        others = offered if precision in QUANTISED_PRECISIONS else offered[-1:]
+        return tuple(dict.fromkeys(each for each in (precision, *others) if each in offered))

@@ -31,4 +31,4 @@ def _prepare(subject: Subject) -> PeerRunner:
     return PeerRunner(call)
 
 
-PLAIN = Peer("ONNX Runtime", {"cpu": ("fp32",), "cuda": ("fp32",)}, _prepare)
+PLAIN = Peer("ONNX Runtime", {"cpu": ("int8", "fp32"), "cuda": ("fp32",)}, _prepare)

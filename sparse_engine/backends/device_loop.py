@@ -4,10 +4,9 @@ A chunk is a few consecutive rows of a trajectory. Its times, coefficients and n
 steps are enqueued on the device's stream. A chunk that comes for the second time is recorded (a CUDA graph) and from
 then on launched in one call, for every trajectory with the same pattern.
 
-Nothing is copied from step to step: x alternates between two buffers, and the predictions go around three. A step's
-buffers depend on its index modulo ``PERIOD`` alone, so a recording, whose addresses are fixed, is good wherever a chunk
-starts at the same phase; chunks are a multiple of ``PERIOD`` long, and start at phase 0. Noise that the device draws is
-part of the recording: which seed, images and draws it is of is read from buffers.
+Chunks are a multiple of ``PERIOD`` long, and start at phase 0: their recordings' addresses (``device_state``) are then
+good for all of them. Noise that the device draws is part of the recording: which seed, images and draws it is of is
+read from buffers.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Literal
 
 import numpy as np
 
@@ -27,124 +26,16 @@ from sparse_engine.sampling import Trajectory
 from sparse_engine.sampling.noise import SeededNoise
 
 from .base import IDENTITY_ROW, NO_CLIP, NoiseSource, StepCallback
+from .device_state import PERIOD, State, allocate, allocate_drawn, step_buffers
+from .step_device import B, CaptureError, OutOfDeviceMemoryError, Recording, StepDevice, TakingDevice
 
 if TYPE_CHECKING:
     from .cuda.dlpack_in import DeviceArray
     from .device_noise import DeviceNoise
 
-PERIOD = 6  # x alternates between 2 buffers and the predictions between 3
 CHUNK = 12  # steps: the host's part of a chunk (0.1 ms) disappears behind them
-NOISE_BYTES = 256 << 20  # of a chunk's noise: 12 steps of 64 latents of 4x64x64 take a fifth of it
 IN_FLIGHT = 4  # chunks of noise that the host may be ahead of the device: it waits in page-locked memory
 MAX_STATES, MAX_RECORDINGS = 4, 16  # batch sizes with buffers of their own; recordings of each
-
-B = TypeVar("B")
-B_contra = TypeVar("B_contra", contravariant=True)
-
-
-class OutOfDeviceMemoryError(BackendError):
-    """The device has no memory left for a batch; the loop halves it."""
-
-
-class CaptureError(Exception):
-    """Steps cannot be recorded here; the message says why. The loop enqueues them one by one."""
-
-
-@dataclass(frozen=True)
-class StepBuffers(Generic[B]):
-    """The buffers of one solver step; ``docs/engine-file.md`` has its lines.
-
-    ``conditioning`` is name -> [G, B, ...], empty for a network that is told x and t alone; ``guidance`` [G], ``coef``
-    [8] and ``clip`` [2] are float32, ``t`` is float32 [B], all others float32 [B, C, H, W]. The step reads all but
-    ``x_next`` and ``m``, which it writes; none of them overlap.
-    """
-
-    x: B
-    t: B
-    conditioning: Mapping[str, B]
-    guidance: B
-    coef: B
-    clip: B
-    base: B
-    h1: B
-    h2: B
-    z: B
-    x_next: B
-    m: B
-
-
-class Recording(Protocol):
-    """Recorded work."""
-
-    def launch(self) -> None:
-        """Enqueue it all on the device's stream."""
-        ...
-
-    def release(self) -> None:
-        """Give its memory back."""
-        ...
-
-
-class StepDevice(Protocol[B]):
-    """A device with one stream, on which everything is enqueued in order.
-
-    Any method but ``free`` may raise OutOfDeviceMemoryError, or BackendError for what else goes wrong.
-    """
-
-    def allocate(self, shape: tuple[int, ...], dtype: type[np.generic]) -> B:
-        """A buffer, its contents undefined."""
-        ...
-
-    def free(self, buffer: B) -> None:
-        """Give a buffer back; work that uses it has been waited for."""
-        ...
-
-    def row(self, buffer: B, index: int) -> B:
-        """A view of ``buffer[index]``, valid as long as the buffer."""
-        ...
-
-    def upload(self, buffer: B, array: np.ndarray) -> None:
-        """Enqueue a copy to the front of a buffer; the array may be overwritten as soon as this returns."""
-        ...
-
-    def copy(self, target: B, source: B) -> None:
-        """Enqueue a copy between two buffers of one shape. Recordable."""
-        ...
-
-    def download(self, buffer: B) -> np.ndarray:
-        """Wait for the stream and return a buffer's contents, in memory of their own."""
-        ...
-
-    def share(self, buffer: B) -> Any:
-        """A copy of a buffer that stays on the device, as an object with ``__dlpack__``."""
-        ...
-
-    def step(self, buffers: StepBuffers[B]) -> None:
-        """Enqueue one solver step. Recordable once it has run with buffers of these shapes."""
-        ...
-
-    def capture(self, work: Callable[[], None]) -> Recording:
-        """Record what ``work`` enqueues, without running it. Raises CaptureError."""
-        ...
-
-    def synchronize(self) -> None:
-        """Wait for the stream."""
-        ...
-
-
-@runtime_checkable
-class TakingDevice(Protocol[B_contra]):
-    """What a ``StepDevice`` may offer: to take x from where another library has it on the same device.
-
-    Attributes:
-        dlpack_device: (DLDeviceType, number).
-    """
-
-    dlpack_device: tuple[int, int]
-
-    def take(self, buffer: B_contra, array: DeviceArray) -> None:
-        """Copy an array of this device to a buffer of its shape; done when this returns."""
-        ...
 
 
 def part_of(conditioning: Mapping[str, np.ndarray], rows: slice | np.ndarray) -> dict[str, np.ndarray]:
@@ -155,42 +46,6 @@ def part_of(conditioning: Mapping[str, np.ndarray], rows: slice | np.ndarray) ->
 def noise_of(noise: NoiseSource, rows: slice | np.ndarray) -> NoiseSource:
     """The noise of some rows of a batch."""
     return noise.of(rows) if isinstance(noise, SeededNoise) else lambda draw: noise(draw)[rows]
-
-
-@dataclass
-class _Drawn(Generic[B]):
-    """What noise that the device draws passes through; see ``NoiseDevice.draw``."""
-
-    z: B  # [B, C, H, W], a step's
-    origin: B  # uint32 [B, 3]
-    draws: B  # uint32 [chunk, 1]
-
-
-@dataclass
-class _State(Generic[B]):
-    """The buffers of one batch size and number of passes, and what has been recorded on them."""
-
-    x: list[B]
-    m: list[B]
-    base: B
-    zeros: B
-    clip: B
-    guidance: B
-    conditioning: dict[str, B]
-    chunk: int
-    t: B  # [chunk, B]
-    coef: B  # [chunk, 8]
-    noise_shape: tuple[int, ...]
-    z: B | None = None  # [chunk, B, C, H, W], once noise is uploaded
-    drawn: _Drawn[B] | None = None  # once the device may draw noise
-    seen: set[Hashable] = field(default_factory=set)
-    recordings: dict[Hashable, Recording] = field(default_factory=dict)
-
-    def buffers(self) -> list[B]:
-        drawn = vars(self.drawn).values() if self.drawn is not None else ()
-        optional = [buffer for buffer in (self.z, *drawn) if buffer is not None]
-        told = self.conditioning.values()
-        return [*told, *self.x, *self.m, self.base, self.zeros, self.clip, self.guidance, self.t, self.coef, *optional]
 
 
 @dataclass(frozen=True)
@@ -235,7 +90,7 @@ class DeviceLoop(Generic[B]):
         self._smallest = smallest
         self._lock = threading.RLock()  # a callback may use the engine
         self._closed = False
-        self._states: dict[tuple[int, int], _State[B]] = {}  # none that is in use
+        self._states: dict[tuple[int, int], State[B]] = {}  # none that is in use
         self._recorded = 0
         self._largest: int | None = None  # batch that is known not to exhaust the device's memory
         self._eager: str | None = None  # why nothing is recorded
@@ -343,11 +198,11 @@ class DeviceLoop(Generic[B]):
     @contextlib.contextmanager
     def _prepared(
         self, x: np.ndarray | DeviceArray, conditioning: Mapping[str, np.ndarray], guidance: np.ndarray
-    ) -> Iterator[_State[B]]:
+    ) -> Iterator[State[B]]:
         """The state of a batch for one run, with x and what stays the same over a trajectory in place."""
         self._check_open()
         key = (len(x), len(guidance))
-        state = self._states.pop(key, None) or self._allocate(x.shape, len(guidance), conditioning)
+        state = self._states.pop(key, None) or allocate(self._device, x.shape, len(guidance), conditioning, self._chunk)
         try:
             self._fill(state, x, conditioning, guidance)
             yield state
@@ -359,7 +214,7 @@ class DeviceLoop(Generic[B]):
             raise
         self._keep(key, state)
 
-    def _keep(self, key: tuple[int, int], state: _State[B]) -> None:
+    def _keep(self, key: tuple[int, int], state: State[B]) -> None:
         """Keep a state for the next run of its batch size, the last used being the last to go."""
         present = self._states.pop(key, None)  # a callback's own
         if present is not None:
@@ -370,7 +225,7 @@ class DeviceLoop(Generic[B]):
 
     def _fill(
         self,
-        state: _State[B],
+        state: State[B],
         x: np.ndarray | DeviceArray,
         conditioning: Mapping[str, np.ndarray],
         guidance: np.ndarray,
@@ -389,39 +244,8 @@ class DeviceLoop(Generic[B]):
         for name, rows in conditioning.items():
             device.upload(state.conditioning[name], np.ascontiguousarray(rows))
 
-    def _allocate(self, shape: tuple[int, ...], passes: int, conditioning: Mapping[str, np.ndarray]) -> _State[B]:
-        device, made = self._device, []
-
-        def buffer(shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> B:
-            made.append(device.allocate(shape, dtype))
-            return made[-1]
-
-        noise_row = 4 * int(np.prod(shape))
-        fitting = NOISE_BYTES // noise_row // PERIOD * PERIOD
-        chunk = max(min(self._chunk, fitting), PERIOD)
-        try:
-            state = _State(
-                x=[buffer(shape) for _ in range(2)],
-                m=[buffer(shape) for _ in range(3)],
-                base=buffer(shape),
-                zeros=buffer(shape),
-                clip=buffer((2,)),
-                guidance=buffer((passes,)),
-                conditioning={name: buffer(rows.shape, rows.dtype.type) for name, rows in conditioning.items()},
-                chunk=chunk,
-                t=buffer((chunk, shape[0])),
-                coef=buffer((chunk, 8)),
-                noise_shape=(chunk, *shape),
-            )
-            device.upload(state.zeros, np.zeros(shape, np.float32))
-        except BackendError:
-            for each in made:
-                device.free(each)
-            raise
-        return state
-
     def _chunks(
-        self, trajectory: Trajectory, state: _State[B], noise: NoiseSource, callback: StepCallback | None
+        self, trajectory: Trajectory, state: State[B], noise: NoiseSource, callback: StepCallback | None
     ) -> list[_Chunk]:
         """The chunks of a trajectory; also puts its clipping range in place, and where its noise comes from."""
         self._device.upload(state.clip, np.array(trajectory.clip, np.float32))
@@ -432,11 +256,11 @@ class DeviceLoop(Generic[B]):
         rebase = trajectory.rebase.tolist()
         return [_Chunk(a, b, tuple(rebase[a:b]), kind) for a, b in bounds]
 
-    def _ready_noise(self, state: _State[B], noise: NoiseSource) -> Literal["uploaded", "drawn"]:
+    def _ready_noise(self, state: State[B], noise: NoiseSource) -> Literal["uploaded", "drawn"]:
         """Have the buffers that a trajectory's noise passes through, once it is chosen how it gets there."""
         device, chunk = self._device, state.chunk
         if self._noise is not None and isinstance(noise, SeededNoise) and self._noise.ready():
-            drawn = state.drawn = state.drawn or self._allocate_drawn(state)
+            drawn = state.drawn = state.drawn or allocate_drawn(device, state)
             device.upload(drawn.origin, noise.origin)
             if self._noise.is_drawn(noise, drawn.z, drawn.origin, device.row(drawn.draws, 0)):
                 return "drawn"
@@ -446,19 +270,7 @@ class DeviceLoop(Generic[B]):
                 device.copy(device.row(state.z, k), state.zeros)  # a row that adds no noise is read all the same
         return "uploaded"
 
-    def _allocate_drawn(self, state: _State[B]) -> _Drawn[B]:
-        device, (chunk, batch, *image), made = self._device, state.noise_shape, []
-        shapes = (((batch, *image), np.float32), ((batch, 3), np.uint32), ((chunk, 1), np.uint32))
-        try:
-            for shape, dtype in shapes:
-                made.append(device.allocate(shape, dtype))
-        except BackendError:
-            for each in made:
-                device.free(each)
-            raise
-        return _Drawn(*made)
-
-    def _advance(self, state: _State[B], trajectory: Trajectory, chunk: _Chunk, noise: NoiseSource) -> None:
+    def _advance(self, state: State[B], trajectory: Trajectory, chunk: _Chunk, noise: NoiseSource) -> None:
         """Upload a chunk's rows and enqueue its steps. The device may still be busy with the chunk before."""
         self._check_open()
         device, rows, batch = self._device, slice(chunk.first, chunk.last), state.noise_shape[1]
@@ -475,12 +287,12 @@ class DeviceLoop(Generic[B]):
             device.upload(state.drawn.draws, np.arange(chunk.first + 1, chunk.last + 1, dtype=np.uint32)[:, None])
         self._enqueue(state, chunk)
 
-    def _enqueue(self, state: _State[B], chunk: _Chunk) -> None:
+    def _enqueue(self, state: State[B], chunk: _Chunk) -> None:
         """Launch a chunk's recording; the first time enqueue its steps, which also readies them to be recorded."""
 
         def steps() -> None:
             for k in range(chunk.last - chunk.first):
-                buffers = self._buffers(state, chunk.phase + k, k, chunk.noise)
+                buffers = step_buffers(self._device, state, chunk.phase + k, k, chunk.noise)
                 if chunk.noise == "drawn" and state.drawn is not None and self._noise is not None:
                     self._noise.draw(buffers.z, state.drawn.origin, self._device.row(state.drawn.draws, k))
                 if chunk.rebase[k]:
@@ -500,7 +312,7 @@ class DeviceLoop(Generic[B]):
         state.recordings[chunk.pattern] = recording  # the last used is the last to go
         recording.launch()
 
-    def _record(self, state: _State[B], steps: Callable[[], None]) -> Recording | None:
+    def _record(self, state: State[B], steps: Callable[[], None]) -> Recording | None:
         if len(state.recordings) >= MAX_RECORDINGS:
             self._device.synchronize()
             state.recordings.pop(next(iter(state.recordings))).release()
@@ -512,30 +324,7 @@ class DeviceLoop(Generic[B]):
         self._recorded += 1
         return recording
 
-    def _buffers(self, state: _State[B], index: int, k: int, noise: str) -> StepBuffers[B]:
-        """The buffers of the step ``index`` of a trajectory (modulo ``PERIOD``), the k-th of its chunk."""
-        row = self._device.row
-        z = state.zeros
-        if noise == "uploaded" and state.z is not None:
-            z = row(state.z, k)
-        elif noise == "drawn" and state.drawn is not None:
-            z = state.drawn.z
-        return StepBuffers(
-            x=state.x[index % 2],
-            t=row(state.t, k),
-            conditioning=state.conditioning,
-            guidance=state.guidance,
-            coef=row(state.coef, k),
-            clip=state.clip,
-            base=state.base,
-            h1=state.m[(index - 1) % 3],
-            h2=state.m[(index - 2) % 3],
-            z=z,
-            x_next=state.x[(index + 1) % 2],
-            m=state.m[index % 3],
-        )
-
-    def _tell(self, callback: StepCallback, trajectory: Trajectory, chunk: _Chunk, state: _State[B]) -> None:
+    def _tell(self, callback: StepCallback, trajectory: Trajectory, chunk: _Chunk, state: State[B]) -> None:
         x = self._device.download(state.x[chunk.last % 2])
         if arguments.stops(callback(chunk.first, float(trajectory.times[chunk.first]), x)):
             raise SamplingCancelled(f"the callback stopped sampling after step {chunk.last} of {len(trajectory)}")
@@ -550,7 +339,7 @@ class DeviceLoop(Generic[B]):
         while self._states:
             self._release(self._states.popitem()[1])
 
-    def _release(self, state: _State[B]) -> None:
+    def _release(self, state: State[B]) -> None:
         with contextlib.suppress(BackendError):  # a device that has failed fails here again
             self._device.synchronize()
         for recording in state.recordings.values():

@@ -46,7 +46,7 @@ def command(
     backend: Annotated[
         str, typer.Option(help="Backends, the one that counts first, such as onnxruntime,torch.")
     ] = "auto",
-    precision: Annotated[str, typer.Option(help="fp32, tf32, fp16 or bf16.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, tf32, fp16, bf16 or int8.")] = "fp32",
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one per core")] = None,
     repeat: Annotated[int, typer.Option(help="Repeats, the engines loaded afresh in each.")] = 5,
     seconds: Annotated[float, typer.Option(help="Timing per repeat.")] = 0.4,

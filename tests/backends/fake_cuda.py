@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_engine.backends.device_loop import CaptureError, OutOfDeviceMemoryError
+from sparse_engine.backends.step_device import CaptureError, OutOfDeviceMemoryError
 from sparse_engine.errors import UnsupportedError
 from sparse_engine.sampling import normal
 

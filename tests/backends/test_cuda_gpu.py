@@ -14,8 +14,8 @@ from sparse_engine.backends.cuda.device import Buffer, CudaDevice
 from sparse_engine.backends.cuda.dlpack_in import DeviceArray, receive
 from sparse_engine.backends.cuda.runner import CudaRunner
 from sparse_engine.backends.cuda.runtime import Cuda, find_gpu
-from sparse_engine.backends.device_loop import StepBuffers
 from sparse_engine.backends.device_noise import DRAWN, UPLOADED
+from sparse_engine.backends.step_device import StepBuffers
 from sparse_engine.errors import SparseEngineError
 from sparse_engine.sampling.noise import SeededNoise
 

@@ -16,8 +16,8 @@ from sparse_engine.backends.cuda.device import Staging
 from sparse_engine.backends.cuda.dlpack import CPU, SharedArray
 from sparse_engine.backends.cuda.dlpack_in import receive
 from sparse_engine.backends.cuda.runner import CudaRunner
-from sparse_engine.backends.device_loop import OutOfDeviceMemoryError
 from sparse_engine.backends.device_noise import DRAWN, UPLOADED
+from sparse_engine.backends.step_device import OutOfDeviceMemoryError
 from sparse_engine.backends.tensorrt.device import TensorRTDevice
 from sparse_engine.errors import BackendError, EngineClosedError, UnsupportedError
 from sparse_engine.sampling.noise import SeededNoise

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from sparse_engine import sampling
-from sparse_engine.backends import device_loop
+from sparse_engine.backends import device_loop, device_state
 from sparse_engine.backends.cuda.dlpack_in import DeviceArray
-from sparse_engine.backends.device_loop import CaptureError, DeviceLoop, OutOfDeviceMemoryError, StepBuffers
+from sparse_engine.backends.device_loop import DeviceLoop
+from sparse_engine.backends.step_device import CaptureError, OutOfDeviceMemoryError, StepBuffers
 from sparse_engine.errors import BackendError, EngineClosedError, SamplingCancelled
 
 SHAPE = (3, 4, 4)
@@ -242,7 +243,7 @@ def test_infinities_of_a_diverged_run_do_not_reach_the_next() -> None:
     assert np.array_equal(run(loop, trajectory), expected(trajectory))
 
 
-def _state(loop: DeviceLoop[np.ndarray]) -> device_loop._State[np.ndarray]:
+def _state(loop: DeviceLoop[np.ndarray]) -> device_state.State[np.ndarray]:
     if not loop._states:
         run(loop, make_trajectory("ddim", 1))
     return next(iter(loop._states.values()))
@@ -353,7 +354,7 @@ def test_the_host_is_only_so_many_chunks_of_noise_ahead() -> None:
 
 
 def test_large_noise_shortens_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_loop, "NOISE_BYTES", 7 * 8 * 4 * 48)
+    monkeypatch.setattr(device_state, "NOISE_BYTES", 7 * 8 * 4 * 48)
     device = NumpyDevice()
     loop = DeviceLoop(device)
     trajectory = make_trajectory("euler-sde", 13)

@@ -19,9 +19,9 @@ from sparse_engine.artifact import EngineFile
 from sparse_engine.backends import BuildOptions, StepGraph
 from sparse_engine.backends.cuda.device import tensors
 from sparse_engine.backends.cuda.runner import CudaRunner
-from sparse_engine.backends.device_loop import StepBuffers
 from sparse_engine.backends.onnx_graph import STEP_INPUTS
 from sparse_engine.backends.onnxruntime.runner import OnnxRuntimeRunner
+from sparse_engine.backends.step_device import StepBuffers
 from sparse_engine.backends.tensorrt.builder import _configure
 from sparse_engine.backends.tensorrt.device import TensorRTDevice
 from sparse_engine.backends.tensorrt.libraries import TENSORRT

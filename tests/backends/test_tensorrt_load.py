@@ -365,7 +365,7 @@ def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_call_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_runtime", lambda: FakeRuntime(13040, (0, 1)))
-    from sparse_engine.backends.device_loop import OutOfDeviceMemoryError
+    from sparse_engine.backends.step_device import OutOfDeviceMemoryError
 
     with pytest.raises(OutOfDeviceMemoryError, match=r"out of memory: cudaMalloc failed: out of memory \(error 2\)"):
         cuda.Cuda(0).allocate(1 << 40)

@@ -16,7 +16,7 @@ import torch
 from sparse_engine import SparseEngine
 from sparse_engine.artifact import EngineFile, PayloadFile, write_engine
 from sparse_engine.backends import BuildOptions, StepGraph, backend_named, usable_backend
-from sparse_engine.backends.device_loop import CaptureError, OutOfDeviceMemoryError, StepBuffers
+from sparse_engine.backends.step_device import CaptureError, OutOfDeviceMemoryError, StepBuffers
 from sparse_engine.backends.torch.device import TorchDevice
 from sparse_engine.backends.torch.payload import NETWORK_FILE, read_network
 from sparse_engine.backends.torch.runner import find_device

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sparse_engine.backends.cuda.dlpack_in import DeviceArray
-from sparse_engine.backends.device_loop import CaptureError, StepBuffers
+from sparse_engine.backends.step_device import CaptureError, StepBuffers
 from sparse_engine.backends.torch.device import TorchDevice
 from sparse_engine.errors import EngineClosedError
 

@@ -179,7 +179,7 @@ def shown(capsys: pytest.CaptureFixture) -> Callable[[], str]:
         (["--checkpoint", str(DIGITS / "sparsedm.pth"), "--backend", "magic"], "backend 'magic' is not known"),
         (["--compare-dense", "-o", "no/where.json"], "the folder no does not exist"),
         (["--compare-dense", "--report", __file__], "is a file; expected a folder"),
-        (["--results", str(DIGITS.parents[1] / "bench/results/cpu-uvit-s-int8.json")], "of the kind 'engines'"),
+        (["--results", str(DIGITS.parents[1] / "bench/results/engines-uvit-s-int8.json")], "of the kind 'engines'"),
         (["--compare-dense", "--compare-to", "no.json"], "no.json does not exist"),
     ],
 )

@@ -3,18 +3,22 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from sparse_engine import sampling
+from sparse_engine.backends.base import GRAPH_FILE
 from sparse_engine.bench.compare import relative_error
-from sparse_engine.bench.peers import PEERS, Peer, PeerRunner, PeerUnavailableError
+from sparse_engine.bench.peers import PEERS, PLAIN, Peer, PeerRunner, PeerUnavailableError
 from sparse_engine.bench.peers.torch_dense import COMPILED, EAGER
 from sparse_engine.bench.peers.torch_semi_structured import CUSPARSELT, CUTLASS, make_sparse
 from sparse_engine.bench.presets import PRESETS, random_uvit
+from sparse_engine.bench.settings import TOLERANCE
 from sparse_engine.bench.workload import Workload
 from sparse_engine.export.masks import is_n_of_m
 from sparse_engine.export.model import load_model
+from tests.bench.conftest import DIGITS
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -27,7 +31,7 @@ def workload(conditional_checkpoint: Path) -> Workload:
 @pytest.fixture(scope="module")
 def folder(workload: Workload, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("peers")
-    workload.write_onnx(path)
+    workload.write_onnx(path, "fp32")
     return path
 
 
@@ -57,6 +61,19 @@ def test_a_stochastic_sample_is_the_same_everywhere(peer: Peer, workload: Worklo
     assert relative_error(found, reference.sample(trajectory, feed, workload.noise(np.arange(3)))) < 1e-4
     assert found.dtype == np.float32
     assert relative_error(found, feed["x"]) > 0.1
+
+
+def test_peers_in_int8_run_our_own_quantised_graph(tmp_path: Path) -> None:
+    """Ranges are those of the model's own trajectories, and the products are in 8 bits."""
+    workload = Workload(load_model(DIGITS / "sparsedm.pth"))
+    workload.write_onnx(tmp_path, "int8")
+    quantised = onnx.load(tmp_path / "int8" / GRAPH_FILE, load_external_data=False)
+    kinds = [node.op_type for node in quantised.graph.node]
+    assert kinds.count("QuantizeLinear") >= 12
+    feed = workload.feed(np.arange(2))
+    expected = prepared(EAGER, workload, tmp_path).step(feed)
+    found = prepared(PLAIN, workload, tmp_path, "int8").step(feed)
+    assert 1e-4 < relative_error(found, expected) < TOLERANCE["int8"]
 
 
 def test_torch_in_bf16_holds_its_weights_in_bf16(workload: Workload, folder: Path) -> None:

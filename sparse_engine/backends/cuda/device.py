@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_engine.backends.device_loop import StepBuffers
+from sparse_engine.backends.step_device import StepBuffers
 from sparse_engine.errors import BackendError
 
 from .dlpack import CUDA, SharedArray

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_engine.backends.device_loop import CaptureError, OutOfDeviceMemoryError
+from sparse_engine.backends.step_device import CaptureError, OutOfDeviceMemoryError
 from sparse_engine.errors import BackendError, OptionError, UnsupportedError
 
 from .nvrtc import compile_cubin

@@ -25,7 +25,7 @@ from sparse_engine.backends.base import (
 )
 from sparse_engine.backends.cuda.device import OUTPUTS, Buffer, CudaDevice, Recording, tensors
 from sparse_engine.backends.cuda.runtime import Cuda, find_gpu
-from sparse_engine.backends.device_loop import CaptureError, OutOfDeviceMemoryError, StepBuffers
+from sparse_engine.backends.step_device import CaptureError, OutOfDeviceMemoryError, StepBuffers
 from sparse_engine.errors import BackendError, UnsupportedError
 
 from .attention import runtime_nodes

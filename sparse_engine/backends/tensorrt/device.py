@@ -8,7 +8,7 @@ from typing import Any
 
 from sparse_engine.backends.cuda.device import OUTPUTS, Buffer, CudaDevice, Recording, tensors
 from sparse_engine.backends.cuda.runtime import Cuda
-from sparse_engine.backends.device_loop import CaptureError, OutOfDeviceMemoryError, StepBuffers
+from sparse_engine.backends.step_device import CaptureError, OutOfDeviceMemoryError, StepBuffers
 from sparse_engine.errors import BackendError
 
 MAX_CONTEXTS = 4  # shapes with an execution context of their own

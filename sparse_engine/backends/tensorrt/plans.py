@@ -15,9 +15,9 @@ from sparse_engine import __version__
 from sparse_engine.backends.base import IDENTITY_ROW, NO_CLIP, StepGraph, weights_payload
 from sparse_engine.backends.cuda.device import Buffer
 from sparse_engine.backends.cuda.runtime import Cuda, Gpu
-from sparse_engine.backends.device_loop import StepBuffers
 from sparse_engine.backends.onnx_graph import conditions_of, dtype_of, sizes
 from sparse_engine.backends.options import LINEAR_FORMS, BuildOptions
+from sparse_engine.backends.step_device import StepBuffers
 from sparse_engine.errors import BackendError, SparseEngineError
 from sparse_engine.tactics import fastest
 

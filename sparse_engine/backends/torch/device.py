@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparse_engine.backends.cuda.dlpack import CPU, CUDA
 from sparse_engine.backends.cuda.dlpack_in import DeviceArray
-from sparse_engine.backends.device_loop import CaptureError, OutOfDeviceMemoryError, StepBuffers
+from sparse_engine.backends.step_device import CaptureError, OutOfDeviceMemoryError, StepBuffers
 from sparse_engine.errors import BackendError, EngineClosedError, SparseEngineError
 
 from .fused import RECOMPILE_LIMIT
@@ -25,6 +25,7 @@ from .products import first_line
 log = logging.getLogger(__name__)
 
 _DTYPES = {np.float32: torch.float32, np.int64: torch.int64, np.uint32: torch.uint32}
+_NUMPY = {theirs: ours for ours, theirs in _DTYPES.items()}
 
 
 class TorchDevice:
@@ -85,9 +86,11 @@ class TorchDevice:
             target.copy_(source)
 
     def download(self, buffer: Tensor) -> np.ndarray:
-        """See ``StepDevice.download``."""
+        """See ``StepDevice.download``. Into NumPy's own memory: a thread may give that back at any time (ending.py)."""
         with self._current():
-            return buffer.to("cpu", copy=True).numpy()
+            array = np.empty(tuple(buffer.shape), _NUMPY[buffer.dtype])
+            torch.from_numpy(array).copy_(buffer)
+            return array
 
     def share(self, buffer: Tensor) -> Tensor:
         """See ``StepDevice.share``.
