@@ -210,7 +210,7 @@ def test_the_output_shape_is_inferred_with_its_names():
         ({"heads": 0}, "SelfAttention: attribute heads = 0, expected 1 or more"),
         ({"scale": 0.0}, "attribute scale = 0.0+, expected a finite number above 0"),
         ({"scale": float("nan")}, "attribute scale = nan"),
-        ({"compute": "int8"}, "compute precision is 'int8', expected one of: fp32, bf16"),
+        ({"compute": "int4"}, "compute precision is 'int4', expected one of: fp32, bf16"),
     ],
     ids=["heads", "scale", "nan", "compute"],
 )

@@ -35,7 +35,7 @@ ENOUGH_TOKENS = 2048  # more of them take longer and change nothing
 DENSE = ("dense", "dense-bf16")
 OWN_INT8, RUNTIME_INT8 = "own", "dense int8"  # candidates for layers in 8 bits
 PAIRED = ("t-lanes", "n-lanes", "dense-bf16")  # kernels that compute two layers in a row
-ATTENTION_RULE = {"fp32": "onnxruntime", "bf16": "own"}  # without timing
+ATTENTION_RULE = {"fp32": "onnxruntime", "bf16": "own", "int8": "own"}  # without timing
 PATTERNS = (4, 8, 12, 9, 13, 14)  # the positions that two of four can have
 # Without timing: ours, its lanes by the tokens of the usual batch. Where T-lanes overtake N-lanes on a Zen 4: below it
 # most lanes of a tile are empty.

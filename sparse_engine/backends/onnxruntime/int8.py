@@ -376,7 +376,7 @@ def put_in_place(model: ModelProto, unit: Int8Unit, node: NodeProto) -> None:
 
 
 def connect_attention(units: Sequence[Int8Unit], view: GraphView) -> list[Int8Unit]:
-    """Let units and the attentions between them that are ours, in bf16, exchange bfloat16 and codes; changes those."""
+    """Let units and the attentions between them that are ours, in bf16 or int8, exchange bfloat16 and codes; changes those."""
     made = []
     for unit in units:
         reader = view.only_reader(unit.last.output)
@@ -397,4 +397,4 @@ def connect_attention(units: Sequence[Int8Unit], view: GraphView) -> list[Int8Un
 
 def _takes_halves(node: NodeProto) -> bool:
     compute = next((entry.s for entry in node.attribute if entry.name == "compute"), b"")
-    return node.domain == DOMAIN and node.op_type == "SelfAttention" and compute == b"bf16"
+    return node.domain == DOMAIN and node.op_type == "SelfAttention" and compute in (b"bf16", b"int8")

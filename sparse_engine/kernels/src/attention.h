@@ -37,7 +37,8 @@ struct Attention {
   HeadVectors q, k, v;
   Bias bias;
   void* output = nullptr;  // [batch, queries, heads, head_dim]
-  // What q, k and v are, and the output: floats, but for kernels in bf16, which also read bfloat16 and write codes.
+  // What q, k and v are, and the output: floats, but for kernels in bf16 and in 8 bits, which also read
+  // bfloat16 and write it or codes.
   Element input_element = Element::kFloat32, output_element = Element::kFloat32;
   Codes codes;  // of the output
 
@@ -75,7 +76,8 @@ struct AttentionKernel {
 extern const AttentionKernel kScalarAttention;
 #ifdef SPARSE_ENGINE_X86
 extern const AttentionKernel kAvx2Attention, kAvx512Attention, kAvx512Bf16Attention;
-extern const AttentionKernel kAvx512Bf16AttentionOfHalves;  // q, k and v are bfloat16
+extern const AttentionKernel kAvx512VnniAttention;  // without a bias
+extern const AttentionKernel kAvx512Bf16AttentionOfHalves, kAvx512VnniAttentionOfHalves;  // q, k and v are bfloat16
 #endif
 #ifdef SPARSE_ENGINE_NEON
 extern const AttentionKernel kNeonAttention;

@@ -56,14 +56,7 @@ struct Bfloat16Attention {
   }
 
   static SPARSE_ENGINE_INLINE void store_output(const Attention& attention, size_t index, __m512 y, int count) {
-    if (attention.output_element == Element::kFloat32) {
-      V::store_first(static_cast<float*>(attention.output) + index, y, count);
-    } else if (attention.output_element == Element::kBfloat16) {
-      _mm256_mask_storeu_epi16(static_cast<uint16_t*>(attention.output) + index, V::first(count), to_bfloat16(y));
-    } else {
-      const CodesOf codes(attention.codes);
-      _mm_mask_storeu_epi8(static_cast<uint8_t*>(attention.output) + index, V::first(count), codes(y));
-    }
+    sparse_engine::store_output(attention, index, y, count);
   }
 
   // Stores probability(key) of all keys, two to a line; returns their sum. A line is written when both of the

@@ -12,10 +12,15 @@ namespace {
 
 const AttentionKernel& find_kernel(const Attention& attention, Tier tier) {
   const bool halves = attention.input_element == Element::kBfloat16;
-  if (tier != Tier::kAvx512Bf16 && (halves || attention.output_element != Element::kFloat32)) {
+  const bool eight_bits = tier == Tier::kAvx512Vnni;
+  if (eight_bits && attention.bias.data) {
+    throw Error(Status::kUnsupported, "attention in 8 bits has no bias");
+  }
+  if (tier != Tier::kAvx512Bf16 && !eight_bits && (halves || attention.output_element != Element::kFloat32)) {
     throw Error(Status::kUnsupported, std::string("attention on ") + tier_name(tier) + " reads and writes floats");
   }
 #ifdef SPARSE_ENGINE_X86
+  if (eight_bits) return halves ? kAvx512VnniAttentionOfHalves : kAvx512VnniAttention;
   if (halves) return kAvx512Bf16AttentionOfHalves;
   if (tier == Tier::kAvx2) return kAvx2Attention;
   if (tier == Tier::kAvx512) return kAvx512Attention;

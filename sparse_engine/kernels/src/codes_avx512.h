@@ -1,6 +1,7 @@
 // Floats to codes and to bfloat16, sixteen at a time. Included by instruction-set files only (see vector_avx512.h).
 #pragma once
 
+#include "attention.h"
 #include "int8.h"
 #include "vector_avx512.h"
 
@@ -29,6 +30,19 @@ SPARSE_ENGINE_INLINE __m256i to_bfloat16(__m512 x) {
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+
+// `count` adjacent numbers of an attention's output, as what it is.
+SPARSE_ENGINE_INLINE void store_output(const Attention& attention, size_t index, __m512 y, int count) {
+  const __mmask16 there = Avx512::first(count);
+  if (attention.output_element == Element::kFloat32) {
+    _mm512_mask_storeu_ps(static_cast<float*>(attention.output) + index, there, y);
+  } else if (attention.output_element == Element::kBfloat16) {
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(attention.output) + index, there, to_bfloat16(y));
+  } else {
+    const CodesOf codes(attention.codes);
+    _mm_mask_storeu_epi8(static_cast<uint8_t*>(attention.output) + index, there, codes(y));
+  }
 }
 
 }  // namespace

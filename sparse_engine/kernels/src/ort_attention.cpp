@@ -26,13 +26,23 @@ std::optional<float> scale_attribute(const Api& api, const KernelInfo* info) {
   return scale;
 }
 
+// In 8 bits there is one, and no substitute.
+Tier tier_of(const std::string& compute) {
+  if (compute != "int8") return best_tier(parse_compute_is_bfloat16(compute));
+  const Tier tier = best_int8_tier();
+  if (tier == Tier::kScalar) {
+    throw Error(sparse_engine::Status::kUnsupported, "attention in 8 bits needs AVX512-VNNI and AVX512-VBMI");
+  }
+  return tier;
+}
+
 // What the nodes of both operators are told.
 struct Settings {
   Settings(const Api& api, const KernelInfo* info)
       : heads(heads_attribute(api, info)),
         scale(scale_attribute(api, info)),
         threads(threads_attribute(api, info)),
-        tier(best_tier(parse_compute_is_bfloat16(string_attribute(api, info, "compute", "fp32")))) {}
+        tier(tier_of(string_attribute(api, info, "compute", "fp32"))) {}
 
   // An attention of `head_dim` numbers a head, its tensors and lengths yet to be said.
   Attention attention(int64_t head_dim) const {

@@ -19,6 +19,7 @@
 #include "int8.h"
 #include "peak.h"
 #include "vector_avx512.h"
+#include "vnni_avx512.h"
 
 namespace sparse_engine {
 namespace {
@@ -88,7 +89,7 @@ SPARSE_ENGINE_INLINE void add_step(__m512i (&sum)[chains_of(Tokens)][Tokens], co
   const __m512i indices = _mm512_load_si512(step), weights = _mm512_load_si512(step + kRegister);
 #pragma GCC unroll 8
   for (int t = 0; t < Tokens; ++t) {
-    sum[Chain][t] = _mm512_dpbusd_epi32(sum[Chain][t], _mm512_permutexvar_epi8(indices, x[t]), weights);
+    add_products(sum[Chain][t], _mm512_permutexvar_epi8(indices, x[t]), weights);
   }
 }
 
@@ -148,11 +149,11 @@ SPARSE_ENGINE_INLINE void add_up_dense(const uint8_t* panel, const uint8_t* x, s
     for (int p = 0; p < kDensePanels; ++p) weights[p] = _mm512_load_si512(panel + p * panel_bytes);
 #pragma GCC unroll 8
     for (int t = 0; t < Tokens; ++t) {
-      int four;
+      float four;  // as a float, or it would be loaded into a general register first
       __builtin_memcpy(&four, x + t * stride + k, sizeof four);
-      const __m512i token = _mm512_set1_epi32(four);
+      const __m512i token = _mm512_castps_si512(V::set(four));
 #pragma GCC unroll 2
-      for (int p = 0; p < kDensePanels; ++p) sum[p][t] = _mm512_dpbusd_epi32(sum[p][t], token, weights[p]);
+      for (int p = 0; p < kDensePanels; ++p) add_products(sum[p][t], token, weights[p]);
     }
   }
 #pragma GCC unroll 2
