@@ -114,7 +114,7 @@ class Chooser:
         """``OWN_INT8`` or ``RUNTIME_INT8`` for layers in 8 bits that one node of ours would compute."""
         if not kernels.is_available() or kernels.best_tier("int8") == "scalar":
             return LayerChoice(RUNTIME_INT8, "no kernel of ours: this processor lacks AVX512-VNNI or AVX512-VBMI", {})
-        tokens = max(1, min(self._batch * self._positions[unit.layers[0].name], ENOUGH_TOKENS))
+        tokens = max(1, min(self._batch * self._positions[unit.entry.name], ENOUGH_TOKENS))
         if not self._autotune:
             return LayerChoice(OWN_INT8, "not timed: ours by default", {})
         choice = self._cache.choose(
@@ -295,7 +295,7 @@ def _int8_candidates(
             small[name] = numpy_helper.to_array(tensor)
         elif tensor.data_type == TensorProto.FLOAT:
             small[name] = rng.random(tuple(tensor.dims), np.float32)
-    for layer in unit.layers:
+    for layer in unit.all_layers:
         kept = layer.depth // 2 if layer.is_sparse else layer.depth
         own[layer.values] = rng.integers(-127, 128, (layer.rows, kept), np.int8)
         if layer.packed:

@@ -131,6 +131,8 @@ class Int8Unit:
 
     Attributes:
         layers: one or two.
+        front: a layer before those, whose output, with its residual, they are given and is added to theirs; ``x``,
+            ``beside`` and ``codes`` are then what it reads.
         x, beside: floats that it reads; ``beside`` are more numbers of each token.
         codes: or codes.
         norm: of x.
@@ -149,11 +151,22 @@ class Int8Unit:
     output: str = "fp32"
     gives: Codes = Codes(1.0)
     result: str = ""
+    front: Int8Layer | None = None
+
+    @property
+    def all_layers(self) -> tuple[Int8Layer, ...]:
+        """The front too."""
+        return (self.front, *self.layers) if self.front else self.layers
+
+    @property
+    def entry(self) -> Int8Layer:
+        """The layer that reads what the node is given."""
+        return self.all_layers[0]
 
     @property
     def name(self) -> str:
         """Of the node."""
-        return PAIR.join(layer.name for layer in self.layers)
+        return PAIR.join(layer.name for layer in self.all_layers)
 
     @property
     def nodes(self) -> tuple[NodeProto, ...]:
@@ -170,7 +183,8 @@ class Int8Unit:
         first, second = self.layers[0], self.layers[1] if len(self.layers) > 1 else None
         gamma, beta = (self.norm.gamma, self.norm.beta) if self.norm else ("", "")
         inputs = [self.x, self.beside, self.codes, *first.weights, *(second.weights if second else [""] * 4)]
-        inputs += [self.last.residual, gamma, beta]
+        inputs += ["" if self.front else self.last.residual, gamma, beta]
+        inputs += [*self.front.weights, self.front.residual] if self.front else []
         while not inputs[-1]:
             inputs.pop()
         attributes: dict[str, Any] = {
@@ -183,6 +197,8 @@ class Int8Unit:
         }
         if second:
             attributes |= _codes_as("h", second.given)
+        if self.front:
+            attributes |= {"F": self.front.depth, **_codes_as("f", self.front.given)}
         if self.norm:
             attributes["epsilon"] = self.norm.epsilon
         if self.output == "codes":
@@ -197,15 +213,17 @@ class Int8Unit:
         """What its time depends on."""
         layers = ", ".join(
             f"{'2:4' if layer.is_sparse else 'dense'} {layer.rows}x{layer.depth} {layer.activation}"
-            for layer in self.layers
+            for layer in self.all_layers
         )
-        given = "codes" if self.codes else "norm" if self.norm else "two parts" if self.beside else "floats"
-        return f"{layers} of {given}, {'residual' if self.last.residual else 'no residual'}"
+        given = "codes" if self.codes else "two parts" if self.beside else "floats"
+        given += ", norm" if self.norm else ""
+        residual = self.front.residual if self.front else self.last.residual
+        return f"{layers} of {given}, {'residual' if residual else 'no residual'}"
 
     def feed(self, tokens: int, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
         """Random inputs of so many tokens; ``sizes`` says how wide the two parts are."""
         rng = np.random.default_rng(1)
-        first = self.layers[0]
+        first = self.entry
         lead = (1, tokens) if first.rank > 2 else (tokens,)
         given = {}
         if self.codes:
@@ -213,8 +231,9 @@ class Int8Unit:
         for part in filter(None, (self.x, self.beside)):
             width = sizes[part][-1] if self.beside else first.depth
             given[part] = rng.standard_normal((*lead, width), np.float32)
-        if self.last.residual:
-            given[self.last.residual] = rng.standard_normal((*lead, self.last.rows), np.float32)
+        added = self.front if self.front else self.last
+        if added.residual:
+            given[added.residual] = rng.standard_normal((*lead, added.rows), np.float32)
         return given
 
 
@@ -239,7 +258,30 @@ def int8_units(view: GraphView, graph: GraphProto) -> list[Int8Unit]:
             between = replace(second, nodes=(quantise, *second.nodes))
             unit = replace(unit, layers=(first, between))
         units.append(unit)
-    return units
+    return _with_fronts(view, units)
+
+
+def _with_fronts(view: GraphView, units: Sequence[Int8Unit]) -> list[Int8Unit]:
+    """Units of two layers with the layer before them, where nobody else reads what lies between."""
+    by_output = {unit.last.output: unit for unit in units}
+    made, fronts = [], set[str]()
+    for unit in units:
+        front = by_output.get(unit.x) if unit.norm and len(unit.layers) > 1 and unit.last.residual == unit.x else None
+        readers = [*unit.before[:1], unit.last.nodes[-1]]  # the normalisation, and the sum
+        if (
+            front is None
+            or front.norm
+            or len(front.layers) > 1
+            or front.last.activation != "none"
+            or view.leaves(unit.x)
+            or view.readers(unit.x) != readers
+        ):
+            made.append(unit)
+            continue
+        fronts.add(front.name)
+        inputs = {"x": front.x, "beside": front.beside, "codes": front.codes}
+        made.append(replace(unit, **inputs, front=front.last, before=(*front.nodes, *unit.before)))
+    return [unit for unit in made if unit.name not in fronts]
 
 
 def _layer(view: GraphView, node: NodeProto, packed: Mapping[str, PackedCodes]) -> Int8Layer | None:
@@ -384,11 +426,12 @@ def connect_attention(units: Sequence[Int8Unit], view: GraphView) -> list[Int8Un
             name = f"{unit.last.output}.bf16"
             reader.input[:] = ["", name]
             unit = replace(unit, output="bf16", result=name)
-        maker = view.producers.get(unit.x) if unit.x and not unit.norm and not unit.beside else None
+        plain = unit.x and not unit.beside and (unit.front or not unit.norm)
+        maker = view.producers.get(unit.x) if plain else None
         if maker is not None and _takes_halves(maker) and _only_quantised(view, unit.x) is not None:
             name = f"{unit.x}.codes"
             maker.output[:] = ["", "", name]
-            for key, value in {"output": 2, **_codes_as("y", unit.layers[0].given)}.items():
+            for key, value in {"output": 2, **_codes_as("y", unit.entry.given)}.items():
                 maker.attribute.append(helper.make_attribute(key, value))
             unit = replace(unit, x="", codes=name)
         made.append(unit)

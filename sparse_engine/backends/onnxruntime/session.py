@@ -150,16 +150,16 @@ def _fuse_int8(
     units = []
     for unit in int8_units(view, graph):
         choice = chooser.choose_int8(unit, view)
-        for layer in unit.layers:
+        for layer in unit.all_layers:
             prepared.report[layer.name] = choice.to_dict()
         if choice.kernel == OWN_INT8:
             units.append(unit)
     for unit in connect_attention(units, view):
         put_in_place(prepared.model, unit, unit.node(pool_size(threads)))
-        for layer in unit.layers:
+        for layer in unit.all_layers:
             prepared.report[layer.name] |= {"kernel": own_int8_kernel(layer), "chosen": layer.is_sparse}
             _lay_out_codes(prepared, path, spans, layer)
-    ours = {layer.codes for unit in units for layer in unit.layers}
+    ours = {layer.codes for unit in units for layer in unit.all_layers}
     for name, packed in packed_codes(graph).items():
         graph.node.remove(packed.node)
         values, positions = (_mapped_rows(path, spans, part, kind, packed.rows) for part, kind in packed.parts())

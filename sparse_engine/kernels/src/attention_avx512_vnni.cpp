@@ -78,10 +78,21 @@ SPARSE_ENGINE_INLINE float round_token(const Number* x, int head_dim, size_t dim
   return scale;
 }
 
+// A token's part of a head, on its way to L1: tokens lie so far apart that nothing else fetches the next one's.
 template <class Number>
-void pack_keys(const Attention& attention, const Number* k, const Layout& layout, float* base) {
+SPARSE_ENGINE_INLINE void fetch_ahead(const Number* token, int head_dim) {
+  const char* const begin = reinterpret_cast<const char*>(token);
+  for (size_t byte = 0; byte < head_dim * sizeof(Number); byte += 64) _mm_prefetch(begin + byte, _MM_HINT_T0);
+}
+
+// Fetches the values too, which are read next.
+template <class Number>
+void pack_keys(const Attention& attention, const Number* k, const Number* v, const Layout& layout, float* base) {
+  constexpr size_t kAhead = 12;
   int32_t* const starts = reinterpret_cast<int32_t*>(base + layout.starts);
-  for (size_t key = 0; key < attention.keys; ++key, k += attention.k.token_stride) {
+  for (size_t key = 0; key < attention.keys; ++key, k += attention.k.token_stride, v += attention.v.token_stride) {
+    if (key + kAhead < attention.keys) fetch_ahead(k + kAhead * attention.k.token_stride, attention.head_dim);
+    fetch_ahead(v, attention.head_dim);
     uint8_t* const out = reinterpret_cast<uint8_t*>(base + key * layout.steps);
     int sum;
     base[layout.key_scales + key] = round_token(k, attention.head_dim, layout.steps * 4, 0, out, &sum);
@@ -89,29 +100,49 @@ void pack_keys(const Attention& attention, const Number* k, const Layout& layout
   }
 }
 
-// Four keys of each number side by side.
+// Four keys of each number side by side. Keys lie far apart, so all numbers of one that a register of codes has are read
+// before the next one's. Fetches the first queries too.
 template <class Number>
-void pack_values(const Attention& attention, const Number* v, const Layout& layout, float* base) {
-  const size_t stride = attention.v.token_stride;
-  for (int d = 0; d < int(layout.dims); d += V::kLanes) {
-    const int count = lanes_left(attention.head_dim, d);
-    __m512 largest = V::zero();
-    for (size_t key = 0; key < attention.keys; ++key) {
-      largest = V::max(largest, V::abs(load_numbers(v + key * stride + d, count)));
-    }
-    const __mmask16 some = _mm512_cmp_ps_mask(largest, V::zero(), _CMP_GT_OQ);
-    const __m512 scale = _mm512_mask_div_ps(V::set(1.0f), some, largest, V::set(127.0f));
-    const __m512 inverse = V::set(1.0f) / scale;
-    V::store(base + layout.value_scales + d, scale);
-    for (size_t key = 0; key < attention.keys; key += 4) {
-      __m512i four = _mm512_setzero_si512();
-      for (size_t i = 4; i-- > 0;) {
-        four = _mm512_slli_epi32(four, 8);
-        if (key + i >= attention.keys) continue;
-        const __m512i codes = _mm512_cvtps_epi32(load_numbers(v + (key + i) * stride + d, count) * inverse);
-        four = _mm512_or_si512(four, _mm512_and_si512(codes, _mm512_set1_epi32(255)));
+void pack_values(const Attention& attention, const Number* v, const Number* q, size_t queries, const Layout& layout,
+                 float* base) {
+  constexpr int kParts = kDims / V::kLanes;
+  const size_t stride = attention.v.token_stride, keys = attention.keys;
+  for (int d = 0; d < attention.head_dim; d += kDims) {
+    int counts[kParts];
+    for (int i = 0; i < kParts; ++i) counts[i] = lanes_left(attention.head_dim, d + i * V::kLanes);
+    __m512 largest[kParts] = {V::zero(), V::zero(), V::zero(), V::zero()}, inverse[kParts];
+    for (size_t key = 0; key < keys; ++key) {
+      if (d == 0 && key < queries) fetch_ahead(q + key * attention.q.token_stride, attention.head_dim);
+#pragma GCC unroll 4
+      for (int i = 0; i < kParts; ++i) {
+        const Number* const numbers = v + key * stride + d + i * V::kLanes;
+        largest[i] = V::max(largest[i], V::abs(load_numbers(numbers, counts[i])));
       }
-      _mm512_store_si512(base + layout.values + key / 4 * layout.dims + d, four);
+    }
+    for (int i = 0; i < kParts; ++i) {
+      const __mmask16 some = _mm512_cmp_ps_mask(largest[i], V::zero(), _CMP_GT_OQ);
+      const __m512 scale = _mm512_mask_div_ps(V::set(1.0f), some, largest[i], V::set(127.0f));
+      inverse[i] = V::set(1.0f) / scale;
+      if (counts[i] > 0) V::store(base + layout.value_scales + d + i * V::kLanes, scale);
+    }
+    for (size_t key = 0; key < keys; key += 4) {
+      __m512i four[kParts];
+#pragma GCC unroll 4
+      for (int i = 0; i < kParts; ++i) four[i] = _mm512_setzero_si512();
+      for (size_t next = key + 4 < keys ? key + 4 : keys; next-- > key;) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kParts; ++i) {
+          const Number* const numbers = v + next * stride + d + i * V::kLanes;
+          const __m512i codes = _mm512_cvtps_epi32(load_numbers(numbers, counts[i]) * inverse[i]);
+          // (four << 8) | (codes & 255)
+          const __m512i low = _mm512_set1_epi32(255);
+          four[i] = _mm512_ternarylogic_epi32(_mm512_slli_epi32(four[i], 8), codes, low, 0xf8);
+        }
+      }
+      for (int i = 0; i < kParts; ++i) {
+        float* const out = base + layout.values + key / 4 * layout.dims + d + i * V::kLanes;
+        if (counts[i] > 0) _mm512_store_si512(out, four[i]);
+      }
     }
   }
 }
@@ -344,8 +375,10 @@ template <class Number>
 void run(const Attention& attention, const QueryBlock& block, void* scratch) {
   const Layout layout(attention);
   float* const base = static_cast<float*>(scratch);
-  pack_keys(attention, block.of<Number>(attention.k), layout, base);
-  pack_values(attention, block.of<Number>(attention.v), layout, base);
+  const Number* const v = block.of<Number>(attention.v);
+  const Number* const q = block.of<Number>(attention.q) + block.begin * attention.q.token_stride;
+  pack_keys(attention, block.of<Number>(attention.k), v, layout, base);
+  pack_values(attention, v, q, block.end - block.begin, layout, base);
   for (size_t query = block.begin; query < block.end; query += kTileQueries) {
     const size_t left = block.end - query;
     run_tile<Number>(attention, layout, block, query, left < size_t(kTileQueries) ? int(left) : kTileQueries, base);

@@ -153,7 +153,7 @@ int sparse_engine_int8_run(const void* first, const void* second, const sparse_e
       EpilogueInt8 hidden;
       hidden.bias = call->first_bias;
       hidden.activation = parse_activation(call->activation);
-      LayerInt8::run_pair(as_layer(first), hidden, as_layer(second), input, tokens, call->output, epilogue,
+      LayerInt8::run_pair({}, as_layer(first), hidden, as_layer(second), input, tokens, call->output, epilogue,
                           call->threads, parallel_for);
     } else {
       epilogue.activation = parse_activation(call->activation);

@@ -20,6 +20,19 @@ class CodesOf {
     return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(within));  // in this order: the second operand is what NaN becomes
   }
 
+  // 64 of them.
+  SPARSE_ENGINE_INLINE __m512i operator()(const __m512 (&x)[4]) const {
+    __m512i codes[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {  // packing saturates; what is too large for an integer would become the lowest of them
+      const __m512 code = _mm512_fmadd_ps(x[i], inverse_, zero_);
+      codes[i] = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_set1_ps(1e6f), code));
+    }
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i halves[2] = {_mm512_packs_epi32(codes[0], codes[1]), _mm512_packs_epi32(codes[2], codes[3])};
+    return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(halves[0], halves[1]));
+  }
+
  private:
   __m512 inverse_, zero_;
 };

@@ -11,7 +11,8 @@ namespace sparse_engine::ort {
 namespace {
 
 enum Input : size_t {
-  kX, kX2, kCodes, kFirst, kFirstBias = 6, kSecond, kSecondBias = 10, kResidual, kGamma, kBeta, kInputCount
+  kX, kX2, kCodes, kFirst, kFirstBias = 6, kSecond, kSecondBias = 10, kResidual, kGamma, kBeta,
+  kFront, kFrontBias = 17, kFrontResidual, kInputCount
 };
 
 size_t element_count(const Shape& shape) {
@@ -62,11 +63,15 @@ class Node {
     if (!float_attribute(api, info, "h_scale")) return;
     second_.emplace(layer_input(api, info, int_attribute(api, info, "N"), first_.rows(), kSecond,
                                 codes_attribute(api, info, "h"), best_int8_tier()));
+    if (!float_attribute(api, info, "f_scale")) return;
+    front_.emplace(layer_input(api, info, first_.depth(), int_attribute(api, info, "F"), kFront,
+                               codes_attribute(api, info, "f"), best_int8_tier()));
   }
 
   static ElementType input_type(size_t index) {
-    if (index == kFirst || index == kSecond) return kInt8;
-    return index == kCodes || index == kFirst + 1 || index == kSecond + 1 ? kUint8 : kFloat;
+    if (index == kFirst || index == kSecond || index == kFront) return kInt8;
+    const bool positions = index == kFirst + 1 || index == kSecond + 1 || index == kFront + 1;
+    return index == kCodes || positions ? kUint8 : kFloat;
   }
   static bool is_optional(size_t index) { return index != kFirst && index != kFirst + 2; }
   static void infer_shape(const Api& api, ShapeInferContext* context) {
@@ -81,7 +86,7 @@ class Node {
     LayerNorm norm;
     Shape shape;
     const InputInt8 input = this->input(context, &norm, &shape);
-    const size_t tokens = tokens_of(shape, first_.depth());
+    const size_t tokens = tokens_of(shape, entry().depth());
     shape.back() = last().rows();
     EpilogueInt8 epilogue = {nullptr, residual_input(api_, context, kResidual, shape), Activation::kNone, element_,
                              codes_};
@@ -92,7 +97,13 @@ class Node {
       EpilogueInt8 hidden;
       hidden.bias = first_bias;
       hidden.activation = activation_;
-      LayerInt8::run_pair(first_, hidden, *second_, input, tokens, output, epilogue, threads_,
+      FrontInt8 front;
+      if (front_) {
+        front.layer = &*front_;
+        front.epilogue.bias = bias_input(api_, context, kFrontBias, "bias0", front_->rows());
+        front.epilogue.residual = residual_input(api_, context, kFrontResidual, shape);
+      }
+      LayerInt8::run_pair(front, first_, hidden, *second_, input, tokens, output, epilogue, threads_,
                           parallel_for(api_, context));
     } else {
       epilogue.bias = first_bias;
@@ -103,6 +114,7 @@ class Node {
 
  private:
   const LayerInt8& last() const { return second_ ? *second_ : first_; }
+  const LayerInt8& entry() const { return front_ ? *front_ : first_; }
 
   // What the layers are given; `shape` is [..., K].
   InputInt8 input(KernelContext* context, LayerNorm* norm, Shape* shape) const {
@@ -119,17 +131,17 @@ class Node {
       input.depths[0] = int(shape->back());
       if (const auto more = optional_input(api_, context, kX2)) {
         Shape expected = x.shape;
-        expected.back() = first_.depth() - input.depths[0];
+        expected.back() = entry().depth() - input.depths[0];
         expect_shape("X2", more->shape, expected);
         input.parts[1] = more->floats();
         input.depths[1] = int(expected.back());
-        shape->back() = first_.depth();
+        shape->back() = entry().depth();
       }
-      if (epsilon_) {
-        *norm = {bias_input(api_, context, kGamma, "gamma", first_.depth()),
-                 bias_input(api_, context, kBeta, "beta", first_.depth()), *epsilon_};
-        input.norm = norm;
-      }
+    }
+    if (epsilon_) {
+      *norm = {bias_input(api_, context, kGamma, "gamma", first_.depth()),
+               bias_input(api_, context, kBeta, "beta", first_.depth()), *epsilon_};
+      input.norm = norm;
     }
     return input;
   }
@@ -141,7 +153,7 @@ class Node {
   std::optional<float> epsilon_;
   int threads_;
   LayerInt8 first_;
-  std::optional<LayerInt8> second_;
+  std::optional<LayerInt8> second_, front_;
 };
 
 }  // namespace

@@ -4,6 +4,8 @@
 //   X' = the codes of X, or of norm(X), or of X and X2 side by side
 //   Y  = activation(dequantised X' * W1^T + bias1) + residual
 //   or   (the codes of activation(X' * W1^T + bias1)) * W2^T + bias2 + residual
+//   or, with a front, of which X and codes are then the input: x' = X' * W0^T + bias0 + residual0,
+//        Y = (the codes of activation(the codes of norm(x') * W1^T + bias1)) * W2^T + bias2 + x'
 //   inputs      X          float32 [..., K]        optional
 //               X2         float32 [..., K2]       optional: more of each token; X is then [..., K - K2]
 //               codes      uint8   [..., K]        optional: in place of X
@@ -14,10 +16,14 @@
 //               values2, positions2, scales2, bias2    of the second layer, [N, H]; optional
 //               residual   float32 [..., N]        optional, the shape of Y
 //               gamma, beta    float32 [K]         optional, of the layer normalisation
+//               values0, positions0, scales0, bias0    of the front, [K, F]; optional
+//               residual0  float32 [..., K]        optional
 //   outputs     Y          float32  [..., N]       optional; one of the three is there
 //               Y_bf16     bfloat16 [..., N]       optional
 //               Y_codes    uint8    [..., N]       optional
-//   attributes  N, H, K    int     H = N where there is one layer
+//   attributes  N, H, K    int     H = N where there is one layer, K = N where there is a front
+//               F          int     of a front; X and codes are then [..., F]
+//               f_scale float, f_zero int          of the front's X'
 //               x_scale float, x_zero int          of X'
 //               h_scale float, h_zero int          of what lies between two layers
 //               y_scale float, y_zero int          of Y_codes

@@ -18,6 +18,10 @@ constexpr int kOctet = 8;  // tokens that a kernel takes at a time
 
 Grain grain_of(int row_multiple) { return {kOctet, kTileTokens, row_multiple, kStreamCost}; }
 
+size_t bytes_of(Element element) {
+  return element == Element::kFloat32 ? sizeof(float) : element == Element::kBfloat16 ? sizeof(uint16_t) : 1;
+}
+
 void check(const WeightsInt8& weights, const float* scales, Codes input) {
   if (weights.depth > kMostDepthInt8) {
     throw Error(Status::kInvalidInput, "K is " + std::to_string(weights.depth) + ", and 8-bit sums hold " +
@@ -92,33 +96,64 @@ void LayerInt8::run(const InputInt8& input, size_t tokens, void* output, const E
   });
 }
 
-void LayerInt8::run_pair(const LayerInt8& first, const EpilogueInt8& hidden, const LayerInt8& second,
-                         const InputInt8& input, size_t tokens, void* output, const EpilogueInt8& epilogue, int threads,
-                         const ParallelFor& parallel_for) {
-  if (first.rows_ != second.depth_ || first.tactic_ != second.tactic_) {
-    throw Error(Status::kInvalidInput, "the first layer has N = " + std::to_string(first.rows_) +
-                                           ", the second K = " + std::to_string(second.depth_) +
-                                           "; expected the same, and one tier");
+// Where the parts of a block's scratch lie.
+struct LayerInt8::PairScratch {
+  PairScratch(const FrontInt8& front, const LayerInt8& first)
+      : codes(front.layer ? kTileTokens * front.layer->codes_stride() : 0),
+        middle(codes + kTileTokens * first.codes_stride()),
+        floats(middle + size_t(kTileTokens) * ((first.rows_ + 63) / 64 * 64)),
+        end(floats + (front.layer ? kTileTokens * size_t(first.depth_) * sizeof(float) : 0)) {}
+  size_t codes, middle, floats, end;  // of the first layer, of the second, and the front's output; its codes are at 0
+};
+
+void LayerInt8::run_pair(const FrontInt8& front, const LayerInt8& first, const EpilogueInt8& hidden,
+                         const LayerInt8& second, const InputInt8& input, size_t tokens, void* output,
+                         const EpilogueInt8& epilogue, int threads, const ParallelFor& parallel_for) {
+  check_order(first, second);
+  if (front.layer) check_order(*front.layer, first);
+  if (front.layer && second.rows_ != first.depth_) {
+    throw Error(Status::kInvalidInput, "the front has N = " + std::to_string(first.depth_) + ", the last layer N = " +
+                                           std::to_string(second.rows_) + "; expected the same");
   }
   if (tokens == 0) return;
   const int rows = first.rows_ + second.rows_;  // blocks of tokens only: all hidden rows go into each of the second's
   const Partition partition(grain_of(rows), tokens, rows, std::max(1, threads));
-  const size_t codes_bytes = kTileTokens * first.codes_stride();
+  const PairScratch layout(front, first);
   EpilogueInt8 between = hidden;
   between.residual = nullptr;
   between.element = Element::kCode;
   between.codes = second.input_;
-  run_blocks(partition, codes_bytes + size_t(kTileTokens) * first.rows_, threads, parallel_for,
-             [&](const Block& block, void* scratch) {
-               uint8_t* const codes = static_cast<uint8_t*>(scratch);
-               uint8_t* const middle = codes + codes_bytes;
-               const size_t count = block.token_end - block.token_begin;
-               size_t stride;
-               const uint8_t* const x = first.codes_of(input, block.token_begin, count, codes, &stride);
-               first.tactic_->run(first.product(middle, between), x, stride, 0, count, 0, first.rows_);
-               second.tactic_->run(second.product(output, epilogue), middle, size_t(first.rows_), block.token_begin,
-                                   count, 0, second.rows_);
-             });
+  run_blocks(partition, layout.end, threads, parallel_for, [&](const Block& block, void* scratch) {
+    uint8_t* const base = static_cast<uint8_t*>(scratch);
+    const size_t begin = block.token_begin, count = block.token_end - begin;
+    EpilogueInt8 last = epilogue;
+    InputInt8 given = input;
+    size_t place = begin, stride;  // of the block's first token in what `given` and `last` say
+    uint8_t* out = static_cast<uint8_t*>(output);
+    if (front.layer) {
+      InputInt8 before = input;
+      before.norm = nullptr;
+      EpilogueInt8 sum = front.epilogue;
+      if (sum.residual) sum.residual += begin * first.depth_;
+      float* const floats = reinterpret_cast<float*>(base + layout.floats);
+      const uint8_t* const x = front.layer->codes_of(before, begin, count, base, &stride);
+      front.layer->tactic_->run(front.layer->product(floats, sum), x, stride, 0, count, 0, front.layer->rows_);
+      given = {nullptr, {floats, nullptr}, {first.depth_, 0}, input.norm};
+      last.residual = floats;
+      out += begin * second.rows_ * bytes_of(epilogue.element);
+      place = 0;
+    }
+    const uint8_t* const x = first.codes_of(given, place, count, base + layout.codes, &stride);
+    uint8_t* const middle = base + layout.middle;
+    first.tactic_->run(first.product(middle, between), x, stride, 0, count, 0, first.rows_);
+    second.tactic_->run(second.product(out, last), middle, size_t(first.rows_), place, count, 0, second.rows_);
+  });
+}
+
+void LayerInt8::check_order(const LayerInt8& first, const LayerInt8& second) {
+  if (first.rows_ == second.depth_ && first.tactic_ == second.tactic_) return;
+  throw Error(Status::kInvalidInput, "the first layer has N = " + std::to_string(first.rows_) + ", the second K = " +
+                                         std::to_string(second.depth_) + "; expected the same, and one tier");
 }
 
 }  // namespace sparse_engine

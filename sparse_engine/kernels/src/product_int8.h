@@ -17,6 +17,15 @@ struct InputInt8 {
   const LayerNorm* norm = nullptr;  // of one part; null: none
 };
 
+class LayerInt8;
+
+// A layer before a pair, whose output, of floats, is what the pair is given and what is added to its own: the form
+// x' = x + front(a), y = x' + second(first(norm(x'))) of a transformer. Nobody else reads x'.
+struct FrontInt8 {
+  const LayerInt8* layer = nullptr;  // null: none
+  EpilogueInt8 epilogue;             // bias, activation and residual
+};
+
 class LayerInt8 {
  public:
   // The weights are packed now, and may then be freed. scales [rows]: of each row's weights. Throws Error: kInvalidInput
@@ -29,11 +38,11 @@ class LayerInt8 {
            const ParallelFor& parallel_for) const;
 
   // second(first(input)): to the bit what two calls give, but what lies between them, the second layer's codes, stays in
-  // the caches. Of `hidden`, bias and activation are taken. Throws Error(kInvalidInput) for layers that do not follow one
-  // another.
-  static void run_pair(const LayerInt8& first, const EpilogueInt8& hidden, const LayerInt8& second,
-                       const InputInt8& input, size_t tokens, void* output, const EpilogueInt8& epilogue, int threads,
-                       const ParallelFor& parallel_for);
+  // the caches. Of `hidden`, bias and activation are taken. With a front, `input` is that one's but for the norm, and the
+  // epilogue's residual its output. Throws Error(kInvalidInput) for layers that do not follow one another.
+  static void run_pair(const FrontInt8& front, const LayerInt8& first, const EpilogueInt8& hidden,
+                       const LayerInt8& second, const InputInt8& input, size_t tokens, void* output,
+                       const EpilogueInt8& epilogue, int threads, const ParallelFor& parallel_for);
 
   int rows() const { return rows_; }
   int depth() const { return depth_; }
@@ -42,6 +51,8 @@ class LayerInt8 {
   size_t packed_bytes() const { return packed_.size(); }
 
  private:
+  struct PairScratch;
+  static void check_order(const LayerInt8& first, const LayerInt8& second);
   ProductInt8 product(void* output, const EpilogueInt8& epilogue) const;
   size_t codes_stride() const;
   const uint8_t* codes_of(const InputInt8& input, size_t begin, size_t tokens, uint8_t* scratch, size_t* stride) const;

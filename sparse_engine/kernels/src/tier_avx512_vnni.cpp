@@ -351,38 +351,70 @@ SPARSE_ENGINE_INLINE float sum_over(const float* x, int depth, const Function& f
   return _mm512_reduce_add_ps((parts[0] + parts[1]) + (parts[2] + parts[3]));
 }
 
-// Codes of change(numbers, where they stand, how many of them).
+// Codes of change(numbers, where they stand, how to load what stands there elsewhere).
 template <class Change>
-SPARSE_ENGINE_INLINE void write_codes(const float* x, int depth, Codes codes, uint8_t* out, const Change& change) {
-  const CodesOf to_codes(codes);
-  for (int k = 0; k < depth; k += V::kLanes) {
-    const int count = depth - k < V::kLanes ? depth - k : V::kLanes;
-    const __m512 y = change(V::load_first(x + k, count), k, count);
-    _mm_mask_storeu_epi8(out + k, V::first(count), to_codes(y));
+SPARSE_ENGINE_INLINE void write_codes(const float* x, int depth, const CodesOf& to_codes, uint8_t* out,
+                                      const Change& change) {
+  const auto all = [](const float* p) __attribute__((always_inline)) { return V::load_unaligned(p); };
+  int k = 0;
+  for (; k + kRegister <= depth; k += kRegister) {
+    __m512 y[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) y[i] = change(all(x + k + i * V::kLanes), k + i * V::kLanes, all);
+    _mm512_storeu_si512(out + k, to_codes(y));
+  }
+  for (; k < depth; k += V::kLanes) {
+    const __mmask16 there = V::first(depth - k < V::kLanes ? depth - k : V::kLanes);
+    const auto some = [=](const float* p) __attribute__((always_inline)) { return _mm512_maskz_loadu_ps(there, p); };
+    _mm_mask_storeu_epi8(out + k, there, to_codes(change(some(x + k), k, some)));
   }
 }
 
-void quantise(const float* x, size_t stride, size_t tokens, int depth, const LayerNorm* norm, Codes codes, uint8_t* out,
-              size_t out_stride) {
-  for (size_t token = 0; token < tokens; ++token, x += stride, out += out_stride) {
-    if (!norm) {
-      write_codes(x, depth, codes, out, [](__m512 y, int, int) { return y; });
-      continue;
-    }
-    const float mean = sum_over(x, depth, [](__m512 y, __mmask16) { return y; }) / float(depth);
+// Mean, and 1 / sqrt(variance + epsilon), of a token.
+struct Moments {
+  SPARSE_ENGINE_INLINE Moments() = default;
+  SPARSE_ENGINE_INLINE Moments(const float* x, int depth, float epsilon) {
+    mean = sum_over(x, depth, [](__m512 y, __mmask16) { return y; }) / float(depth);
     const __m512 middle = V::set(mean);
     const float squares = sum_over(x, depth, [&](__m512 y, __mmask16 there) {
       const __m512 distance = _mm512_maskz_sub_ps(there, y, middle);
       return distance * distance;
     });
-    const __m512 slope = V::set(1.0f / __builtin_sqrtf(squares / float(depth) + norm->epsilon));
-    const float* const gamma = norm->gamma;
-    const float* const beta = norm->beta;
-    write_codes(x, depth, codes, out, [&](__m512 y, int k, int count) {
-      y = (y - middle) * slope;
-      if (gamma) y = y * V::load_first(gamma + k, count);
-      return beta ? y + V::load_first(beta + k, count) : y;
-    });
+    slope = 1.0f / __builtin_sqrtf(squares / float(depth) + epsilon);
+  }
+  float mean, slope;
+};
+
+void quantise(const float* x, size_t stride, size_t tokens, int depth, const LayerNorm* norm, Codes codes, uint8_t* out,
+              size_t out_stride) {
+  constexpr size_t kTogether = 4;  // tokens whose sums, which wait for one another, are taken together
+  const CodesOf to_codes(codes);
+  for (size_t token = 0; token < tokens; token += kTogether) {
+    const size_t count = tokens - token < kTogether ? tokens - token : kTogether;
+    Moments moments[kTogether];
+    for (size_t i = 0; norm && i < count; ++i) moments[i] = Moments(x + (token + i) * stride, depth, norm->epsilon);
+    for (size_t i = 0; i < count; ++i) {
+      const float* const numbers = x + (token + i) * stride;
+      uint8_t* const written = out + (token + i) * out_stride;
+      if (!norm) {
+        write_codes(numbers, depth, to_codes, written, [](__m512 y, int, auto) { return y; });
+        continue;
+      }
+      const __m512 middle = V::set(moments[i].mean), slope = V::set(moments[i].slope);
+      const float* const gamma = norm->gamma;
+      const float* const beta = norm->beta;
+      if (gamma && beta) {
+        write_codes(numbers, depth, to_codes, written, [=](__m512 y, int k, auto load) {
+          return V::multiply_add((y - middle) * slope, load(gamma + k), load(beta + k));
+        });
+        continue;
+      }
+      write_codes(numbers, depth, to_codes, written, [=](__m512 y, int k, auto load) {
+        y = (y - middle) * slope;
+        if (gamma) y = y * load(gamma + k);
+        return beta ? y + load(beta + k) : y;
+      });
+    }
   }
 }
 
