@@ -263,6 +263,19 @@ SPARSE_ENGINE_INLINE void fetch_ahead(const uint8_t* panel, size_t bytes, size_t
   }
 }
 
+// What an octet of tokens will read and write beside the next panel: one line of a row each, too far apart for the
+// hardware to see that they follow one another.
+template <Form F>
+SPARSE_ENGINE_INLINE void fetch_rows(const ProductInt8& product, size_t token, int tokens, int row) {
+  constexpr size_t kBytes = F == Form::kFloat32 ? 4 : F == Form::kBfloat16 ? 2 : 1;
+  const size_t stride = product.rows;
+  for (int t = 0; t < tokens; ++t) {
+    const size_t index = (token + t) * stride + row;
+    if (product.epilogue.residual) _mm_prefetch(product.epilogue.residual + index, _MM_HINT_T0);
+    __builtin_prefetch(static_cast<const char*>(product.output) + index * kBytes, 1, 3);
+  }
+}
+
 template <Activation A, Form F, bool Dense>
 __attribute__((noinline)) void run_rows(const ProductInt8& product, const uint8_t* x, size_t stride, size_t first,
                                         size_t tokens, int row_begin, int row_end) {
@@ -281,6 +294,7 @@ __attribute__((noinline)) void run_rows(const ProductInt8& product, const uint8_
       const size_t begin = tokens * i / octets;  // near equal: a single token would not fill the pipeline
       const int count = int(tokens * (i + 1) / octets - begin);
       const uint8_t* const codes = x + begin * stride;
+      if (more) fetch_rows<F>(product, first + begin, count, row + kPanels * kRows);
       const auto finish_of = [&](int p) __attribute__((always_inline)) {
         const int left = row_end - row - p * kRows;
         return Finish<A, F>(product, first + begin, row + p * kRows, left < kRows ? left : kRows);
