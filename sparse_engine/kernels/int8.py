@@ -162,7 +162,7 @@ class MatMulInt8:
             kind = np.uint8 if name == "x" and is_codes else np.float32
             if array is not None:
                 _check(name, array, shape, _DTYPES.get(out, np.float32) if name == "buffer" else kind)
-        if (is_codes or beside is not None) and norm is not None or is_codes and beside is not None:
+        if ((is_codes or beside is not None) and norm is not None) or (is_codes and beside is not None):
             raise InputError("codes are neither normalised nor put beside floats, nor are two parts normalised")
         y = y or Codes(1.0)
         arguments = _Arguments(

@@ -38,7 +38,9 @@ def is_available() -> bool:
 def available_tiers(compute: Compute = "fp32") -> tuple[str, ...]:
     """The tiers that this machine runs, of ``TIERS``, or ``INT8_TIERS``. ``SPARSE_ENGINE_ISA`` does not change them."""
     library = _library()
-    return tuple(tier for tier in (INT8_TIERS if compute == "int8" else TIERS) if library.sparse_engine_has_tier(tier.encode()))
+    return tuple(
+        tier for tier in (INT8_TIERS if compute == "int8" else TIERS) if library.sparse_engine_has_tier(tier.encode())
+    )
 
 
 def best_tier(compute: Compute = "fp32") -> str:

@@ -421,8 +421,8 @@ bool run_int8_case(const Case& shape, const char* tier, bool dense) {
   }
   if (shape.rows % 4 == 0) {
     values.resize(size_t(8) * shape.rows);
-    good &= !sparse_engine_int8_create(8, shape.rows, values.data(), nullptr, ones.data(), 1.0f, 0, tier, &next, message,
-                                       sizeof message);
+    good &= !sparse_engine_int8_create(8, shape.rows, values.data(), nullptr, ones.data(), 1.0f, 0, tier, &next,
+                                       message, sizeof message);
     std::vector<float> apart(size_t(shape.tokens) * 8), together(apart.size());
     call.element = "fp32", call.output = together.data(), call.bias = nullptr, call.first_bias = ones.data();
     good &= !sparse_engine_int8_run(layer, next, &call, message, sizeof message);
@@ -432,7 +432,8 @@ bool run_int8_case(const Case& shape, const char* tier, bool dense) {
   }
   sparse_engine_int8_destroy(layer);
   sparse_engine_int8_destroy(next);
-  if (!good) std::printf("%s int8 rows %d depth %d tokens %d: %s\n", tier, shape.rows, shape.depth, shape.tokens, message);
+  if (!good)
+    std::printf("%s int8 rows %d depth %d tokens %d: %s\n", tier, shape.rows, shape.depth, shape.tokens, message);
   return good;
 }
 

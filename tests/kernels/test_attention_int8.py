@@ -100,7 +100,9 @@ def test_bfloat16_is_read_as_the_floats_that_it_is(compute):
 def test_what_it_gives(compute, head_dim):
     x = sample(2, 50, head_dim)
     floats = run(session(compute), x)
-    np.testing.assert_array_equal(run(session(compute, "bf16"), x), floats.astype(ml_dtypes.bfloat16).astype(np.float32))
+    np.testing.assert_array_equal(
+        run(session(compute, "bf16"), x), floats.astype(ml_dtypes.bfloat16).astype(np.float32)
+    )
     codes = run(session(compute, "codes", y_scale=0.01, y_zero=120), x)
     np.testing.assert_allclose(codes, np.clip(np.rint(floats / np.float32(0.01)) + 120, 0, 255), atol=1)
 
@@ -127,13 +129,13 @@ def test_there_is_no_substitute(monkeypatch, tier):
 
 
 def test_an_output_that_is_none_is_refused():
+    node = helper.make_node("SelfAttention", ["x"], ["y"], domain="sparse_engine", heads=1, output=3)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy")
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("sparse_engine", 1)]
+    model = helper.make_model(helper.make_graph([node], "one", [x], [y]), opset_imports=opsets, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(kernels.LIBRARY_PATH))
     with pytest.raises(Exception, match="attribute output = 3, expected 0, 1 or 2"):
-        node = helper.make_node("SelfAttention", ["x"], ["y"], domain="sparse_engine", heads=1, output=3)
-        x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy")
-        opsets = [helper.make_opsetid("", 20), helper.make_opsetid("sparse_engine", 1)]
-        model = helper.make_model(helper.make_graph([node], "one", [x], [y]), opset_imports=opsets, ir_version=10)
-        options = onnxruntime.SessionOptions()
-        options.register_custom_ops_library(str(kernels.LIBRARY_PATH))
         onnxruntime.InferenceSession(model.SerializeToString(), options)
 
 

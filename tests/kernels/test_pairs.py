@@ -1,4 +1,4 @@
-"""Two layers in a row: to the bit what two calls give, on every tier, in both lanes, for every shape, in its own memory."""
+"""Two layers in a row: to the bit what two calls give, on every tier, in both lanes, for every shape."""
 
 import numpy as np
 import pytest

@@ -96,11 +96,11 @@ def compress_codes(
         codes = graph.weights[initializer]
         values, positions = pack_codes(codes if axis else codes.T)
         del made[initializer]
-        parts = {f"{initializer}.values": values, f"{initializer}.positions": to_nibbles(positions)}
-        made |= parts
+        kept, where = f"{initializer}.values", f"{initializer}.positions"
+        made[kept], made[where] = values, to_nibbles(positions)
         packed.graph.initializer.remove(next(each for each in packed.graph.initializer if each.name == initializer))
         rows, depth = codes.shape if axis else codes.shape[::-1]
-        packed.graph.node.insert(0, codes_node(name, (rows, depth), *parts, initializer, axis))
+        packed.graph.node.insert(0, codes_node(name, (rows, depth), kept, where, initializer, axis))
     if DOMAIN not in {entry.domain for entry in packed.opset_import}:
         packed.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     refer_to_weights(packed, made)

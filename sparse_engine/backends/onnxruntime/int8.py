@@ -5,8 +5,8 @@ The file holds the standard form, which any runtime runs,
     x -> QuantizeLinear -> DequantizeLinear -> MatMul -> Add(bias) -> Gelu -> Add(residual)
                           codes -> DequantizeLinear --/
 
-but for one thing: codes of a 2:4 weight are packed, and come out of a node ``sparse_engine.Codes24``. Where an engine is
-loaded that node goes: either the layer becomes one of our ``LayersInt8``, together with what comes before (a
+but for one thing: codes of a 2:4 weight are packed, and come out of a node ``sparse_engine.Codes24``. Where an engine
+is loaded that node goes: either the layer becomes one of our ``LayersInt8``, together with what comes before (a
 LayerNormalization, a Concat) and after it (a second layer), or the codes are written out and ONNX Runtime runs them.
 """
 
@@ -26,13 +26,14 @@ from .layers import DOMAIN, GELU_FORMS, PAIR, approximation, other_input
 
 CODES_OP, LAYERS_OP = "Codes24", "LayersInt8"
 OUTPUTS = ("fp32", "bf16", "codes")  # of the operator, in its order
+ANY_CODES = Codes(1.0)
 
 
 def codes_node(name: str, shape: tuple[int, int], values: str, positions: str, output: str, axis: int) -> NodeProto:
     """The node that stands in a file for codes [N, K] (axis 1) or [K, N] (axis 0), ``shape`` being (N, K)."""
-    attributes = {"N": shape[0], "K": shape[1], "axis": axis}
+    rows, depth = shape
     inputs, name = [values, positions], f"{name}.codes"
-    return helper.make_node(CODES_OP, inputs, [output], name=name, domain=DOMAIN, **attributes)
+    return helper.make_node(CODES_OP, inputs, [output], name=name, domain=DOMAIN, N=rows, K=depth, axis=axis)
 
 
 class PackedCodes(NamedTuple):
@@ -149,7 +150,7 @@ class Int8Unit:
     norm: Norm | None = None
     before: tuple[NodeProto, ...] = ()
     output: str = "fp32"
-    gives: Codes = Codes(1.0)
+    gives: Codes = ANY_CODES
     result: str = ""
     front: Int8Layer | None = None
 
@@ -205,9 +206,7 @@ class Int8Unit:
             attributes |= _codes_as("y", self.gives)
         index = OUTPUTS.index(self.output)
         outputs = [""] * index + [self.result or self.last.output]
-        return helper.make_node(
-            LAYERS_OP, inputs, outputs, name=self.name, domain=DOMAIN, output=index, **attributes
-        )
+        return helper.make_node(LAYERS_OP, inputs, outputs, name=self.name, domain=DOMAIN, output=index, **attributes)
 
     def words(self) -> str:
         """What its time depends on."""
@@ -253,7 +252,13 @@ def int8_units(view: GraphView, graph: GraphProto) -> list[Int8Unit]:
         quantise = _only_quantised(view, first.output)
         second = by_input.get(quantise.output[0]) if quantise is not None else None
         unit = _with_what_comes_before(view, first)
-        if second is not None and not first.residual and _is_private(view, second) and second.activation == "none":
+        if (
+            quantise is not None
+            and second is not None
+            and not first.residual
+            and _is_private(view, second)
+            and second.activation == "none"
+        ):
             seconds.add(second.name)
             between = replace(second, nodes=(quantise, *second.nodes))
             unit = replace(unit, layers=(first, between))
@@ -279,8 +284,8 @@ def _with_fronts(view: GraphView, units: Sequence[Int8Unit]) -> list[Int8Unit]:
             made.append(unit)
             continue
         fronts.add(front.name)
-        inputs = {"x": front.x, "beside": front.beside, "codes": front.codes}
-        made.append(replace(unit, **inputs, front=front.last, before=(*front.nodes, *unit.before)))
+        before = (*front.nodes, *unit.before)
+        made.append(replace(unit, x=front.x, beside=front.beside, codes=front.codes, front=front.last, before=before))
     return [unit for unit in made if unit.name not in fronts]
 
 
@@ -294,7 +299,9 @@ def _layer(view: GraphView, node: NodeProto, packed: Mapping[str, PackedCodes]) 
         return None
     axis = 0 if node.op_type == "MatMul" else 1
     told = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
-    if axis and (told.get("transB", 0) != 1 or told.get("transA", 0) or told.get("alpha", 1) != 1 or told.get("beta", 1) != 1):
+    if axis and (
+        told.get("transB", 0) != 1 or told.get("transA", 0) or told.get("alpha", 1) != 1 or told.get("beta", 1) != 1
+    ):
         return None
     codes = packed.get(weight.input[0])
     shape = (codes.rows, codes.depth) if codes else _matrix(view, weight.input[0], axis)
@@ -418,7 +425,7 @@ def put_in_place(model: ModelProto, unit: Int8Unit, node: NodeProto) -> None:
 
 
 def connect_attention(units: Sequence[Int8Unit], view: GraphView) -> list[Int8Unit]:
-    """Let units and the attentions between them that are ours, in bf16 or int8, exchange bfloat16 and codes; changes those."""
+    """Let units, and attentions of ours between them, exchange bfloat16 and codes; the attentions are changed."""
     made = []
     for unit in units:
         reader = view.only_reader(unit.last.output)

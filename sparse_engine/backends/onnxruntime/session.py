@@ -23,7 +23,7 @@ from .choose import OWN_INT8, Chooser, LayerChoice, own_int8_kernel, shape_of
 from .compress import layers_in
 from .compute import EXACT_PRODUCTS, attention_in, products_in
 from .group_norm import GroupNorm, fuse_group_norms
-from .int8 import Int8Layer, Int8Unit, connect_attention, int8_units, packed_codes, put_in_place
+from .int8 import Int8Layer, connect_attention, int8_units, packed_codes, put_in_place
 from .layers import DOMAIN, FusedLayer, from_nibbles
 from .library import load_onnxruntime
 

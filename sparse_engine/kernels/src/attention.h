@@ -76,7 +76,7 @@ struct AttentionKernel {
 extern const AttentionKernel kScalarAttention;
 #ifdef SPARSE_ENGINE_X86
 extern const AttentionKernel kAvx2Attention, kAvx512Attention, kAvx512Bf16Attention;
-extern const AttentionKernel kAvx512VnniAttention;  // without a bias
+extern const AttentionKernel kAvx512VnniAttention;                                        // without a bias
 extern const AttentionKernel kAvx512Bf16AttentionOfHalves, kAvx512VnniAttentionOfHalves;  // q, k and v are bfloat16
 #endif
 #ifdef SPARSE_ENGINE_NEON

@@ -26,12 +26,16 @@ struct Bfloat16Attention {
 
   static void pack_keys(const Number* k, size_t stride, size_t tokens, int head_dim, float* keys) {
     for (size_t token = 0; token < tokens; ++token, k += stride) {
+      if (token + kTokensAhead < tokens) fetch_ahead(k + kTokensAhead * stride, head_dim);
       for (int d = 0; d < head_dim; d += 32, keys += 16) V::store(keys, load_adjacent(k, d, head_dim));
     }
   }
 
   static void pack_values(const Number* v, size_t stride, size_t tokens, int head_dim, float* values) {
     for (size_t token = 0; token < tokens; token += 2, v += 2 * stride) {
+      for (size_t ahead = kTokensAhead; ahead < kTokensAhead + 2 && token + ahead < tokens; ++ahead) {
+        fetch_ahead(v + ahead * stride, head_dim);
+      }
       for (int d = 0; d < head_dim; d += 16, values += 16) {
         const int count = head_dim - d < 16 ? head_dim - d : 16;
         V::store(values, load_two(v + d, token + 1 < tokens ? v + stride + d : nullptr, count));
@@ -41,6 +45,7 @@ struct Bfloat16Attention {
 
   template <int TileWidth>
   static void pack_queries(const Number* q, size_t stride, int count, int head_dim, float* lines) {
+    for (int query = 0; query < count; ++query) fetch_ahead(q + query * stride, head_dim);
     for (int t = 0; t < TileWidth; ++t) {
       for (int d = 0; d < head_dim; d += 32) {
         __m512 square[16];

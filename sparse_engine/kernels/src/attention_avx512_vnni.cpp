@@ -1,6 +1,6 @@
 // AVX512-VNNI: attention in 8 bits. q and k are rounded to codes of a scale of their own for each token and head, v to
-// codes of a scale for each number of a head, and the probabilities to codes 0..255 of the largest so far; sums are exact
-// integers, softmax and the sums over blocks of keys are fp32.
+// codes of a scale for each number of a head, and the probabilities to codes 0..255 of the largest so far; sums are
+// exact integers, softmax and the sums over blocks of keys are fp32.
 //
 // The form is that of attention_lanes.h: queries in the lanes, an element broadcast out of memory and multiplied with a
 // line. vpdpbusd multiplies four pairs, unsigned by signed: four numbers of q (128 above their codes) and k, or the
@@ -16,8 +16,8 @@ namespace {
 
 using V = Avx512;
 
-constexpr int kRows = 8;        // keys, or numbers of a head, whose sums are in registers
-constexpr int kVectors = 3;     // of queries
+constexpr int kRows = 8;     // keys, or numbers of a head, whose sums are in registers
+constexpr int kVectors = 3;  // of queries
 constexpr int kTileQueries = kVectors * V::kLanes;
 constexpr int kBlockKeys = 96;  // a multiple of four
 constexpr int kDims = 64;       // codes of a register
@@ -100,8 +100,8 @@ void pack_keys(const Attention& attention, const Number* k, const Number* v, con
   }
 }
 
-// Four keys of each number side by side. Keys lie far apart, so all numbers of one that a register of codes has are read
-// before the next one's. Fetches the first queries too.
+// Four keys of each number side by side. Keys lie far apart, so all numbers of one that a register of codes has are
+// read before the next one's. Fetches the first queries too.
 template <class Number>
 void pack_values(const Attention& attention, const Number* v, const Number* q, size_t queries, const Layout& layout,
                  float* base) {
@@ -175,7 +175,8 @@ struct Tile {
 #pragma GCC unroll 3
       for (int v = 0; v < Vectors; ++v) raised[v] = statistics.largest[v];
       int row = 0;
-      for (; row + kRows <= keys; row += kRows) score_keys<kRows>(layout, base, key + row, scores + row * kLine, raised);
+      for (; row + kRows <= keys; row += kRows)
+        score_keys<kRows>(layout, base, key + row, scores + row * kLine, raised);
       for (; row < keys; ++row) score_keys<1>(layout, base, key + row, scores + row * kLine, raised);
       exponentiate(scores, keys, raised, statistics);
       add_values(layout, base, key / 4, (keys + 3) / 4, statistics, sums);

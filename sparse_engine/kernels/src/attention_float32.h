@@ -28,6 +28,7 @@ struct Float32Attention {
 
   static void pack_keys(const float* k, size_t stride, size_t tokens, int head_dim, float* keys) {
     for (size_t token = 0; token < tokens; ++token, k += stride) {
+      if (token + kTokensAhead < tokens) fetch_ahead(k + kTokensAhead * stride, head_dim);
       for (int d = 0; d < head_dim; d += V::kLanes, keys += V::kLanes) V::store(keys, load(k, d, head_dim));
     }
   }
@@ -37,6 +38,7 @@ struct Float32Attention {
 
   template <int TileWidth>
   static void pack_queries(const float* q, size_t stride, int count, int head_dim, float* lines) {
+    for (int query = 0; query < count; ++query) fetch_ahead(q + query * stride, head_dim);
     for (int t = 0; t < TileWidth; ++t) {
       for (int d = 0; d < head_dim; d += V::kLanes) {
         Vector square[V::kLanes];

@@ -142,10 +142,8 @@ int sparse_engine_int8_run(const void* first, const void* second, const sparse_e
   return guarded(message, message_size, [&] {
     const LayerNorm norm = {call->gamma, call->beta, call->epsilon};
     const int depths[2] = {to_int(call->depths[0], "depth"), to_int(call->depths[1], "depth")};
-    const InputInt8 input = {call->codes,
-                             {call->parts[0], call->parts[1]},
-                             {depths[0], depths[1]},
-                             call->normalise ? &norm : nullptr};
+    const InputInt8 input = {
+        call->codes, {call->parts[0], call->parts[1]}, {depths[0], depths[1]}, call->normalise ? &norm : nullptr};
     const size_t tokens = size_t(to_int(call->tokens, "tokens"));
     const Codes codes = {call->output_scale, call->output_zero};
     EpilogueInt8 epilogue = {call->bias, call->residual, Activation::kNone, parse_element(call->element), codes};

@@ -24,7 +24,8 @@ class CodesOf {
   SPARSE_ENGINE_INLINE __m512i operator()(const __m512 (&x)[4]) const {
     __m512i codes[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {  // packing saturates; what is too large for an integer would become the lowest of them
+    for (int i = 0; i < 4;
+         ++i) {  // packing saturates; what is too large for an integer would become the lowest of them
       const __m512 code = _mm512_fmadd_ps(x[i], inverse_, zero_);
       codes[i] = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_set1_ps(1e6f), code));
     }

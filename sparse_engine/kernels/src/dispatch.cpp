@@ -8,8 +8,7 @@
 namespace sparse_engine {
 namespace {
 
-constexpr const char* kTierNames[kTierCount] = {"scalar",      "avx2",        "avx512",
-                                                 "avx512-vnni", "avx512-bf16", "neon"};
+constexpr const char* kTierNames[kTierCount] = {"scalar", "avx2", "avx512", "avx512-vnni", "avx512-bf16", "neon"};
 constexpr const char* kLanesNames[] = {"t-lanes", "n-lanes", "r-lanes"};
 constexpr const char* kActivationNames[] = {"none", "gelu", "gelu-tanh", "silu"};
 constexpr const char* kComputeNames[] = {"fp32", "bf16"};

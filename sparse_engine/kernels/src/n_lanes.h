@@ -6,8 +6,8 @@
 //
 // Bound: each multiply-add needs a permutation of its own, on a port that multiply-adds also want, so the
 // ceiling is about 1.5 times dense in fp32; where a core permutes as fast as it multiplies (a Zen 5, in bf16) it is the
-// fastest kernel for any number of tokens. A panel of weights is read from L1 for each eight tokens of a tile, once from
-// further away.
+// fastest kernel for any number of tokens. A panel of weights is read from L1 for each eight tokens of a tile, once
+// from further away.
 //
 // Included by instruction-set files only (see vector_avx512.h). A Format says how operands are multiplied:
 //   V, kOperand, kTokens, kPanels        vector words, packing, the block of sums held in registers
@@ -48,7 +48,7 @@ struct RowsInLanes {
       const int tokens = left < size_t(kTileTokens) ? int(left) : kTileTokens;
       const uint8_t* const input =
           Format::convert_input(product.input + token * product.depth, product.depth, tokens, scratch);
-      run_tile(product, input, stride, tokens, block.row_begin, block.row_end, Store{product, token});
+      run_tile(product, input, stride, token, tokens, block.row_begin, block.row_end, Store{product, token});
     }
   }
 
@@ -66,8 +66,8 @@ struct RowsInLanes {
       const int tokens = left < size_t(kTileTokens) ? int(left) : kTileTokens;
       const uint8_t* const input =
           Format::convert_input(first.input + token * first.depth, first.depth, tokens, scratch);
-      run_tile(first, input, stride, tokens, 0, first.rows, Keep{hidden, hidden_stride});
-      run_tile(second, hidden, hidden_stride, tokens, 0, second.rows, Store{second, token});
+      run_tile(first, input, stride, 0, tokens, 0, first.rows, Keep{hidden, hidden_stride});
+      run_tile(second, hidden, hidden_stride, token, tokens, 0, second.rows, Store{second, token});
     }
   }
 
@@ -94,11 +94,24 @@ struct RowsInLanes {
     }
   };
 
-  // Some tokens and rows. The weights of a block of rows stay in L1 for all of the tokens, whose X stays in L2; those of
-  // the next are fetched meanwhile.
+  // The lines that some tokens will read and write beside a block of rows: too far apart for the hardware to see that
+  // they follow one another.
+  static SPARSE_ENGINE_INLINE void fetch_rows(const Product& product, size_t token, int tokens, int row) {
+    if (!product.output) return;
+    for (int t = 0; t < tokens; ++t) {
+      const size_t index = (token + t) * product.rows + row;
+      for (int i = 0; i < kBlockRows; i += 16) {
+        __builtin_prefetch(product.output + index + i, 1, 3);
+        if (product.epilogue.residual) __builtin_prefetch(product.epilogue.residual + index + i);
+      }
+    }
+  }
+
+  // Some tokens and rows. The weights of a block of rows stay in L1 for all of the tokens, whose X stays in L2; those
+  // of the next are fetched meanwhile.
   template <class Put>
-  static SPARSE_ENGINE_INLINE void run_tile(const Product& product, const uint8_t* input, size_t stride, int tokens,
-                                            int row_begin, int row_end, const Put& put) {
+  static SPARSE_ENGINE_INLINE void run_tile(const Product& product, const uint8_t* input, size_t stride, size_t first,
+                                            int tokens, int row_begin, int row_end, const Put& put) {
     alignas(64) float sums[Format::kPanels * Format::kTokens * V::kLanes];
     const size_t bytes = panel_bytes(product.depth) * Format::kPanels;
     const int octets = (tokens + Format::kTokens - 1) / Format::kTokens;
@@ -110,6 +123,7 @@ struct RowsInLanes {
         for (size_t byte = bytes * i / octets; more && byte < bytes * (i + 1) / octets; byte += 64) {
           __builtin_prefetch(next + byte, 0, 2);
         }
+        if (more) fetch_rows(product, first + begin, count, row + kBlockRows);
         add_up(product, row, input + begin * stride, stride, count, sums, Format::kTokens);
         finish(product, row, row_end, begin, count, sums, put);
       }
@@ -203,7 +217,7 @@ constexpr Tactic rows_in_lanes(Tier tier) {
   using Kernel = RowsInLanes<Format>;
   return {tier,
           Lanes::kRows,
-          1,
+          Format::kTokens,
           Kernel::kTileTokens,
           Kernel::kBlockRows,
           Kernel::packed_bytes,

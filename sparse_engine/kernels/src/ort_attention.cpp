@@ -75,7 +75,10 @@ class SelfAttentionNode {
   static constexpr size_t kInputCount = 2;
 
   SelfAttentionNode(const Api& api, const KernelInfo* info)
-      : api_(api), settings_(api, info), element_(element_attribute(api, info)), codes_(codes_attribute(api, info, "y")) {}
+      : api_(api),
+        settings_(api, info),
+        element_(element_attribute(api, info)),
+        codes_(codes_attribute(api, info, "y")) {}
 
   static ElementType input_type(size_t index) { return index == 0 ? kFloat : kBfloat16; }
   static bool is_optional(size_t) { return true; }

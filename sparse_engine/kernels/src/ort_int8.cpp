@@ -11,8 +11,20 @@ namespace sparse_engine::ort {
 namespace {
 
 enum Input : size_t {
-  kX, kX2, kCodes, kFirst, kFirstBias = 6, kSecond, kSecondBias = 10, kResidual, kGamma, kBeta,
-  kFront, kFrontBias = 17, kFrontResidual, kInputCount
+  kX,
+  kX2,
+  kCodes,
+  kFirst,
+  kFirstBias = 6,
+  kSecond,
+  kSecondBias = 10,
+  kResidual,
+  kGamma,
+  kBeta,
+  kFront,
+  kFrontBias = 17,
+  kFrontResidual,
+  kInputCount
 };
 
 size_t element_count(const Shape& shape) {

@@ -1,5 +1,5 @@
-// The operator sparse_engine::LayersInt8, version 1: a layer in 8 bits, or two in a row, of which the first one's output
-// is nobody else's. Everything about it that a graph can see:
+// The operator sparse_engine::LayersInt8, version 1: a layer in 8 bits, or two in a row, of which the first one's
+// output is nobody else's. Everything about it that a graph can see:
 //
 //   X' = the codes of X, or of norm(X), or of X and X2 side by side
 //   Y  = activation(dequantised X' * W1^T + bias1) + residual

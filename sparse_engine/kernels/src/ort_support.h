@@ -89,8 +89,8 @@ void infer_shape_from_either(const Api& api, ShapeInferContext* context, size_t 
 // A loop over the session's own threads.
 ParallelFor parallel_for(const Api& api, const KernelContext* context);
 
-// An operator of this library: CPU, one float output unless said, not variadic. The runtime's functions travel with it, because
-// shape inference is given nothing else.
+// An operator of this library: CPU, one float output unless said, not variadic. The runtime's functions travel with it,
+// because shape inference is given nothing else.
 struct Operator : CustomOp {
   explicit Operator(FunctionTable table);
   Api api;

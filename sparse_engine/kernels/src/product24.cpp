@@ -48,7 +48,8 @@ void MatMul24::run_pair(const MatMul24& first, const Epilogue& first_epilogue, c
   }
   Tactic tactic = first.tactic();
   if (tactic.run != second.tactic().run) {
-    throw Error(Status::kInvalidInput, "two layers in a row have one tier and the same lanes, and are both 2:4 or both dense");
+    throw Error(Status::kInvalidInput,
+                "two layers in a row have one tier and the same lanes, and are both 2:4 or both dense");
   }
   if (!tactic.run_pair) {
     throw Error(Status::kUnsupported,

@@ -11,7 +11,7 @@ namespace sparse_engine {
 
 // What a layer is given: codes, or floats that it rounds to its own codes first.
 struct InputInt8 {
-  const uint8_t* codes = nullptr;            // [tokens, depth]
+  const uint8_t* codes = nullptr;              // [tokens, depth]
   const float* parts[2] = {nullptr, nullptr};  // else [tokens, depths[i]] each, side by side; the second may be null
   int depths[2] = {0, 0};
   const LayerNorm* norm = nullptr;  // of one part; null: none
@@ -28,8 +28,9 @@ struct FrontInt8 {
 
 class LayerInt8 {
  public:
-  // The weights are packed now, and may then be freed. scales [rows]: of each row's weights. Throws Error: kInvalidInput
-  // for weights that are not canonical, too deep, or scales that are not above 0; kUnsupported for a missing tier.
+  // The weights are packed now, and may then be freed. scales [rows]: of each row's weights. Throws Error:
+  // kInvalidInput for weights that are not canonical, too deep, or scales that are not above 0; kUnsupported for a
+  // missing tier.
   LayerInt8(const WeightsInt8& weights, const float* scales, Codes input, Tier tier);
 
   // output[tokens, rows], of the epilogue's element. Safe to call from several threads at once; the result does not
@@ -37,9 +38,9 @@ class LayerInt8 {
   void run(const InputInt8& input, size_t tokens, void* output, const EpilogueInt8& epilogue, int threads,
            const ParallelFor& parallel_for) const;
 
-  // second(first(input)): to the bit what two calls give, but what lies between them, the second layer's codes, stays in
-  // the caches. Of `hidden`, bias and activation are taken. With a front, `input` is that one's but for the norm, and the
-  // epilogue's residual its output. Throws Error(kInvalidInput) for layers that do not follow one another.
+  // second(first(input)): to the bit what two calls give, but what lies between them, the second layer's codes, stays
+  // in the caches. Of `hidden`, bias and activation are taken. With a front, `input` is that one's but for the norm,
+  // and the epilogue's residual its output. Throws Error(kInvalidInput) for layers that do not follow one another.
   static void run_pair(const FrontInt8& front, const LayerInt8& first, const EpilogueInt8& hidden,
                        const LayerInt8& second, const InputInt8& input, size_t tokens, void* output,
                        const EpilogueInt8& epilogue, int threads, const ParallelFor& parallel_for);

@@ -27,11 +27,11 @@ namespace {
 using V = Avx512;
 
 constexpr int kRows = V::kLanes;
-constexpr int kTokens = 8;        // whose sums are in registers
-constexpr int kRegister = 64;     // k of a token in one
-constexpr int kSteps = 8;         // of a register
-constexpr int kStepBytes = 128;   // indices, then weights
-constexpr int kDensePanels = 2;   // of a dense product, whose sums are in registers together
+constexpr int kTokens = 8;       // whose sums are in registers
+constexpr int kRegister = 64;    // k of a token in one
+constexpr int kSteps = 8;        // of a register
+constexpr int kStepBytes = 128;  // indices, then weights
+constexpr int kDensePanels = 2;  // of a dense product, whose sums are in registers together
 static_assert(kRows == kRowPaddingInt8, "sums are started sixteen at a time");
 
 SPARSE_ENGINE_INLINE int divide_up(int value, int divisor) { return (value + divisor - 1) / divisor; }
@@ -170,9 +170,8 @@ __attribute__((noinline)) void add_up_few(const uint8_t* panel, const uint8_t* x
   if constexpr (Tokens > 1) {
     if (tokens < Tokens) return add_up_few<Dense, Tokens - 1>(panel, x, stride, depth, starts, tokens, sums);
   }
-  const auto store = [=](int p, int t, __m512i sum) __attribute__((always_inline)) {
-    _mm512_store_si512(sums + (p * kTokens + t) * kRows, sum);
-  };
+  const auto store = [=](int p, int t, __m512i sum)
+                         __attribute__((always_inline)) { _mm512_store_si512(sums + (p * kTokens + t) * kRows, sum); };
   if constexpr (Dense) {
     add_up_dense<Tokens>(panel, x, stride, depth, starts, store);
   } else {
@@ -441,7 +440,7 @@ struct PeakFormat {
 
 }  // namespace
 
-constexpr TacticInt8 kAvx512VnniInt8 = {Tier::kAvx512Vnni, kDensePanels * kRows, packed_bytes, pack, quantise, run};
+constexpr TacticInt8 kAvx512VnniInt8 = {Tier::kAvx512Vnni, kDensePanels* kRows, packed_bytes, pack, quantise, run};
 constexpr PeakLoop kAvx512VnniPeak = peak_loop<PeakFormat>(4);
 
 }  // namespace sparse_engine
