@@ -12,8 +12,9 @@
 namespace sparse_engine {
 namespace {
 
-// Tokens of a block: their codes, and those between two layers, stay in L2 while the weights go past them.
-constexpr int kTileTokens = 128;
+// Tokens of a block: their codes, and those between two layers, stay in L2 while the weights go past them. Seventeen
+// octets: an image of 256 tokens and one more is two blocks, for two threads, and not four.
+constexpr int kTileTokens = 136;
 constexpr int kOctet = 8;  // tokens that a kernel takes at a time
 
 Grain grain_of(int row_multiple) { return {kOctet, kTileTokens, row_multiple, kStreamCost}; }
