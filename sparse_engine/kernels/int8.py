@@ -68,7 +68,7 @@ class MatMulInt8:
         scales: float32 ``[N]``, of each row's codes.
         positions: uint8 ``[N, K/4]`` (see :mod:`sparse_engine.kernels.packing`); None: dense.
         x: the codes that it is given, or rounds floats to.
-        tier: ``avx512-vnni`` or ``scalar``; None is the best.
+        tier: one of ``INT8_TIERS``; None is the best.
 
     Raises:
         InputError: weights that are not canonical, more than 65,536 of K, scales or codes that are none.

@@ -473,7 +473,7 @@ int main() {
     good &= run_conv_cases(tier);
     std::printf("%s ran\n", tier);
   }
-  for (const char* tier : {"scalar", "avx512-vnni"}) {
+  for (const char* tier : {"scalar", "avx-vnni", "avx512-vnni"}) {
     if (!sparse_engine_has_tier(tier)) continue;
     for (const bool dense : {false, true}) {
       for (const Case& shape : cases) good &= run_int8_case(shape, tier, dense);

@@ -34,6 +34,7 @@ N_LANES_UP_TO = {"fp32": 64, "bf16": 1 << 30}
 ENOUGH_TOKENS = 2048  # more of them take longer and change nothing
 DENSE = ("dense", "dense-bf16")
 OWN_INT8, RUNTIME_INT8 = "own", "dense int8"  # candidates for layers in 8 bits
+LACKING = "this processor has neither AVX512-VNNI and AVX512-VBMI nor AVX-VNNI"
 PAIRED = ("t-lanes", "n-lanes", "dense-bf16")  # kernels that compute two layers in a row
 ATTENTION_RULE = {"fp32": "onnxruntime", "bf16": "own", "int8": "own"}  # without timing
 PATTERNS = (4, 8, 12, 9, 13, 14)  # the positions that two of four can have
@@ -113,7 +114,7 @@ class Chooser:
     def choose_int8(self, unit: Int8Unit, view: GraphView) -> LayerChoice:
         """``OWN_INT8`` or ``RUNTIME_INT8`` for layers in 8 bits that one node of ours would compute."""
         if not kernels.is_available() or kernels.best_tier("int8") == "scalar":
-            return LayerChoice(RUNTIME_INT8, "no kernel of ours: this processor lacks AVX512-VNNI or AVX512-VBMI", {})
+            return LayerChoice(RUNTIME_INT8, f"no kernel of ours: {LACKING}", {})
         tokens = max(1, min(self._batch * self._positions[unit.entry.name], ENOUGH_TOKENS))
         if not self._autotune:
             return LayerChoice(OWN_INT8, "not timed: ours by default", {})

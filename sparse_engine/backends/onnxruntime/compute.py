@@ -20,7 +20,7 @@ def attention_in(precision: str) -> Compute:
     """Of our own attention. Beside int8 products 8 bits do, or bf16: they round as little as what is around them."""
     if precision != "int8" or not kernels.is_available():
         return products_in(precision)
-    return "int8" if kernels.best_tier("int8") != "scalar" else halves_or_floats()
+    return "int8" if kernels.best_tier("int8") == "avx512-vnni" else halves_or_floats()
 
 
 def halves_or_floats() -> Compute:

@@ -8,7 +8,8 @@
 namespace sparse_engine {
 namespace {
 
-constexpr const char* kTierNames[kTierCount] = {"scalar", "avx2", "avx512", "avx512-vnni", "avx512-bf16", "neon"};
+constexpr const char* kTierNames[kTierCount] = {"scalar",      "avx2",        "avx-vnni", "avx512",
+                                                "avx512-vnni", "avx512-bf16", "neon"};
 constexpr const char* kLanesNames[] = {"t-lanes", "n-lanes", "r-lanes"};
 constexpr const char* kActivationNames[] = {"none", "gelu", "gelu-tanh", "silu"};
 constexpr const char* kComputeNames[] = {"fp32", "bf16"};
@@ -32,7 +33,7 @@ void require(Tier tier, const std::string& asked_by) {
 
 void require_floats(Tier tier) {
   require(tier, "the caller");
-  if (tier != Tier::kAvx512Vnni) return;
+  if (tier != Tier::kAvx512Vnni && tier != Tier::kAvxVnni) return;
   throw Error(Status::kUnsupported, std::string(tier_name(tier)) + " computes 8-bit products, and nothing else");
 }
 
@@ -73,7 +74,7 @@ Tier highest_tier() {
 Tier best_tier(bool bfloat16) {
   const Tier highest = highest_tier();
   const bool wider = highest == Tier::kAvx512Bf16 || highest == Tier::kAvx512Vnni;
-  if (!bfloat16) return wider ? Tier::kAvx512 : highest;
+  if (!bfloat16) return wider ? Tier::kAvx512 : highest == Tier::kAvxVnni ? Tier::kAvx2 : highest;
   if (highest == Tier::kAvx512Bf16) return highest;
   throw Error(Status::kUnsupported,
               std::string("bf16 products need AVX512-BF16; the highest tier here is ") + tier_name(highest));
@@ -81,14 +82,17 @@ Tier best_tier(bool bfloat16) {
 
 Tier best_int8_tier() {
   const Tier highest = highest_tier();
-  const bool allowed = highest == Tier::kAvx512Bf16 || highest == Tier::kAvx512Vnni;
-  return allowed && machine_has(Tier::kAvx512Vnni) ? Tier::kAvx512Vnni : Tier::kScalar;
+  const bool wider = highest == Tier::kAvx512Bf16 || highest == Tier::kAvx512Vnni;
+  if (wider && machine_has(Tier::kAvx512Vnni)) return Tier::kAvx512Vnni;
+  const bool allowed = wider || highest == Tier::kAvx512 || highest == Tier::kAvxVnni;
+  return allowed && machine_has(Tier::kAvxVnni) ? Tier::kAvxVnni : Tier::kScalar;
 }
 
 const TacticInt8& find_int8_tactic(Tier tier) {
   require(tier, "the caller");
 #ifdef SPARSE_ENGINE_X86
   if (tier == Tier::kAvx512Vnni) return kAvx512VnniInt8;
+  if (tier == Tier::kAvxVnni) return kAvxVnniInt8;
 #endif
   if (tier == Tier::kScalar) return kScalarInt8;
   throw Error(Status::kUnsupported, std::string("8-bit products are not computed on ") + tier_name(tier));

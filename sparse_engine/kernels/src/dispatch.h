@@ -13,7 +13,7 @@ const char* tier_name(Tier tier);
 const char* lanes_name(Lanes lanes);
 
 // Each throws Error(kInvalidInput) for a name that is not one of those listed.
-Tier parse_tier(const std::string& name);                 // scalar, avx2, avx512, avx512-vnni, avx512-bf16, neon
+Tier parse_tier(const std::string& name);                 // scalar, avx2, avx-vnni, avx512, avx512-vnni, ...
 Lanes parse_lanes(const std::string& name);               // t-lanes, n-lanes, r-lanes
 Activation parse_activation(const std::string& name);     // none, gelu, gelu-tanh, silu
 Element parse_element(const std::string& name);           // fp32, bf16, codes

@@ -78,7 +78,7 @@ struct TacticInt8 {
 
 extern const TacticInt8 kScalarInt8;
 #ifdef SPARSE_ENGINE_X86
-extern const TacticInt8 kAvx512VnniInt8;
+extern const TacticInt8 kAvxVnniInt8, kAvx512VnniInt8;
 extern const PeakLoop kAvx512VnniPeak;
 #endif
 

@@ -30,7 +30,7 @@ std::optional<float> scale_attribute(const Api& api, const KernelInfo* info) {
 Tier tier_of(const std::string& compute) {
   if (compute != "int8") return best_tier(parse_compute_is_bfloat16(compute));
   const Tier tier = best_int8_tier();
-  if (tier == Tier::kScalar) {
+  if (tier != Tier::kAvx512Vnni) {
     throw Error(sparse_engine::Status::kUnsupported, "attention in 8 bits needs AVX512-VNNI and AVX512-VBMI");
   }
   return tier;
