@@ -9,7 +9,7 @@ GPU_PYTHON ?= $(PYTHON)
 GPU_ARGS ?=
 JOBS ?= 2
 
-.PHONY: demo test gpu-check lint format clean
+.PHONY: demo test gpu-check lint format docs clean
 
 demo: $(READY)
 	mkdir -p out
@@ -36,8 +36,12 @@ lint: $(READY)
 gpu-check:
 	rm -rf out/path
 	mkdir -p out/path/sparse_engine
-	ln -s $(CURDIR)/sparse_engine/* $(CURDIR)/export $(CURDIR)/calibration $(CURDIR)/bench out/path/sparse_engine
+	ln -s $(CURDIR)/sparse_engine/* $(CURDIR)/export $(CURDIR)/calibration $(CURDIR)/pruning $(CURDIR)/bench out/path/sparse_engine
 	PYTHONPATH=$(CURDIR)/out/path $(GPU_PYTHON) -P -m sparse_engine.bench.gpu $(GPU_ARGS)
+
+# The site, in out/site; a warning is an error, links included.
+docs: $(READY)
+	$(BIN)/python -m sphinx -q -W -E -b html docs out/site
 
 format: $(READY)
 	$(BIN)/ruff check --fix

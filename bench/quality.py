@@ -12,6 +12,7 @@ from sparse_engine.errors import VerificationError
 from sparse_engine.images import psnr
 from sparse_engine.results import nonfinite_rows
 
+from .similarity import paired
 from .workload import Workload
 
 __all__ = ["Judge", "frechet_distance", "measure_quality", "psnr"]
@@ -52,8 +53,8 @@ def measure_quality(
 
     Returns:
         {"steps", "sampler", "images", "rows": {name: {"psnr": dB against the reference's samples (None for the
-        reference and where there is no difference), ...}}}, or {"psnr": None, "nonfinite": how many samples are NaN or
-        infinite}
+        reference and where there is no difference), "ssim" to them (of pixels), ...}}}, or {"psnr": None,
+        "nonfinite": how many samples are NaN or infinite}
 
     Raises:
         VerificationError: the reference itself draws NaN.
@@ -77,6 +78,8 @@ def measure_quality(
         value_range = workload.model.recipe.value_range or (float(expected.min()), float(expected.max()))
         distance = psnr(drawn, expected, value_range)
         rows[name] = {"psnr": distance if np.isfinite(distance) else None}
+        if drawn is not expected and workload.model.recipe.value_range is not None:
+            rows[name]["ssim"] = float(paired(drawn, expected, value_range)["ssim"].mean())
         for judge in judges:
             rows[name] |= judge.judge(drawn, labels)
     return {"steps": STEPS, "sampler": SAMPLER, "images": images, "rows": rows}

@@ -1,4 +1,4 @@
-"""The performance sections of the READMEs, written from the results files that are committed.
+"""The performance sections of README and pages, written from the results files that are committed.
 
 python -m sparse_engine.bench.readme
 """
@@ -47,13 +47,54 @@ KERNEL_SECTIONS = {
 }
 
 
+# One network in each precision, for the table of what each runtime is fastest in.
+BY_PRECISION = ("cpu-uvit-s-fp32.json", "cpu-uvit-s-bf16.json")
+
+
 def section(folder: Path) -> str:
-    """The README's section. Raises InputError where a results file is missing or of another schema."""
+    """The page of benchmarks. Raises InputError where a results file is missing or of another schema."""
     parts = []
     for name, title in SECTIONS.items():
         results = read_results(folder / name)
         parts += [f"{title} ({_facts(results)}):", markdown(results)]
     return "\n\n".join(filter(None, [*parts, networks_table(folder), gpu_section(folder)]))
+
+
+def fastest_table(folder: Path) -> str:
+    """U-ViT-S by runtime and precision, and how many times faster ours is. Raises as ``section`` does."""
+    files = {results["precision"]: results for results in (read_results(folder / name) for name in BY_PRECISION)}
+    last = files[list(files)[-1]]  # which has all precisions of the other runtimes
+    batches = [row["batch"] for row in last["rows"]]
+    peers = dict.fromkeys(facts["peer"] for facts in last["rows"][0]["candidates"].values() if "peer" in facts)
+    rows = [["**2:4 sparse**", *(_by_batch(results["rows"], SPARSE) for results in files.values())]]
+    for peer in peers:
+        cells = [
+            _by_batch(results["rows"], _of_peer(results["rows"][0], peer, each)) for each, results in files.items()
+        ]
+        rows.append([peer, *cells])
+    over = [[ratio_text(row["speedups"][row["best_peer"]], "x") for row in each["rows"]] for each in files.values()]
+    rows.append(["ours over the best of the same precision", *("; ".join(each) for each in over)])
+    any_best = "; ".join(
+        f"{ratio_text(row['speedups'][best], 'x')} ({best})"
+        for row in last["rows"]
+        for best in [row["best_peer_in_any_precision"]]
+    )
+    machines = ", ".join(dict.fromkeys(_processor(each["machine"]["processor"]) for each in files.values()))
+    sizes = ", ".join(map(str, batches))
+    title = f"U-ViT-S, one solver step, ms at batch {sizes}, each column one interleaved run ({machines}):"
+    note = f"Our fastest over the fastest other in any precision: {any_best}."
+    return "\n\n".join([title, markdown_table(["", *files], rows), note])
+
+
+def _of_peer(row: dict[str, Any], peer: str, precision: str) -> str | None:
+    """The candidate that is a runtime in a precision, if it was timed."""
+    facts = {"peer": peer, "precision": precision}
+    return next((name for name, found in row["candidates"].items() if facts.items() <= found.items()), None)
+
+
+def _by_batch(rows: list[dict[str, Any]], name: str | None) -> str:
+    """Medians of a candidate, batch by batch; "-" where it does not run."""
+    return " / ".join(f"{row['milliseconds'][name]['median']:.0f}" for row in rows) if name else "-"
 
 
 def networks_table(folder: Path) -> str:
@@ -116,7 +157,7 @@ def _processor(facts: str) -> str:
     return f"{found['model name']} (family {found.get('cpu family', '?')}, model {found.get('model', '?')})"
 
 
-PAGES = {"README.md": section, "sparse_engine/kernels/README.md": kernels_section}
+PAGES = {"README.md": fastest_table, "docs/benchmarks.md": section, "sparse_engine/kernels/README.md": kernels_section}
 
 
 def main() -> None:

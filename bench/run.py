@@ -10,6 +10,7 @@ from typing import Any
 
 from sparse_engine.errors import MissingDependencyError, OptionError
 from sparse_engine.export.model import Model, load_model
+from sparse_engine.pruning.data import Canvas
 
 from .arms import check_backends
 from .compare import Progress, compare_model
@@ -152,13 +153,14 @@ def _collect(results: Row, into: list[Row], rows: Iterable[Row], save: Save) -> 
 def _judges(model: Model, references: Path | None, samples: int) -> tuple[list[Judge], list[str]]:
     """What a model's samples are held against, and what was left out and why."""
     judges, notes = [], []
-    if is_digits(model):
+    canvas = Canvas(model.config.data_shape, model.recipe.value_range)
+    if is_digits(canvas, model.num_classes):
         try:
             judges.append(digits_judge(samples))
         except MissingDependencyError as error:
             notes.append(f"Left out: {error.what}.")
     if references is not None:
-        judges.append(fid_judge(model, references, samples))
+        judges.append(fid_judge(canvas, references, samples))
     return judges, notes
 
 

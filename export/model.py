@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +15,14 @@ from torch import nn
 
 from sparse_engine.conditioning import Condition, classes_of
 from sparse_engine.errors import CheckpointError, OptionError, SparseEngineError
-from sparse_engine.sampling import SAMPLERS, make_trajectory, normal, schedule_from_dict
+from sparse_engine.sampling import SAMPLERS, Schedule, make_trajectory, normal, schedule_from_dict
 
 from .checkpoint import Checkpoint, load_checkpoint
 from .diffusers_folder import decoder_beside
 from .diffusers_scheduler import scheduler_settings
 from .families import Family, FamilyConfig, Layout, Recipe, class_of, family_named, recognise
 from .names import listed
+from .weight_files import read_json
 
 PREDICTIONS = ("eps", "x0", "v", "flow")
 # The settings that a configuration may hold, and what each has to be.
@@ -60,6 +62,12 @@ class Model:
         )
 
     @property
+    def schedule(self) -> Schedule:
+        """The noise schedule that the network was trained on."""
+        said = self.recipe.schedule
+        return schedule_from_dict(said if isinstance(said, Mapping) else {"name": said})
+
+    @property
     def num_classes(self) -> int:
         """Rows of the label table, the null class too; 0 for a network that is told no label."""
         return classes_of(self.config.conditions)
@@ -81,6 +89,16 @@ class Model:
             else:
                 told[each.name] = normal(seed, images, draw, each.shape).astype(each.dtype)
         return told
+
+    def settings(self) -> dict[str, Any]:
+        """A configuration that ``load_model`` reads beside these weights, and makes the same model of."""
+        config = dataclasses.asdict(self.config)  # type: ignore[call-overload]
+        own = {name: value for name, value in config.items() if name in self.family.settings}
+        names = ("prediction", "value_range", "null_class", "sampler")
+        recipe = {name: getattr(self.recipe, name) for name in names}
+        said = self.recipe.schedule
+        schedule = dict(said) if isinstance(said, Mapping) else said
+        return {"family": self.family.name, **own, "schedule": schedule, **recipe}
 
     def network(self, state: Mapping[str, np.ndarray]) -> nn.Module:
         """The family's network with the given weights, in evaluation mode."""
@@ -132,6 +150,45 @@ def load_model(path: str | Path, family: str | None = None, **given: Any) -> Mod
     _check_weights(model, where)
     remarks = chosen.remarks(config, checkpoint.state)
     return dataclasses.replace(model, notes=[*checkpoint.notes, *said, *model.notes, *remarks])
+
+
+def initialised_model(config: Path, family: str | None = None, seed: int = 0, **given: Any) -> Model:
+    """A model with weights as its family initialises them, from a configuration alone.
+
+    Args:
+        config: a JSON file: "family", the family's own settings, and what ``load_model`` reads of the training.
+        family: in place of the file's.
+        seed: of the weights.
+        **given: as ``load_model`` takes them; they win over the file.
+
+    Raises:
+        CheckpointError: no such file, or it describes no network.
+        OptionError: a given setting cannot be used.
+    """
+    stored = read_json(config)
+    check_settings(stored, str(config), CheckpointError)
+    wanted = {name: value for name, value in given.items() if value is not None}
+    check_settings(wanted, "the given settings", OptionError)
+    settings = {**stored, **wanted}
+    name = family or stored.get("family")
+    if not isinstance(name, str):
+        raise CheckpointError(f"{config} does not say its family", 'add "family": "uvit", or say --family')
+    chosen = family_named(name)
+    try:
+        sizes = chosen.config_from_dict(settings)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            state = {key: tensor.numpy() for key, tensor in chosen.network(sizes).state_dict().items()}
+        sizes, notes = chosen.read_config({key: array.shape for key, array in state.items()}, settings)  # checks it
+    except SparseEngineError:
+        raise
+    except Exception as error:  # of any kind, where sizes are none
+        raise CheckpointError(
+            f"{config} describes no {name} network: {error}", "see config.json of examples/digits"
+        ) from error
+    digest = hashlib.sha256(config.read_bytes()).hexdigest()
+    recipe, notes = _recipe(chosen.recipe(sizes), sizes, settings, notes)
+    return Model(Checkpoint(config, state, {}, dict(stored), digest), chosen, sizes, recipe, notes)
 
 
 def _renamed(checkpoint: Checkpoint, layout: Layout) -> Checkpoint:

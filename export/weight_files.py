@@ -21,6 +21,7 @@ FOLDER_FILES = ("nnet_ema.pth", "nnet.pth")
 # What the Hub's libraries write into a folder, beside diffusers.
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")  # with a variant: model.safetensors.index.fp16.json
+NUMBERED = re.compile(r"^(\d+)\.ckpt$")
 SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)$")
 
 
@@ -74,6 +75,11 @@ def _in_folder(folder: Path) -> WeightFiles:
         if present[0] != FOLDER_FILES[0]:
             return WeightFiles(found.path, found.parts, notes=[f"{folder.name} has no nnet_ema.pth: using nnet.pth"])
         return found
+    numbered = [each for each in numbered_checkpoints(folder) if (each / FOLDER_FILES[0]).is_file()]
+    if numbered:
+        found = _in_folder(numbered[-1])
+        others = f"the newest of {len(numbered)}" if len(numbered) > 1 else "the only one"
+        return dataclasses.replace(found, notes=[f"{numbered[-1].name} of {folder.name}: {others}", *found.notes])
     network = diffusers_folder.network_folder(folder)
     if network is not None:
         found = find_weights(network)
@@ -99,6 +105,14 @@ def _in_folder(folder: Path) -> WeightFiles:
     raise CheckpointError(
         f"{folder} is a folder without {' or '.join(FOLDER_FILES)}", "name the weights file or its *.index.json itself"
     )
+
+
+def numbered_checkpoints(folder: Path) -> list[Path]:
+    """The folders ``N.ckpt`` of a training, in the order of N."""
+    found = [
+        (int(match[1]), each) for each in folder.iterdir() if (match := NUMBERED.match(each.name)) and each.is_dir()
+    ]
+    return [each for _, each in sorted(found)]
 
 
 def _indices(folder: Path) -> list[Path]:

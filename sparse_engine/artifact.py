@@ -93,6 +93,7 @@ class EngineFile:
     Attributes:
         path: of the file.
         manifest: what it holds.
+        manifest_sha256: of the manifest's bytes, which hold the sha256 of everything else: one engine, one digest.
 
     Raises (on construction):
         EngineFileError: missing, not an engine file, cut short, altered, or of a newer format version.
@@ -108,7 +109,9 @@ class EngineFile:
                     raise EngineFileError(f"{path} is a zip without {MANIFEST}: no engine file", _NOT_AN_ENGINE)
                 if self._members[MANIFEST].compress_type != zipfile.ZIP_STORED:  # a few bytes could stand for many
                     raise EngineFileError(f"{path}: {MANIFEST} is compressed; expected it as it is", _COPY_AGAIN)
-                self.manifest = Manifest.parse(archive.read(MANIFEST), str(path))
+                manifest = archive.read(MANIFEST)
+                self.manifest = Manifest.parse(manifest, str(path))
+                self.manifest_sha256 = hashlib.sha256(manifest).hexdigest()
         except (
             zipfile.BadZipFile,
             struct.error,

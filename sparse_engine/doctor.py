@@ -26,6 +26,9 @@ PACKAGES = (
     "tensorrt-rtx",
     "cuda-python",
     "tokenizers",
+    "fastapi",
+    "uvicorn",
+    "ray",
 )
 AMPERE = (8, 0)  # the first compute capability with 2:4 products
 _TORCH_FOR_CUDA = "for a GPU: pip uninstall -y torch, then pip install 'torch>=2.7' (on Linux with CUDA)"

@@ -100,6 +100,10 @@ class VerificationError(SparseEngineError):
     """An engine's results are further from the reference than the tolerance allows."""
 
 
+class TrainingError(SparseEngineError):
+    """A training diverged."""
+
+
 class EngineClosedError(SparseEngineError):
     """An engine was used after ``close()``, or in a process forked from the one that loaded it."""
 

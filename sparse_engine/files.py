@@ -72,6 +72,54 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
                 os.fsync(stream.fileno())
             temporary.chmod(0o666 & ~UMASK)
             temporary.replace(target)
+            flush_folder(target.parent)
+
+
+def create(path: Path, content: bytes) -> bool:
+    """Write a new file, whole; of several processes that do so at once, one does. Returns whether it was this one.
+
+    Raises OutputError where it cannot be written.
+    """
+    with _failing_at(path), temporaries.file_beside(path) as temporary:
+        with temporary.open("r+b") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.chmod(0o666 & ~UMASK)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            return _create_in_place(path, content)
+        flush_folder(path.parent)
+        return True
+
+
+def _create_in_place(path: Path, content: bytes) -> bool:
+    """The same on a file system without hard links: for a moment it is there and empty."""
+    try:
+        with path.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except FileExistsError:
+        return False
+    return True
+
+
+def flush_folder(folder: Path) -> None:
+    """Put the names in a folder to disk, where the system can: a rename is not there after a power cut otherwise."""
+    if os.name != "posix":
+        return
+    with contextlib.suppress(OSError):  # some file systems open or flush no folder
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -209,6 +257,7 @@ def _is_mount_point(path: Path) -> bool:
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _WORDS = {
     errno.ENOSPC: "the disk is full; nothing was left behind",
     errno.EDQUOT: "your share of the disk is full; nothing was left behind",

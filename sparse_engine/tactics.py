@@ -33,6 +33,7 @@ SECONDS_PER_CHOICE = 0.15
 CACHE_VARIABLE = "SPARSE_ENGINE_CACHE"
 MOST_TIMES = 3  # that a choice within the noise is timed
 SECONDS_BETWEEN = 86400.0  # from one choice that is timed again to the next
+SPEED_ALONE = ("threads", "kernels")  # conditions that a time depends on, and what a kernel computes does not
 LARGEST_FILE = 1 << 24  # bytes: a thousand engines' choices are less
 TICK = 1e-6  # milliseconds: below what the clock can tell
 Candidates = Callable[[], Mapping[str, Callable[[], object]]]
@@ -151,6 +152,23 @@ def timing_afresh() -> Iterator[dict[str, Timed]]:
         _afresh.reset(token)
 
 
+Fixed = dict[str, dict[str, Any]]  # conditions but for ``SPEED_ALONE`` -> key -> a choice, as JSON holds it
+_fixed: ContextVar[Fixed | None] = ContextVar("fixed", default=None)
+
+
+@contextlib.contextmanager
+def fixing(choices: Fixed) -> Iterator[None]:
+    """Within it, caches that are opened take what ``choices`` holds and time it never again; what they choose is added.
+
+    So that the processes that share a job run the same kernels, on any number of threads.
+    """
+    token = _fixed.set(choices)
+    try:
+        yield
+    finally:
+        _fixed.reset(token)
+
+
 class TacticCache:
     """Choices in the user's cache folder, one file per machine, set of library versions and number of threads.
 
@@ -166,6 +184,9 @@ class TacticCache:
         with contextlib.suppress(RuntimeError):  # a user without a home folder
             self._path = cache_folder() / f"tactics-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
         self._timed = _afresh.get()
+        shared = {name: value for name, value in self._facts.items() if name not in SPEED_ALONE}
+        fixed = _fixed.get()
+        self._fixed = None if fixed is None else fixed.setdefault(json.dumps(shared, sort_keys=True), {})
         self._remembered, self._timed_at = self._stored()
         self._choices = {} if self._timed is not None else dict(self._remembered)
 
@@ -174,13 +195,18 @@ class TacticCache:
 
         ``names`` are the candidates that there are now: a choice that was made among others is made again.
         """
-        known = self._choices.get(key)
+        fixed = None if self._fixed is None else _read_choice(self._fixed.get(key))
+        known = fixed or self._choices.get(key)
         if known is not None and names is not None and known.milliseconds.keys() != set(names):
             known = None
         if known is None:
             self._keep(key, fastest(candidates()))
+        elif known is fixed:
+            return known
         elif self._is_due(known):
             self._time_again(key, known, candidates)
+        if self._fixed is not None:
+            self._fixed[key] = asdict(self._choices[key])
         return self._choices[key]
 
     def _is_due(self, choice: Choice) -> bool:

@@ -11,7 +11,7 @@ import pytest
 
 from sparse_engine import files, temporaries
 from sparse_engine.errors import OptionError, OutputError
-from sparse_engine.files import check_fillable, check_writable, filling, kept_if_done, replacing, scratch_folder
+from sparse_engine.files import check_fillable, check_writable, create, filling, kept_if_done, replacing, scratch_folder
 
 
 def test_a_link_is_written_through(tmp_path: Path) -> None:
@@ -220,3 +220,21 @@ def test_the_wrong_kind_and_a_folder(tmp_path: Path) -> None:
         check_writable(tmp_path)
     assert files.in_folder(tmp_path, "x.npz") == tmp_path / "x.npz"
     assert files.in_folder(tmp_path / "y.npz", "x.npz") == tmp_path / "y.npz"
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_of_several_that_create_a_file_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    assert [create(tmp_path / "job.json", content) for content in (b"first", b"second", b"third")] == [
+        True,
+        False,
+        False,
+    ]
+    assert (tmp_path / "job.json").read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["job.json"]
+    with pytest.raises(OutputError, match="does not exist"):
+        create(tmp_path / "nowhere" / "job.json", b"")

@@ -43,7 +43,7 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ[TELEMETRY_VARIABLE] == "1"
 
 
-@pytest.mark.parametrize("folder", ["sparse_engine", "export", "calibration", "bench", "examples"])
+@pytest.mark.parametrize("folder", ["sparse_engine", "export", "calibration", "pruning", "bench", "examples"])
 def test_one_place_imports_onnxruntime(folder: str) -> None:
     pattern = re.compile(
         r"^\s*(import onnxruntime|from onnxruntime)|import_module\(f?.onnxruntime|__import__\(.onnx", re.M

@@ -258,3 +258,20 @@ def test_the_report_says_what_is_within_the_noise(folder: Path, conditional_engi
         timed = [each for layer in engine.info["layers"] for each in layer.get("timed_by_tokens", {}).values()]
     assert timed
     assert all(each["within_noise"] and each["times"] == 2 for each in timed)
+
+
+def test_choices_that_are_fixed_hold_for_any_threads_and_are_never_timed_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed: dict[str, Any] = {}
+    one, other = (lambda: {"a": lambda: None, "b": lambda: time.sleep(0.001)}), (lambda: pytest.fail("timed again"))
+    with tactics.fixing(fixed):
+        assert TacticCache(tier="x", threads=1).choose("layer", one, ("a", "b")).kernel == "a"
+    assert len(fixed) == 1
+    monkeypatch.setattr(time, "time", lambda: 1e12)  # some later day
+    monkeypatch.setenv(CACHE_VARIABLE, str(folder / "elsewhere"))
+    with tactics.fixing(json.loads(json.dumps(fixed))):
+        assert TacticCache(tier="x", threads=2).choose("layer", other, ("a", "b")).kernel == "a"
+        swapped = {"b": lambda: None, "a": lambda: time.sleep(0.001)}
+        assert TacticCache(tier="y", threads=2).choose("layer", lambda: swapped, ("a", "b")).kernel == "b"  # elsewhere
+    assert TacticCache(tier="x", threads=2).choose("layer", lambda: swapped, ("a", "b")).kernel == "b"

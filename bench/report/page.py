@@ -57,20 +57,25 @@ def page(results: Row, drawn: list[Plot]) -> str:
     """The page's text. No script, nothing from elsewhere."""
     title = "sparse-engine bench: " + ("the paper's grid" if results["kind"] == "grid" else "one model")
     body = [f"<h1>{title}</h1>", _facts(results)]
-    body += [f"<h2>{html.escape(name)}</h2>{_table(*table)}" for name, table in tables(results, wide=True)]
+    body += [f"<h2>{html.escape(name)}</h2>{html_table(*table)}" for name, table in tables(results, wide=True)]
     body.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in remarks(results)) + "</ul>")
     body += [_figure(plot) for plot in drawn]
     if not any(row.get("quality") for row in rows_of(results)):
         body.append("<p>Quality was not measured: random weights have none to lose.</p>")
     body += [
-        f"<details><summary>By layer: {html.escape(name)}</summary>{_table(*layer_rows(row))}</details>"
+        f"<details><summary>By layer: {html.escape(name)}</summary>{html_table(*layer_rows(row))}</details>"
         for name, row in titled_rows(results)
         if row.get("layers")
     ]
+    return document(title, body)
+
+
+def document(title: str, body: list[str], style: str = STYLE) -> str:
+    """A page of its own: no script, nothing from elsewhere."""
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
         '<link rel="icon" href="data:,"><meta name="viewport" content="width=device-width">\n'
-        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
+        f"<style>{style}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
 
 
@@ -89,7 +94,8 @@ def _facts(results: Row) -> str:
     return f"<table>{rows}</table>"
 
 
-def _table(headers: list[str], rows: Rows) -> str:
+def html_table(headers: list[str], rows: Rows) -> str:
+    """A table; a cell in ** is bold."""
     head = "".join(f"<th>{html.escape(header)}</th>" for header in headers)
     lines = "".join(f"<tr>{''.join(f'<td>{_bold(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="wide"><table><tr>{head}</tr>{lines}</table></div>'

@@ -7,26 +7,19 @@ The images and the training are those of examples/digits. The network predicts e
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-
-import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "digits"))
 
 import train  # noqa: E402
 
-from sparse_engine.export.families.dit import DiT, DiTConfig  # noqa: E402
-
 
 def main() -> None:
     """Train both models."""
     chosen = train.options(__doc__, dense_steps=3000, sparse_steps=1500, out=HERE)
-    torch.manual_seed(0)
-    config = DiTConfig.from_dict(json.loads((HERE / "config.json").read_text()))
-    train.train_both(DiT(config), chosen.dense_steps, chosen.sparse_steps, chosen.out)
+    train.train_both(train.anew(HERE / "config.json"), chosen.dense_steps, chosen.sparse_steps, chosen.out)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "digits"))
@@ -23,7 +22,7 @@ sys.path.insert(0, str(HERE.parent / "digits"))
 import data  # noqa: E402
 import train  # noqa: E402
 
-from sparse_engine.export.families.uvit_t2i import UViTT2I, UViTT2IConfig  # noqa: E402
+from sparse_engine.export.families.uvit_t2i import UViTT2IConfig  # noqa: E402
 
 
 def codes(config: UViTT2IConfig) -> np.ndarray:
@@ -35,15 +34,21 @@ def codes(config: UViTT2IConfig) -> np.ndarray:
 def main() -> None:
     """Train both models, and write what they are told."""
     chosen = train.options(__doc__, dense_steps=3000, sparse_steps=1500, out=HERE)
-    torch.manual_seed(0)
     config = UViTT2IConfig.from_dict(json.loads((HERE / "config.json").read_text()))
     told = codes(config)
     chosen.out.mkdir(parents=True, exist_ok=True)
+    null = chosen.out / "null_context.npy"
     np.savez(chosen.out / "contexts.npz", context=told[: data.NUM_DIGITS])
-    np.save(chosen.out / "null_context.npy", told[data.NULL_CLASS])
-    table = torch.from_numpy(told)
-    setting = train.Setting(tell=lambda y: table[y])
-    train.train_both(UViTT2I(config), chosen.dense_steps, chosen.sparse_steps, chosen.out, setting)
+    np.save(null, told[data.NULL_CLASS])
+    _, digits = data.load()
+    train.train_both(
+        train.anew(HERE / "config.json"),
+        chosen.dense_steps,
+        chosen.sparse_steps,
+        chosen.out,
+        told={"context": told[digits]},
+        given=[f"--null-context={null}"],
+    )
 
 
 if __name__ == "__main__":

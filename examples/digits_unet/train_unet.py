@@ -15,15 +15,13 @@ from pathlib import Path
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "digits"))
 
 import data  # noqa: E402
 import train  # noqa: E402
-
-from sparse_engine.export.families.unet2d import FAMILY  # noqa: E402
 
 SCHEDULER = DDPMScheduler()  # 1,000 steps, betas 0.0001 to 0.02, eps
 
@@ -46,37 +44,27 @@ def unet() -> UNet2DModel:
     return net
 
 
-class Denoiser(nn.Module):
-    """The U-Net as the training calls it."""
-
-    def __init__(self, net: UNet2DModel) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """x: [B, 1, 8, 8], t: [B] in 0..999, y: [B] -> eps, of x's shape."""
-        return self.net(x, t, y, return_dict=False)[0]
+def save(folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """A pipeline's folder, as diffusers writes it; with weights of its own where None are given."""
+    net = unet()
+    if state is not None:
+        net.load_state_dict(state)
+    DDPMPipeline(net, SCHEDULER).save_pretrained(folder)
 
 
-def diffuse(x0: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """x_t and the network's time, a whole number of steps. x0: [B, 1, 8, 8], t: [B] in 0..1."""
-    steps = (t * SCHEDULER.config.num_train_timesteps).long()
-    return SCHEDULER.add_noise(x0, noise, steps), steps
-
-
-def save(state: dict[str, Tensor], folder: Path) -> None:
-    """A pipeline's folder, as diffusers writes it."""
-    saved = Denoiser(unet())
-    saved.load_state_dict(state)
-    DDPMPipeline(saved.net, SCHEDULER).save_pretrained(folder)
+def keep(run: Path, folder: Path) -> None:
+    """A run's averaged weights in a pipeline's folder."""
+    save(folder, torch.load(train.last_checkpoint(run), weights_only=True))
 
 
 def main() -> None:
     """Train both models."""
     chosen = train.options(__doc__, dense_steps=5000, sparse_steps=2500, out=HERE)
-    torch.manual_seed(0)
-    setting = train.Setting(diffuse=diffuse, masked=FAMILY.sparse_layers, save=save)
-    train.train_both(Denoiser(unet()), chosen.dense_steps, chosen.sparse_steps, chosen.out, setting)
+    start = chosen.out / train.RUNS / "start"
+    if not start.exists():
+        torch.manual_seed(0)
+        save(start)
+    train.train_both([str(start)], chosen.dense_steps, chosen.sparse_steps, chosen.out, keep=keep)
 
 
 if __name__ == "__main__":

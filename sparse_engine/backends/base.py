@@ -107,6 +107,7 @@ class StepRunner(Protocol):
         guidance: np.ndarray,
         noise: NoiseSource,
         callback: StepCallback | None = None,
+        callback_every: int = 1,
         on_device: bool = False,
     ) -> Any:
         """Run every row of a trajectory.
@@ -118,6 +119,7 @@ class StepRunner(Protocol):
             guidance: float32 [G], the weight of each of the G network passes.
             noise: draw index -> float32 of x's shape; asked only where a row adds noise.
             callback: called with (step, time, x) after each step; returning False stops.
+            callback_every: so many steps may pass between two of its calls; the last step has one.
             on_device: leave the result where it was made.
 
         Returns:

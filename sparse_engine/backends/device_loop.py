@@ -109,11 +109,13 @@ class DeviceLoop(Generic[B]):
         guidance: np.ndarray,
         noise: NoiseSource,
         callback: StepCallback | None = None,
+        callback_every: int = 1,
         on_device: bool = False,
     ) -> Any:
         """See ``StepRunner.run``.
 
-        With a callback the steps run one at a time, and the state is downloaded after each. A batch that the device
+        With a callback that is called after every step they run one at a time; the state is downloaded for each call. A
+        chunk ends where the callback is called, so it may be called more often than was asked. A batch that the device
         has no memory for is split in halves; each part then counts as a batch for the callback. With ``on_device`` the
         result is an object with ``__dlpack__``, and a batch is never split.
         """
@@ -121,7 +123,7 @@ class DeviceLoop(Generic[B]):
         def walk(part: slice) -> Any:
             own = noise_of(noise, part)
             with self._prepared(x[part], part_of(conditioning, part), guidance) as state:
-                for chunk in self._chunks(trajectory, state, own, callback):
+                for chunk in self._chunks(trajectory, state, own, None if callback is None else callback_every):
                     self._advance(state, trajectory, chunk, own)
                     if callback is not None:
                         self._tell(callback, trajectory, chunk, state)
@@ -244,13 +246,11 @@ class DeviceLoop(Generic[B]):
         for name, rows in conditioning.items():
             device.upload(state.conditioning[name], np.ascontiguousarray(rows))
 
-    def _chunks(
-        self, trajectory: Trajectory, state: State[B], noise: NoiseSource, callback: StepCallback | None
-    ) -> list[_Chunk]:
+    def _chunks(self, trajectory: Trajectory, state: State[B], noise: NoiseSource, longest: int | None) -> list[_Chunk]:
         """The chunks of a trajectory; also puts its clipping range in place, and where its noise comes from."""
         self._device.upload(state.clip, np.array(trajectory.clip, np.float32))
         kind = self._ready_noise(state, noise) if trajectory.stochastic else "none"
-        length = 1 if callback is not None else state.chunk
+        length = state.chunk if longest is None else min(longest, state.chunk)
         steps = len(trajectory)
         bounds = [(first, min(first + length, steps)) for first in range(0, steps, length)]
         rebase = trajectory.rebase.tolist()
@@ -326,7 +326,7 @@ class DeviceLoop(Generic[B]):
 
     def _tell(self, callback: StepCallback, trajectory: Trajectory, chunk: _Chunk, state: State[B]) -> None:
         x = self._device.download(state.x[chunk.last % 2])
-        if arguments.stops(callback(chunk.first, float(trajectory.times[chunk.first]), x)):
+        if arguments.stops(callback(chunk.last - 1, float(trajectory.times[chunk.last - 1]), x)):
             raise SamplingCancelled(f"the callback stopped sampling after step {chunk.last} of {len(trajectory)}")
 
     def _check_open(self) -> None:

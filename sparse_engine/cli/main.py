@@ -7,24 +7,56 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from sparse_engine import __version__, process
 from sparse_engine.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, SparseEngineError
 
-from . import bench, build, calibrate, doctor, export_triton, inspect, sample, samplers, tune, verify
+from . import (
+    bench,
+    build,
+    calibrate,
+    doctor,
+    evaluate,
+    export_triton,
+    finetune,
+    inspect,
+    sample,
+    sample_many,
+    samplers,
+    serve,
+    tune,
+    verify,
+)
 from .terminal import errors, tell
 
 # Typer brings click inside itself, or imports it, by version; the base of a usage error is the same class either way.
 ClickException: Any = typer.BadParameter.__mro__[2]
 
+
+class Commands(TyperGroup):
+    """The commands, by name. One of them has a second word: ``sample-many finish``."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that the arguments begin with, and the rest of them."""
+        words = " ".join(args[:2])
+        return super().resolve_command(ctx, [words, *args[2:]] if words == sample_many.FINISH else args)
+
+
 app = typer.Typer(
     name="sparse-engine",
+    cls=Commands,
     help="Inference engines for 2:4-sparse diffusion models (SparseDM).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for module in (build, calibrate, inspect, sample, verify, bench, export_triton, samplers, tune, doctor):
+COMMANDS = (
+    build, finetune, calibrate, inspect, sample, sample_many, serve, verify, evaluate, bench, export_triton, samplers,
+    tune, doctor,
+)  # fmt: skip
+for module in COMMANDS:
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)
+app.command(sample_many.FINISH)(sample_many.finish_command)
 
 
 def _version(wanted: bool) -> None:

@@ -34,6 +34,26 @@ ConditioningFile = Annotated[
     Path | None, typer.Option(help="An .npz of what the network is told, by name; negative/NAME for 'not this'.")
 ]
 
+Steps = Annotated[int, typer.Option(help="Network evaluations per sample.")]
+SamplerName = Annotated[str | None, typer.Option(help="See `sparse-engine samplers`.", show_default="the model's")]
+Prompt = Annotated[str | None, typer.Option(help="A text, for an engine with a text encoder.")]
+NegativePrompt = Annotated[str | None, typer.Option(help="What guidance leads away from.")]
+Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance weight w; 1 is without.")]
+BatchSize = Annotated[int | None, typer.Option(help="Samples per network call.")]
+Autotune = Annotated[bool, typer.Option("--autotune/--no-autotune", help="Time the kernels on this machine.")]
+TStart = Annotated[float | None, typer.Option(help="Schedule time to start from.")]
+TEnd = Annotated[float | None, typer.Option(help="Schedule time to stop at.")]
+Spacing = Annotated[str | None, typer.Option(help="How the sampler's times are spaced.")]
+DenoiseToZero = Annotated[
+    bool | None, typer.Option("--denoise-to-zero/--no-denoise-to-zero", help="Make the last step one to t = 0.")
+]
+Eta = Annotated[float | None, typer.Option(help="Noise of ddim: 0 none, 1 ancestral.")]
+Variance = Annotated[str | None, typer.Option(help="Variance of ddpm: small or large.")]
+Order = Annotated[int | None, typer.Option(help="Order of a solver that has several.")]
+Clip = Annotated[
+    bool | None, typer.Option("--clip/--no-clip", help="Keep predicted x0 in range.", show_default="ddpm and ddim")
+]
+
 
 def model_options(arguments: Mapping[str, Any]) -> ModelOptions:
     """What was given of these among a command's arguments, its ``locals()``. Raises OptionError."""

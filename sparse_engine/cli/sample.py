@@ -14,7 +14,24 @@ from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import OptionError
 from sparse_engine.images import check_output, check_place, write_samples
 
-from .options import ConditioningFile
+from .options import (
+    Autotune,
+    BatchSize,
+    Clip,
+    ConditioningFile,
+    DenoiseToZero,
+    Eta,
+    Guidance,
+    NegativePrompt,
+    Order,
+    Prompt,
+    SamplerName,
+    Spacing,
+    Steps,
+    TEnd,
+    TStart,
+    Variance,
+)
 from .terminal import errors, progress
 
 MOST_LABELS = 2**31
@@ -26,10 +43,8 @@ def command(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="X.png for one picture of all, X.npz, or a folder for PNGs.")
     ] = Path("samples.png"),
-    steps: Annotated[int, typer.Option(help="Network evaluations per sample.")] = 50,
-    sampler: Annotated[
-        str | None, typer.Option(help="See `sparse-engine samplers`.", show_default="the model's")
-    ] = None,
+    steps: Steps = 50,
+    sampler: SamplerName = None,
     seed: Annotated[int, typer.Option(help="Image i of a seed is always the same.")] = 0,
     first: Annotated[int, typer.Option(help="Number of the first image within its seed.")] = 0,
     labels: Annotated[
@@ -37,28 +52,22 @@ def command(
         typer.Option(help="Classes such as 3, 0,1,2 or 0-9, repeated to fill the count.", show_default="drawn"),
     ] = None,
     conditioning: ConditioningFile = None,
-    prompt: Annotated[str | None, typer.Option(help="A text, for an engine with a text encoder.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance weight w; 1 is without.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples per network call.")] = None,
+    prompt: Prompt = None,
+    negative_prompt: NegativePrompt = None,
+    guidance: Guidance = None,
+    batch_size: BatchSize = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one per core")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.", show_default="the backend's own")] = None,
     check: Annotated[bool, typer.Option("--check", help="Hash the engine by sha256 first.")] = False,
-    autotune: Annotated[
-        bool, typer.Option("--autotune/--no-autotune", help="Time the kernels on this machine.")
-    ] = True,
-    t_start: Annotated[float | None, typer.Option(help="Schedule time to start from.")] = None,
-    t_end: Annotated[float | None, typer.Option(help="Schedule time to stop at.")] = None,
-    spacing: Annotated[str | None, typer.Option(help="How the sampler's times are spaced.")] = None,
-    denoise_to_zero: Annotated[
-        bool | None, typer.Option("--denoise-to-zero/--no-denoise-to-zero", help="Make the last step one to t = 0.")
-    ] = None,
-    eta: Annotated[float | None, typer.Option(help="Noise of ddim: 0 none, 1 ancestral.")] = None,
-    variance: Annotated[str | None, typer.Option(help="Variance of ddpm: small or large.")] = None,
-    order: Annotated[int | None, typer.Option(help="Order of a solver that has several.")] = None,
-    clip: Annotated[
-        bool | None, typer.Option("--clip/--no-clip", help="Keep predicted x0 in range.", show_default="ddpm and ddim")
-    ] = None,
+    autotune: Autotune = True,
+    t_start: TStart = None,
+    t_end: TEnd = None,
+    spacing: Spacing = None,
+    denoise_to_zero: DenoiseToZero = None,
+    eta: Eta = None,
+    variance: Variance = None,
+    order: Order = None,
+    clip: Clip = None,
 ) -> None:
     """Draw samples and write them to a picture, a folder or an array."""
     check_place(output)
@@ -77,7 +86,7 @@ def command(
             sampler=sampler,
             seed=seed,
             first=first,
-            labels=_labels(labels, n),
+            labels=filling_labels(labels, n),
             conditioning=told,
             negative=negative,
             prompt=prompt,
@@ -100,10 +109,18 @@ def command(
     errors.print(f"{written} samples: {output}", highlight=False, markup=False)
 
 
-def _labels(text: str | None, n: int) -> np.ndarray | None:
-    """ "3", "0,1,2" or "0-9" -> one label per sample. Raises OptionError where they do not fill the count evenly."""
+def filling_labels(text: str | None, n: int) -> np.ndarray | None:
+    """The classes, repeated to one label per sample. Raises OptionError where they do not fill the count evenly."""
     if text is None:
         return None
+    values = class_list(text, n)
+    if max(n, 1) % len(values):
+        raise OptionError(f"--labels {text!r} are {len(values)} classes, which do not fill {n} samples evenly")
+    return np.resize(np.array(values, np.int64), max(n, 1))
+
+
+def class_list(text: str, n: int) -> list[int]:
+    """ "3", "0,1,2" or "0-9" -> the classes, for n samples. Raises OptionError."""
     values: list[int] = []
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")
@@ -115,6 +132,6 @@ def _labels(text: str | None, n: int) -> np.ndarray | None:
         if span > max(n, 1):
             raise OptionError(f"--labels {text!r}: {part.strip()!r} are {span} classes for {n} samples")
         values += range(int(low), int(low) + span)
-    if not values or max(n, 1) % len(values):
-        raise OptionError(f"--labels {text!r} are {len(values)} classes, which do not fill {n} samples evenly")
-    return np.resize(np.array(values, np.int64), max(n, 1))
+    if not values:
+        raise OptionError(f"--labels {text!r} are no classes", "write them as 3, 0,1,2 or 0-9")
+    return values

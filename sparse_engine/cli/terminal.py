@@ -44,6 +44,18 @@ def export_module(name: str) -> ModuleType:
         ) from error
 
 
+def pruning_module(name: str) -> ModuleType:
+    """A module of ``sparse_engine.pruning``, which needs torch. Raises MissingDependencyError where it is not there."""
+    try:
+        with process.fragile():
+            return import_module(f"sparse_engine.pruning.{name}")
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"pruning needs {error.name}; it is not installed",
+            "pip install 'sparse-engine[export,cpu]'",
+        ) from error
+
+
 def bench_module(name: str) -> ModuleType:
     """A module of ``sparse_engine.bench``. Raises MissingDependencyError where something it needs is not there."""
     try:

@@ -25,6 +25,7 @@ def walk(
     *,
     noise: Callable[[int], Float32] | None,
     callback: Callable[[int, float, Float32], object] | None = None,
+    callback_every: int = 1,
 ) -> Float32:
     """Run a trajectory from its first state to its last.
 
@@ -37,6 +38,7 @@ def walk(
             only for the steps whose noise coefficient is not 0. None where nothing is drawn.
         callback: called after each step with its index, the schedule time of its network call, and the new
             x. Returning False stops.
+        callback_every: it is called after each so many steps, and after the last.
 
     Returns:
         float32 [B, C, H, W], the last state.
@@ -63,6 +65,7 @@ def walk(
         z = noise(i + 1) if drawn[i] and noise is not None else zeros
         x, m = step(x, times[i], rows[i], clip, base, h1, h2, z)
         h1, h2 = m, h1
-        if callback is not None and arguments.stops(callback(i, float(trajectory.times[i]), x)):
+        told = (i + 1) % callback_every == 0 or i + 1 == steps
+        if callback is not None and told and arguments.stops(callback(i, float(trajectory.times[i]), x)):
             raise SamplingCancelled(f"the callback stopped sampling after step {i + 1} of {steps}")
     return x

@@ -65,7 +65,7 @@ def normal(seed: Seeds, images: npt.ArrayLike, draw: int, shape: tuple[int, ...]
         shape: of one image.
 
     Returns:
-        float32 [B, *shape], at most 5.8 in size.
+        float32 ``[B, *shape]``, at most 5.8 in size.
 
     Raises:
         OptionError: a seed, image or draw that its words cannot hold.

@@ -213,6 +213,19 @@ def test_a_callback_sees_every_step_and_its_state() -> None:
         assert all(np.array_equal(a, b) for a, b in zip(states, on_host, strict=True))
 
 
+def test_a_callback_that_may_be_called_seldom_leaves_chunks_whole() -> None:
+    trajectory = make_trajectory("ddim", 30)
+    loop = DeviceLoop(NumpyDevice())
+    for _ in range(3):
+        seen: list[int] = []
+        found = run(loop, trajectory, callback=lambda i, t, x: seen.append(i), callback_every=12)  # noqa: B023
+        assert np.array_equal(found, expected(trajectory))
+        assert seen == [11, 23, 29]
+    assert loop.describe()["recordings"] == 2  # of twelve steps and of six, as without a callback
+    with pytest.raises(SamplingCancelled, match="after step 24 of 30"):
+        run(loop, trajectory, callback=lambda i, t, x: i < 20, callback_every=12)
+
+
 def test_a_callback_can_stop_and_the_state_is_good_for_the_next_run() -> None:
     trajectory = make_trajectory("dpm-solver++", 13)
     loop = DeviceLoop(NumpyDevice())

@@ -16,8 +16,11 @@ from sparse_engine import SparseEngine
 from sparse_engine.bench.quality import frechet_distance
 from sparse_engine.export.bake import bake
 from sparse_engine.export.build import ENERGY_WARNING
-from sparse_engine.export.masks import magnitude_mask
+from sparse_engine.export.masks import TWO_FOUR
 from sparse_engine.export.model import load_model
+from sparse_engine.pruning.finetune import masked_layers
+from sparse_engine.pruning.masking import MaskedWeights
+from sparse_engine.pruning.settings import Settings
 from tests.conftest import build_with
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
@@ -37,9 +40,13 @@ def script(name: str, folder: Path = DIGITS) -> ModuleType:
 
 
 def test_training_masks_what_the_engine_masks() -> None:
-    weight = load_model(DIGITS / "sparsedm.pth").checkpoint.state["mid_block.mlp.fc1.weight"]
-    trained = script("train").MagnitudeMask24.apply(torch.from_numpy(weight)).numpy()
-    assert np.array_equal(trained, weight * magnitude_mask(weight)[0])
+    model = load_model(DIGITS / "sparsedm.pth")
+    network = model.network({name: array.copy() for name, array in model.checkpoint.state.items()})
+    masks = MaskedWeights(network, masked_layers(model, Settings())[0], TWO_FOUR)
+    baked = bake(model)
+    assert masks.names == [layer.name for layer in baked.layers if layer.masked]
+    for name, weight in network.state_dict().items():
+        assert np.array_equal(weight.numpy(), baked.state[name])
 
 
 def test_checkpoint_holds_dense_weights_that_the_mask_hardly_hurts() -> None:
@@ -53,14 +60,15 @@ def test_checkpoint_holds_dense_weights_that_the_mask_hardly_hurts() -> None:
 
 
 def test_a_short_training_run_learns_and_stores_what_sparsedm_stores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, one_torch_thread: None
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--dense-steps", "8", "--sparse-steps", "2", "--out", str(tmp_path)])
     script("train").main()
     dense, sparse = (torch.load(tmp_path / name, weights_only=True) for name in ("dense.pth", "sparsedm.pth"))
     assert dense.keys() == sparse.keys() == torch.load(DIGITS / "dense.pth", weights_only=True).keys()
     assert not torch.equal(dense["mid_block.mlp.fc1.weight"], sparse["mid_block.mlp.fc1.weight"])
-    assert "dense: step 8/8" in capsys.readouterr().out
+    assert "000008.ckpt: 8 steps" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense.pth", "sparsedm.pth"]
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +123,16 @@ def test_sampler_table_is_its_results_file() -> None:
     from sparse_engine.sampling import SAMPLERS
 
     assert list(results["samplers"]) == list(SAMPLERS)
+
+
+def test_the_table_of_trainings_measures_what_it_has_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, one_torch_thread: None
+) -> None:
+    arguments = ["--steps", "1", "--samples", "20", "--runs", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["finetuning.py", *arguments])
+    script("finetuning").main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| from dense", "| dense", "| 1 steps, noise + 0.1 teacher", "| 1 steps, teacher",
+    ]  # fmt: skip
+    assert sorted(path.name for path in tmp_path.glob("dense-*")) == ["dense-1-noise+0.1teacher", "dense-1-teacher"]

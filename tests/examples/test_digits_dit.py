@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparse_engine.export.bake import bake
-from sparse_engine.export.families.dit import FAMILY
+from sparse_engine.export.families.dit import FAMILY, DiT, DiTConfig
 from sparse_engine.export.model import load_model
 from tests.examples.test_digits import script
 
@@ -44,9 +44,9 @@ def test_a_short_training_run_writes_both_models(
     assert not torch.equal(three, none)
 
 
-def test_its_configuration_is_the_familys(train_dit: ModuleType) -> None:
+def test_its_configuration_is_the_familys() -> None:
     values = json.loads((FOLDER / "config.json").read_text())
     recipe = {"family", "schedule", "prediction", "value_range", "sampler", "null_class"}
     assert values.keys() - recipe <= FAMILY.settings
-    network = train_dit.DiT(train_dit.DiTConfig.from_dict(values))
+    network = DiT(DiTConfig.from_dict(values))
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(0.75e6, rel=0.1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparse_engine.export.bake import bake
-from sparse_engine.export.families.uvit_t2i import FAMILY
+from sparse_engine.export.families.uvit_t2i import FAMILY, UViTT2I
 from sparse_engine.export.model import load_model
 from tests.examples.test_digits import script
 
@@ -51,4 +51,4 @@ def test_its_configuration_is_the_familys(train_text: ModuleType) -> None:
     values = json.loads((FOLDER / "config.json").read_text())
     config = train_text.UViTT2IConfig.from_dict(values)
     assert values.keys() - {"family", "schedule", "prediction", "value_range", "sampler"} <= FAMILY.settings
-    assert sum(p.numel() for p in train_text.UViTT2I(config).parameters()) == pytest.approx(0.6e6, rel=0.1)
+    assert sum(p.numel() for p in UViTT2I(config).parameters()) == pytest.approx(0.6e6, rel=0.1)

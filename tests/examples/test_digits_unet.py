@@ -12,8 +12,11 @@ from diffusers import UNet2DModel
 from sparse_engine.export.bake import bake
 from sparse_engine.export.build import ENERGY_WARNING, warnings_of
 from sparse_engine.export.families.unet2d import FAMILY
-from sparse_engine.export.masks import magnitude_mask
+from sparse_engine.export.masks import TWO_FOUR
 from sparse_engine.export.model import load_model
+from sparse_engine.pruning.finetune import masked_layers
+from sparse_engine.pruning.masking import MaskedWeights
+from sparse_engine.pruning.settings import Settings
 from tests.conftest import build_with
 from tests.examples.test_digits import judged, script
 
@@ -42,17 +45,14 @@ def test_a_short_training_run_writes_folders_as_shipped(
     assert np.count_nonzero(sparse[CONVOLUTION]) == sparse[CONVOLUTION].size
 
 
-def test_training_masks_what_the_engine_masks(train_unet: ModuleType) -> None:
+def test_training_masks_what_the_engine_masks() -> None:
     model = load_model(FOLDER / "sparsedm")
-    train, net = script("train"), UNet2DModel.from_pretrained(FOLDER / "sparsedm" / "unet")
-    train.mask_layers(net, FAMILY.sparse_layers)
-    layers = [layer for layer in bake(model).layers if layer.masked]
-    masked = {name for name, module in net.named_modules() if hasattr(module, "parametrizations")}
-    assert masked == {layer.name for layer in layers}
-    for layer in layers:
-        weight = model.checkpoint.state[f"{layer.name}.weight"]
-        trained = net.get_submodule(layer.name).weight.detach().numpy()
-        assert np.array_equal(trained, weight * magnitude_mask(weight)[0]), layer.name
+    network = model.network({name: array.copy() for name, array in model.checkpoint.state.items()})
+    masks = MaskedWeights(network, masked_layers(model, Settings())[0], TWO_FOUR)
+    baked = bake(model)
+    assert masks.names == [layer.name for layer in baked.layers if layer.masked]
+    for name, weight in network.state_dict().items():
+        assert np.array_equal(weight.numpy(), baked.state[name]), name
 
 
 def test_the_mask_takes_less_from_what_was_trained_under_it() -> None:

@@ -121,6 +121,18 @@ def test_folders(tmp_path: Path) -> None:
         load_checkpoint(parts)
 
 
+def test_the_newest_whole_checkpoint_of_a_training(tmp_path: Path) -> None:
+    """SparseDM's and U-ViT's ``ckpts/`` hold them so, too; numbers, not names, are in order."""
+    for number in ("500", "20000", "3000"):
+        (tmp_path / f"{number}.ckpt").mkdir()
+        torch.save({**STATE, "a.bias": torch.full((4,), float(number))}, tmp_path / f"{number}.ckpt" / "nnet_ema.pth")
+    (tmp_path / "90000.ckpt").mkdir()  # one that was being deleted
+    (tmp_path / "config.json").write_text("{}")
+    found = load_checkpoint(tmp_path)
+    assert found.state["a.bias"][0] == 20000
+    assert f"20000.ckpt of {tmp_path.name}: the newest of 3" in found.notes
+
+
 def test_raw_weights_that_are_named_while_averaged_ones_lie_beside_them(tmp_path: Path) -> None:
     for name in ("nnet.pth", "nnet_ema.pth"):
         torch.save(STATE, tmp_path / name)

@@ -79,6 +79,14 @@ def test_the_callback_sees_every_state() -> None:
     assert seen[-1][2] is result
 
 
+@pytest.mark.parametrize("every, expected", [(1, [0, 1, 2, 3, 4]), (2, [1, 3, 4]), (5, [4]), (9, [4])])
+def test_the_callback_is_called_as_often_as_was_asked(every: int, expected: list[int]) -> None:
+    seen: list[int] = []
+    trajectory = make_trajectory("ddim", SCHEDULE, 5)
+    walk(trajectory, _step, _noise(0), noise=None, callback=lambda i, t, x: seen.append(i), callback_every=every)
+    assert seen == expected
+
+
 def test_the_callback_stops_sampling() -> None:
     calls: list[Any] = []
 

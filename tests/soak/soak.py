@@ -38,13 +38,12 @@ class Held:
     threads: int
 
     @classmethod
-    def now(cls) -> Held:
-        """Of this process, resting."""
+    def now(cls, process: int | str = "self") -> Held:
+        """Of a process, resting."""
         gc.collect()
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return cls(
-            pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
-        )
+        place = Path("/proc") / str(process)
+        pages = int((place / "statm").read_text().split()[1])
+        return cls(pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(place / "fd")), len(os.listdir(place / "task")))
 
 
 def one_round(path: Path, seed: int, expected: np.ndarray) -> str:

@@ -76,6 +76,7 @@ class CudaRunner:
         guidance: np.ndarray,
         noise: NoiseSource,
         callback: StepCallback | None = None,
+        callback_every: int = 1,
         on_device: bool = False,
     ) -> Any:
         """See ``StepRunner.run``.
@@ -101,6 +102,7 @@ class CudaRunner:
                 guidance=guidance,
                 noise=noise_of(noise, rows),
                 callback=None if callback is None else tell,
+                callback_every=callback_every,
                 on_device=on_device,
             )
 

@@ -59,10 +59,12 @@ class OnnxRuntimeRunner:
         guidance: np.ndarray,
         noise: NoiseSource,
         callback: StepCallback | None = None,
+        callback_every: int = 1,
         on_device: bool = False,
     ) -> np.ndarray:
         """See ``StepRunner.run``. The device is the CPU, and NumPy's arrays have ``__dlpack__``."""
-        return walk(trajectory, self._step(conditioning, guidance), x, noise=noise, callback=callback)
+        step = self._step(conditioning, guidance)
+        return walk(trajectory, step, x, noise=noise, callback=callback, callback_every=callback_every)
 
     def network(
         self, x: np.ndarray, t: np.ndarray, *, conditioning: Mapping[str, np.ndarray], guidance: np.ndarray

@@ -54,8 +54,9 @@ class TorchRunner(DeviceLoop[torch.Tensor]):
         self._description = {
             "library": f"torch {torch.__version__}",
             "threads": self._threads,
-            **device_facts(device),
+            **(facts := device_facts(device)),
             "device": str(device),
+            **({"gpu": facts["device"]} if cuda else {}),
             **report,
         }
 
