@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -18,14 +18,14 @@ from .weight_reading import read_weights
 
 
 def graph_files(
-    module: nn.Module, example: Mapping[str, Tensor], output: str, graph_member: str, weights_member: str
+    module: nn.Module, example: Mapping[str, Tensor], outputs: Sequence[str], graph_member: str, weights_member: str
 ) -> list[PayloadFile]:
     """Trace a module and lay its graph and its weights out as files of an engine.
 
     Args:
         module: in evaluation mode.
         example: argument of its ``forward`` -> [B, ...], B not 0 or 1; the first axis stays dynamic.
-        output: what the graph calls its result.
+        outputs: what the graph calls its results.
         graph_member, weights_member: the files' names, in one folder of the engine.
 
     Raises:
@@ -33,7 +33,7 @@ def graph_files(
     """
     batch = torch.export.Dim("batch", min=1)
     dynamic = {name: {0: batch} for name in example}
-    model = trace(module.eval(), dict(example), dynamic, list(example), [output])
+    model = trace(module.eval(), dict(example), dynamic, list(example), list(outputs))
     graph = to_graph(model, PurePosixPath(weights_member).name)
     check_valid(graph.proto, graph_member)
     return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -90,11 +90,12 @@ def bake(
     Args:
         model: what ``load_model`` read.
         rule: "auto" takes a layer's explicit mask, else its exact zeros, else SparseDM's magnitude rule; where the
-            checkpoint has masks or zeros in some of the layers, it leaves the others dense, as their author did.
+            checkpoint has masks or zeros in some of the layers, it leaves the others dense, as their author did; where
+            it says itself which layers were pruned and which left dense (``PruningRecord``), that is obeyed.
             "explicit", "zeros" and "magnitude" take that one alone; "none" leaves the weights as they are stored.
             Explicit masks in the checkpoint are always multiplied in: without them the stored weights are not the
             model's.
-        pattern: N:M for the magnitude rule. Only 2:4 is hardware 2:4.
+        pattern: N:M for the magnitude rule. Only 2:4 is hardware 2:4. For "auto", 2:4 is the record's own.
         layers: globs over layer names in place of the family's own choice.
 
     Raises:
@@ -103,33 +104,87 @@ def bake(
     """
     if rule not in MASK_RULES:
         raise OptionError(f"mask rule {rule!r} is not known; expected one of {', '.join(MASK_RULES)}")
-    globs = tuple(layers) if layers else model.family.sparse_layers
-    modules = _maskable_modules(model)
-    for glob in globs:
-        if glob not in model.family.sparse_layers and not any(fnmatchcase(name, glob) for name in modules):
-            raise OptionError(
-                f"--mask-layers {glob!r} matches none of the {len(modules)} layers",
-                f"names look like {', '.join(list(modules)[:3])}; `sparse-engine inspect` lists them",
-            )
+    globs, modules = tuple(layers) if layers else model.family.sparse_layers, _maskable_modules(model)
+    chosen_names = _matching(model, modules, globs)
     state = dict(model.checkpoint.state)
     for name, stored_mask in model.checkpoint.masks.items():
         if name.removesuffix(".weight") not in modules:  # a bias, an embedding: no layer of its own below
             state[name] = np.where(stored_mask, state[name], np.float32(0))
     masks = model.checkpoint.masks
-    selected = [name for name in modules if rule != "none" and any(fnmatchcase(name, glob) for glob in globs)]
+    selected = [] if rule == "none" else chosen_names
     weights = {name: (state[f"{name}.weight"], masks.get(f"{name}.weight")) for name in modules}
-    pruned = rule == "auto" and any(_is_pruned(*weights[name], pattern) for name in selected)
+    record = pruning_record(model.checkpoint.config) if rule == "auto" else None
+    if record is not None and pattern == TWO_FOUR:
+        pattern = record.pattern
+    pruned = rule == "auto" and (record or any(is_pruned(*weights[name], pattern) for name in selected))
     reports = []
     for name, module in modules.items():
         weight, explicit = weights[name]
         rule_here = "none" if name not in selected else "stored" if pruned else rule
+        if record is not None and name in record.pruned and name in selected:
+            rule_here = rule
         chosen = _choose_mask(name, weight, explicit, rule_here, pattern)
+        if record is not None and name in record.dense and name in selected:
+            chosen = _Mask(reason=record.dense[name])
         baked = weight if chosen.mask is None else np.where(chosen.mask, weight, np.float32(0))
         state[f"{name}.weight"] = baked
         removed = 0.0 if chosen.mask is None else energy_removed(weight, chosen.mask)
         positions = model.family.positions(model.config, name)
         reports.append(_report(name, module, baked, chosen, pattern, removed, positions))
     return Baked(state, reports, rule, pattern, globs)
+
+
+@dataclass(frozen=True)
+class PruningRecord:
+    """What a checkpoint says of its pruning, under "pruning" in its configuration: ``sparse-engine prune`` writes it.
+
+    Attributes:
+        pattern: N:M of the layers that were pruned.
+        pruned: their names.
+        dense: name -> why, of those that were left dense on purpose.
+    """
+
+    pattern: Pattern
+    pruned: frozenset[str]
+    dense: dict[str, str]
+
+
+def pruning_record(config: Mapping[str, Any]) -> PruningRecord | None:
+    """What a configuration says of pruning; None where it says nothing. Raises CheckpointError on anything else."""
+    said = config.get("pruning")
+    if said is None:
+        return None
+    fields = [said.get(name) for name in ("pattern", "pruned", "dense")] if isinstance(said, Mapping) else [None] * 3
+    pattern, pruned, dense = fields
+    if (
+        not (isinstance(pattern, str) and isinstance(pruned, list) and isinstance(dense, Mapping))
+        or not all(isinstance(name, str) for name in pruned)
+        or not all(isinstance(text, str) for pair in dense.items() for text in pair)
+    ):
+        raise CheckpointError(
+            'the configuration\'s "pruning" is no record of it: expected {"pattern": "2:4", "pruned": [names], '
+            '"dense": {name: why}}',
+            "prune the checkpoint again, or take that entry out",
+        )
+    try:
+        return PruningRecord(Pattern.parse(pattern), frozenset(pruned), dict(dense))
+    except OptionError as error:
+        raise CheckpointError(f'the configuration\'s "pruning": {error.what}', error.fix) from error
+
+
+def chosen_layers(model: Model, layers: Sequence[str] | None = None) -> list[str]:
+    """The names of the layers that masks are for. ``layers`` and errors as ``bake``."""
+    return _matching(model, _maskable_modules(model), tuple(layers) if layers else model.family.sparse_layers)
+
+
+def _matching(model: Model, modules: Mapping[str, nn.Module], globs: Sequence[str]) -> list[str]:
+    for glob in globs:
+        if glob not in model.family.sparse_layers and not any(fnmatchcase(name, glob) for name in modules):
+            raise OptionError(
+                f"--mask-layers {glob!r} matches none of the {len(modules)} layers",
+                f"names look like {', '.join(list(modules)[:3])}; `sparse-engine inspect` lists them",
+            )
+    return [name for name in modules if any(fnmatchcase(name, glob) for glob in globs)]
 
 
 @dataclass(frozen=True)
@@ -148,7 +203,7 @@ def _maskable_modules(model: Model) -> dict[str, nn.Linear | nn.Conv2d]:
     return {name: module for name, module in network.named_modules() if type(module) in (nn.Linear, nn.Conv2d)}
 
 
-def _is_pruned(weight: np.ndarray, explicit: np.ndarray | None, pattern: Pattern) -> bool:
+def is_pruned(weight: np.ndarray, explicit: np.ndarray | None, pattern: Pattern) -> bool:
     """Whether a layer shows that its author pruned it: a mask that keeps all does not, nor zeros that are all."""
     if explicit is not None:
         return not explicit.all()

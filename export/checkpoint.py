@@ -18,10 +18,12 @@ from torch import Tensor
 
 from sparse_engine.errors import CheckpointError
 
-from .mask_carriers import told_apart
+from .hub import cached
+from .mask_carriers import Carried, told_apart, weight_name
 from .weight_choice import choose_weights
-from .weight_files import find_weights, name_without_suffixes, read_json
+from .weight_files import WeightFiles, find_weights, name_without_suffixes, read_json
 from .weight_reading import read_weights
+from .weight_sets import entries_of
 
 
 @dataclass(frozen=True)
@@ -56,23 +58,55 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Args:
         path: a ``.pth``/``.pt``/``.bin`` or ``.safetensors`` state dict, or one inside a training checkpoint's
             dictionaries or under prefixes; the ``*.index.json`` of shards; a SparseDM ``N.ckpt/`` or a Hub's folder; a
-            diffusers pipeline's folder, of which the network is taken, or that network's own.
+            diffusers pipeline's folder, of which the network is taken, or that network's own; the name of one on the
+            Hub, which is looked for in the local cache alone.
 
     Raises:
         CheckpointError: not a checkpoint, unreadable, truncated, holding code, without tensors, with several networks
             and nothing to choose between them, with a pruning tool's tensors that cannot be taken, or with NaN or inf.
     """
-    files = find_weights(Path(path))
+    files = find_weights(cached(Path(path)))
     held, inside = read_weights(files)
     where = str(files.path)
-    tensors, notes = choose_weights(held, files.path.name)
-    for name, tensor in tensors.items():
-        _check_plain(name, tensor, where)
-    carried = told_apart(tensors, where)
+    carried, notes = _chosen(held, files)
     state = {name: _to_numpy(name, tensor, where) for name, tensor in carried.weights.items()}
     masks = {name: mask.numpy() for name, mask in carried.masks.items()}
     config = {**inside, **_config_beside(files.path)}
     return Checkpoint(files.path, state, masks, config, files.sha256(), [*files.notes, *notes, *carried.notes])
+
+
+def stored_weights(path: str | Path) -> tuple[WeightFiles, dict[str, tuple[str, Tensor]]]:
+    """A checkpoint's weights as they are stored.
+
+    Args:
+        path: as ``load_checkpoint`` takes it.
+
+    Returns:
+        Its files; and the name that ``load_checkpoint`` gives a tensor -> (the name that it is stored under, but for
+        what pruning tools add to it; the tensor in its own dtype, with its explicit mask multiplied in).
+
+    Raises:
+        CheckpointError: as ``load_checkpoint``.
+    """
+    files = find_weights(Path(path))
+    held, _ = read_weights(files)
+    stored = {id(tensor): name for _, tensors in entries_of(held) for name, tensor in tensors.items()}
+    carried, _ = _chosen(held, files)
+    found = {}
+    for name, tensor in carried.weights.items():
+        mask = carried.masks.get(name)
+        own = tensor if mask is None else torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype))
+        found[name] = weight_name(stored.get(id(tensor), name)), own.detach()
+    return files, found
+
+
+def _chosen(held: Mapping[Any, Any], files: WeightFiles) -> tuple[Carried, list[str]]:
+    """One network's weights and masks out of what files hold, and notes. Raises CheckpointError."""
+    where = str(files.path)
+    tensors, notes = choose_weights(held, files.path.name)
+    for name, tensor in tensors.items():
+        _check_plain(name, tensor, where)
+    return told_apart(tensors, where), notes
 
 
 def _check_plain(name: str, tensor: Tensor, where: str) -> None:

@@ -42,12 +42,14 @@ class ClipTokenizer:
         json: for ``tokenizers.Tokenizer``; a text becomes bos, its tokens, eos.
         size: one more than the largest number of a token.
         pad: the number of the token that fills a text up.
+        eos: the number of the token that ends a text.
         length: of the longest text, bos and eos too; None where the folder does not say.
     """
 
     json: str
     size: int
     pad: int
+    eos: int
     length: int | None
 
 
@@ -84,7 +86,7 @@ def read_tokenizer(folder: Path) -> ClipTokenizer:
     length = settings.get("model_max_length")
     if isinstance(length, bool) or not isinstance(length, int) or length < 2:
         length = None
-    return ClipTokenizer(tokenizer.to_str(), size, pad, length)
+    return ClipTokenizer(tokenizer.to_str(), size, pad, eos, length)
 
 
 def _settings(path: Path) -> dict[str, Any]:

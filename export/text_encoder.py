@@ -7,6 +7,7 @@ final norm, which U-ViT, Stable Diffusion and others are told; every token count
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ DEFAULTS = {"num_attention_heads": 8, "hidden_act": "quick_gelu", "layer_norm_ep
 PREFIX = "text_model."
 TOKEN_TABLE = "embeddings.token_embedding.weight"
 POSITION_TABLE = "embeddings.position_embedding.weight"
-NOT_USED = ("embeddings.position_ids", "text_projection.weight")
+PROJECTION = "text_projection.weight"
+NOT_USED = ("embeddings.position_ids", PROJECTION)
 FIX = "name the folder of a CLIP text model with its tokenizer, or a pipeline's that has one"
 
 
@@ -51,14 +53,16 @@ class TextEncoderFiles:
         files: of the payload.
         entry: the manifest's ``assets["text"]``.
         length, width: of a context, [length, width].
-        null: float32 [length, width], of the empty text.
+        null: what the empty text is, name -> row; "zeros" of what guidance takes for none in place of it.
+        pooled: width of the text as a whole, for a network that is told it; 0 for others.
     """
 
     files: list[PayloadFile]
     entry: dict[str, Any]
     length: int
     width: int
-    null: np.ndarray
+    null: Mapping[str, np.ndarray | str]
+    pooled: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,10 +160,15 @@ class ClipText(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Int64 [B, L] -> float32 [B, L, D]."""
-        h = self.embeddings(tokens)
+        return self.final_layer_norm(self.states(tokens)[-1])
+
+    def states(self, tokens: Tensor) -> list[Tensor]:
+        """What each layer makes of them, [B, L, D] each, not normed."""
+        h, found = self.embeddings(tokens), []
         for layer in self.encoder.layers:  # type: ignore[union-attr]
             h = layer(h, self.mask)
-        return self.final_layer_norm(h)
+            found.append(h)
+        return found
 
 
 def text_encoder_files(folder: Path) -> TextEncoderFiles:
@@ -198,9 +207,9 @@ def text_encoder_files(folder: Path) -> TextEncoderFiles:
     tokens = token_rows(text_tokenizer(tokenizer.json), [""], length, tokenizer.pad)
     with torch.no_grad():
         null: np.ndarray = network(torch.from_numpy(tokens))[0].numpy()
-    files = graph_files(network, {"tokens": torch.zeros(2, length, dtype=torch.int64)}, "context", GRAPH, WEIGHTS)
+    files = graph_files(network, {"tokens": torch.zeros(2, length, dtype=torch.int64)}, ["context"], GRAPH, WEIGHTS)
     files.append(bytes_payload(TOKENIZER, tokenizer.json.encode()))
-    return TextEncoderFiles(files, entry, length, config.width, null)
+    return TextEncoderFiles(files, entry, length, config.width, {"context": null})
 
 
 def _folders(folder: Path) -> tuple[Path, Path]:
@@ -211,7 +220,7 @@ def _folders(folder: Path) -> tuple[Path, Path]:
     if (folder / "model_index.json").is_file():
         if (folder / "text_encoder_2").is_dir():
             raise InputError(
-                f"{folder} is a pipeline with several text encoders; expected one that has one",
+                f"{folder} is a pipeline with several text encoders; expected one that has one, or SDXL's two",
                 "encode prompts outside and pass conditioning={'context': array, ...}",
             )
         model, tokenizer = folder / "text_encoder", folder / "tokenizer"
@@ -226,6 +235,17 @@ def _folders(folder: Path) -> tuple[Path, Path]:
             FIX,
         )
     return model, tokenizer
+
+
+def read_projection(folder: Path) -> nn.Linear:
+    """The linear that makes a text as a whole of its last token's states. Raises InputError where there is none."""
+    tensors, _ = read_tensors(folder, WEIGHT_FILES)
+    weight = tensors.get(PROJECTION)
+    if weight is None or weight.ndim != 2:
+        raise InputError(f"{folder}: its weights lack {PROJECTION}", "name a CLIP text model with projection")
+    projection = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    load_float32(projection, {"weight": weight}, str(folder))
+    return projection.eval().requires_grad_(False)
 
 
 def read_clip_text(folder: Path, length: int | None = None) -> tuple[ClipText, ClipTextConfig, str]:

@@ -231,7 +231,7 @@ def decoder_files(folder: Path, latent_shape: tuple[int, int, int], scale: float
         )
     _, height, width = latent_shape
     entry["picture"] = [config.out_channels, config.upscale * height, config.upscale * width]
-    files = graph_files(network, {"latents": torch.zeros(2, *latent_shape)}, "pixels", GRAPH, WEIGHTS)
+    files = graph_files(network, {"latents": torch.zeros(2, *latent_shape)}, ["pixels"], GRAPH, WEIGHTS)
     return DecoderFiles(files, entry)
 
 

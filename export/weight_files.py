@@ -18,6 +18,7 @@ from . import diffusers_folder
 
 # A folder `N.ckpt/` of SparseDM and U-ViT holds these beside the optimizer's state.
 FOLDER_FILES = ("nnet_ema.pth", "nnet.pth")
+MISSING = "check the path of the checkpoint; a name on the Hub that is not in the local cache: build --download"
 # What the Hub's libraries write into a folder, beside diffusers.
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")  # with a variant: model.safetensors.index.fp16.json
@@ -55,7 +56,7 @@ def find_weights(path: Path) -> WeightFiles:
     Raises:
         CheckpointError: there is none, it cannot be read or is no checkpoint, or a shard is missing or given alone.
     """
-    check_readable(path, CheckpointError, folder=True, missing="check the path of the checkpoint")
+    check_readable(path, CheckpointError, folder=True, missing=MISSING)
     if path.is_dir():
         return _in_folder(path)
     if path.suffix == SUFFIX:

@@ -228,7 +228,7 @@ def floats(name: str, value: Any, expected: str) -> npt.NDArray[np.float32]:
     if not np.issubdtype(found.dtype, np.floating) and found.dtype.name not in ("bfloat16", "float8_e4m3fn"):
         raise OptionError(f"{name} is no array of numbers: it is {found.dtype}; expected {expected}")
     with np.errstate(over="ignore", invalid="ignore"):  # found just below
-        converted = np.ascontiguousarray(found, np.float32)
+        converted = np.ascontiguousarray(found, np.float32).reshape(found.shape)  # a number is not made a row of one
     if not np.isfinite(converted).all():
         raise OptionError(f"{name} holds NaN or infinite values")
     return converted

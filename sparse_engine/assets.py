@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sparse_engine.artifact import EngineFile
+from sparse_engine.conditioning import Condition
 from sparse_engine.errors import EngineFileError, OptionError
 from sparse_engine.manifest import Manifest
 
@@ -68,8 +69,13 @@ class Assets:
         encoder = self._asset("text")
         if encoder is None:
             raise OptionError(f"{name} is given, but {self._no_encoder()}", self._without_encoder(argument))
-        rows = encoder(texts)
-        return {**(told or {}), CONTEXT: rows if len(rows) == n else rows[0]}
+        rows = {each: array if len(array) == n else array[0] for each, array in encoder(texts).items()}
+        return {**self._beside(argument), **rows, **(told or {})}
+
+    def _beside(self, argument: str) -> dict[str, np.ndarray]:
+        """What goes with a text where nobody says it: of SDXL's, the size of the picture."""
+        told = self._manifest.assets["text"].get("told", {}) if argument == "conditioning" else {}
+        return {each.name: _told(each, told[each.name]) for each in self._manifest.conditions if each.name in told}
 
     def close(self) -> None:
         """Drop what was loaded; calls under way finish on their own reference."""
@@ -97,6 +103,16 @@ class Assets:
             if kind not in self._loaded:
                 self._loaded[kind] = _load(kind, self._file, self._threads)
             return self._loaded[kind]
+
+
+def _told(condition: Condition, value: Any) -> np.ndarray:
+    try:
+        row = np.asarray(value, condition.dtype)
+    except (TypeError, ValueError) as error:
+        raise EngineFileError(f"its text encoder says {condition.name} is {value!r}", "rebuild the engine") from error
+    if row.shape != condition.shape:
+        raise EngineFileError(f"its text encoder says {condition.name} is {value!r}", "rebuild the engine")
+    return row
 
 
 def _load(kind: str, file: EngineFile, threads: int | None) -> Any:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.pipelines.test_bundle import make_sd
+
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.compile(r"```(sh|python) run\n(.*?)```", re.S)
@@ -26,15 +28,16 @@ def test_what_the_pages_show_runs(tmp_path: Path) -> None:
     """The README's blocks, then those of each page, one after the other in one folder."""
     (tmp_path / "examples").mkdir()
     shutil.copytree(REPOSITORY / "examples" / "digits", tmp_path / "examples" / "digits")
+    make_sd(tmp_path / "small", length=77).save_pretrained(tmp_path / "stable-diffusion-v1-5")  # of docs/diffusers.md
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    environment = {"PATH": path, "SPARSE_ENGINE_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     for page in (REPOSITORY / "README.md", *PAGES_THAT_RUN):
         for language, text in BLOCKS.findall(page.read_text()):
             command = ["sh", "-e", "-c", text] if language == "sh" else [sys.executable, "-c", text]
-            done = subprocess.run(
-                command, cwd=tmp_path, env={"PATH": path}, capture_output=True, text=True, timeout=300
-            )
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, f"{page.name}\n{text}\n{done.stdout}\n{done.stderr}"
-    assert (tmp_path / "digits.png").is_file()
+    for name in ("digits.png", "cube.png", "cube-engine.png"):
+        assert (tmp_path / name).is_file()
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

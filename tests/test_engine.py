@@ -129,6 +129,7 @@ def test_the_network_alone_takes_its_own_times(engine: SparseEngine, rng: np.ran
     times = engine.schedule.network_time(t)
     told = {"y": [1, 2]}
     assert np.array_equal(engine.network(x, times, conditioning=told), engine.predict(x, t, conditioning=told))
+    assert np.array_equal(engine.network(x, 500.0), engine.network(x, 500))  # one time for all, whole or not
     assert np.array_equal(engine.network(x, 500), engine.network(x, np.array([500, 500]), conditioning={"y": 4}))
     with pytest.raises(OptionError, match=r"t has shape \[3\]; expected one time, or one for each of 2"):
         engine.network(x, [1.0, 2.0, 3.0])

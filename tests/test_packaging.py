@@ -32,6 +32,14 @@ def test_imports_are_lazy() -> None:
     assert imported_by("import sparse_engine.cli.main") == {"numpy", "typer", "rich"}
 
 
+def test_pipelines_say_which_extra_is_missing() -> None:
+    script = "import sys\nsys.modules['diffusers'] = None\nimport sparse_engine.diffusers"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "sparse_engine.diffusers needs diffusers; it is not installed" in done.stderr
+    assert "pip install 'sparse-engine[diffusers,cpu]'" in done.stderr
+
+
 def test_nothing_imports_bench() -> None:
     for folder in ("sparse_engine", "export", "calibration", "pruning"):
         for file in (REPOSITORY / folder).rglob("*.py"):
@@ -70,6 +78,7 @@ def test_wheel_holds_the_one_package_and_nothing_else(wheel: Path) -> None:
         "sampling/solvers/__init__.py",
         "export/families/uvit.py",
         "bench/quality.py",
+        "diffusers/swap.py",
         "calibration/__init__.py",
         "pruning/__init__.py",
         "serve/app.py",

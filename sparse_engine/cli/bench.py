@@ -13,16 +13,17 @@ from sparse_engine.arguments import MOST_THREADS
 from sparse_engine.errors import EXIT_FAILED, EXIT_INTERRUPTED, OptionError
 from sparse_engine.files import check_writable, in_folder
 
-from .terminal import bench_module, console, errors, print_json, progress, tell
+from .terminal import bench_module, console, errors, make_table, print_json, progress, tell
 
-GRID, CHECKPOINT, RANDOM = "--compare-dense", "--checkpoint", "--random"
+GRID, CHECKPOINT, RANDOM, PIPELINE = "--compare-dense", "--checkpoint", "--random", "--pipeline"
 BELONGS = {
     "--preset": (GRID,),
     "--cells": (GRID,),
-    "--batch": (GRID, CHECKPOINT, RANDOM),
+    "--batch": (GRID, CHECKPOINT, RANDOM, PIPELINE),
     "--heads": (GRID, CHECKPOINT),
-    "--peers": (GRID, CHECKPOINT, RANDOM),
+    "--peers": (GRID, CHECKPOINT, RANDOM, PIPELINE),
     "--end-to-end": (GRID, CHECKPOINT, RANDOM),
+    "--prompt": (PIPELINE,),
     "--quality": (CHECKPOINT,),  # random weights draw nothing that could be judged
 }
 MOST_SECONDS = 3600
@@ -38,6 +39,10 @@ def command(
     random: Annotated[
         str | None, typer.Option(help="Random weights: uvit-s, dit-b2, ... (any other lists them).")
     ] = None,
+    pipeline: Annotated[
+        Path | None, typer.Option(help="A diffusers pipeline's folder: whole calls, and where their time goes.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Of the pipeline's call.")] = None,
     earlier: Annotated[Path | None, typer.Option("--results", help="Show an earlier run's file: no measuring.")] = None,
     preset: Annotated[str, typer.Option(help="Size of the networks: quick, quick-1024, uvit-s or paper.")] = "quick",
     cells: Annotated[str | None, typer.Option(help="Part of the grid, such as patch=1,mlp=4.")] = None,
@@ -70,7 +75,7 @@ def command(
     """Measure 2:4 sparse against dense: interleaved, with intervals."""
     compare_dense |= self_test and checkpoint is None and random is None
     modes = {"--compare-dense": compare_dense, "--checkpoint": checkpoint is not None, "--random": random is not None}
-    modes |= {"--kernels": kernels, "--results": earlier is not None}
+    modes |= {"--pipeline": pipeline is not None, "--kernels": kernels, "--results": earlier is not None}
     chosen = [name for name, given in modes.items() if given]
     if len(chosen) != 1:
         raise OptionError(
@@ -86,6 +91,7 @@ def command(
             "--heads": heads is not None,
             "--peers": peers,
             "--end-to-end": end_to_end,
+            "--prompt": prompt is not None,
             "--quality": quality is not None,
         },
     )
@@ -111,6 +117,10 @@ def command(
         made = _kernels(results, precision, (threads,) if threads else (1, 2), seconds)
         save(results)
         print_json(results) if as_json else console.print(*made)
+        return
+    if pipeline is not None:
+        settings = known.Settings(precision, threads, repeat, seconds, peers, tuple(backend.split(",")))
+        _pipeline(results, pipeline, batch, steps, settings, save, {"prompt": prompt} if prompt else {}, as_json)
         return
     if earlier is not None:
         results = files.read_comparison(earlier)
@@ -174,6 +184,41 @@ def _kernels(results: dict[str, Any], precision: str, threads: tuple[int, ...], 
     results |= {"kind": "kernels", "precision": precision, "cells": [cell.summary() for cell in measured]}
     made: list[Table] = layers.tables(results)
     return made
+
+
+def _pipeline(
+    results: dict[str, Any],
+    folder: Path,
+    batch: str | None,
+    steps: int,
+    settings: Any,
+    save: Any,
+    given: dict[str, str],
+    as_json: bool,
+) -> None:
+    timed = bench_module("pipelines")
+    sizes = bench_module("run").parse_batches(batch or "1")
+    with progress() as display:
+        task = display.add_task("", total=None)
+        timed.run_pipeline(
+            results,
+            folder,
+            sizes,
+            steps,
+            settings,
+            save,
+            lambda stage: display.update(task, description=stage),
+            **given,
+        )
+    if as_json:
+        print_json(results)
+        return
+    headers, rows = timed.table(results)
+    shown = make_table(*headers, title="Whole calls of the pipeline")
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+    tell(*timed.remarks(results))
 
 
 def _show(results: dict[str, Any], as_json: bool, profile: bool = False) -> None:

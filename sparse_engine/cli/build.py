@@ -49,7 +49,10 @@ def _quantisation(text: str, *names: str) -> Any:
 
 
 def command(
-    checkpoint: Annotated[Path, typer.Argument(help=".pth, .pt, .safetensors, or a SparseDM N.ckpt folder.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help=".pth, .pt, .safetensors, a SparseDM N.ckpt or diffusers folder, or a name on the Hub."),
+    ],
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Engine file, or its folder.", show_default="NAME.sengine"),
@@ -66,6 +69,9 @@ def command(
         str, typer.Option(help="Of the network's products: fp32, tf32, bf16, fp16, int8, fp8 or auto.")
     ] = "fp32",
     batch: Annotated[str, typer.Option(help="MIN,USUAL,MAX batch.")] = "1,16,64",
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch a name on the Hub (default: its local cache alone).")
+    ] = False,
     family: FamilyName = None,
     heads: Heads = None,
     null_class: NullClass = None,
@@ -75,6 +81,9 @@ def command(
     context_length: ContextLength = None,
     guidance_channels: GuidanceChannels = None,
     null_context: Annotated[Path | None, _assets("A .npy that guidance takes for 'no context'.")] = None,
+    bundle: Annotated[
+        bool, _assets("The text encoder and the decoder of the pipeline's own folder.", "--bundle")
+    ] = False,
     text_encoder: Annotated[Path | None, _assets("A CLIP folder (transformers): prompts become contexts.")] = None,
     vae: Annotated[Path | None, _assets("An AutoencoderKL folder (diffusers): latents become pictures.")] = None,
     vae_scale: Annotated[float | None, _assets("What latents were multiplied by (default: the folder's).")] = None,
@@ -113,6 +122,9 @@ def command(
     check_writable(path, SUFFIX)
     with progress() as display, kept_if_done(path) as built:
         task = display.add_task("starting", total=None)
+        if download:
+            display.update(task, description=f"fetching {checkpoint}")
+            checkpoint = export_module("hub").download(checkpoint)
         _, manifest = builder.build_engine(
             checkpoint,
             built,
@@ -139,7 +151,7 @@ def command(
                 progress=lambda stage: display.update(task, description=stage),
             ),
             quantisation=_wanted(calib, ranges, smooth, keep_float, max_quality_loss),
-            assets=export_module("assets").AssetOptions(null_context, text_encoder, vae, vae_scale),
+            assets=export_module("assets").AssetOptions(null_context, text_encoder, vae, vae_scale, bundle),
         )
         display.update(task, description="choosing kernels")
         info = _report(built, manifest, device, autotune)

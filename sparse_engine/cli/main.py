@@ -21,6 +21,7 @@ from . import (
     export_triton,
     finetune,
     inspect,
+    prune,
     sample,
     sample_many,
     samplers,
@@ -51,8 +52,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    build, finetune, calibrate, inspect, sample, sample_many, serve, verify, evaluate, bench, export_triton, samplers,
-    tune, doctor,
+    build, prune, finetune, calibrate, inspect, sample, sample_many, serve, verify, evaluate, bench, export_triton,
+    samplers, tune, doctor,
 )  # fmt: skip
 for module in COMMANDS:
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)

@@ -18,7 +18,7 @@ from sparse_engine.pruning.finetune import masked_layers
 from sparse_engine.pruning.masking import MaskedWeights
 from sparse_engine.pruning.settings import Settings
 from tests.conftest import build_with
-from tests.examples.test_digits import judged, script
+from tests.examples.test_digits import classifier, judged, script
 
 FOLDER = Path(__file__).parents[2] / "examples" / "digits_unet"
 CONVOLUTION, LINEAR = "up_blocks.1.resnets.0.conv1.weight", "mid_block.attentions.0.to_q.weight"
@@ -80,9 +80,31 @@ def test_diffusers_reads_the_shipped_folder_and_predicts_the_same() -> None:
     torch.testing.assert_close(model.network(model.checkpoint.state)(x, t, y), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_it_draws_digits_that_a_classifier_reads(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def engine_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_with(FOLDER / "sparsedm", tmp_path_factory.mktemp("unet") / "sparsedm.sengine", sparse=True)[0]
+
+
+def test_it_draws_digits_that_a_classifier_reads(engine_file: Path) -> None:
     """As results.json says, within what 200 samples allow."""
-    path, _ = build_with(FOLDER / "sparsedm", tmp_path / "sparsedm.sengine", sparse=True)
-    accuracy, distance = judged(path)
+    accuracy, distance = judged(engine_file)
     assert accuracy > 0.8
     assert distance < 2.0
+
+
+def test_a_pipeline_of_diffusers_draws_them_through_the_swap(engine_file: Path, one_torch_thread: None) -> None:
+    pipeline = script("pipeline", FOLDER)
+    labels = [*range(10)] * 5
+    pipe, baked = pipeline.load(), pipeline.load()
+    state = bake(load_model(FOLDER / "sparsedm"), "magnitude").state
+    baked.unet.load_state_dict({name: torch.from_numpy(each) for name, each in state.items()})
+    for each in (pipe, baked):
+        each.set_progress_bar_config(disable=True)
+    pipeline.use_engine(pipe, engine_file, threads=1, autotune=False)
+    drawn = pipe(labels)
+    assert np.abs(drawn - baked(labels)).max() < 1e-3
+    read = classifier().predict(2 * drawn.reshape(len(labels), 64) - 1)
+    assert (read == labels).mean() > 0.9
+    assert pipeline.contact_sheet(drawn).size == (600, 300)
+    dense = pipeline.restore(pipe)(labels)
+    assert np.abs(dense - drawn).max() > 1e-2
