@@ -9,7 +9,7 @@ from onnx import helper
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.base import GRAPH_FILE, WEIGHTS_FILE, StepGraph
 from sparse_engine.backends.onnx_graph import drop_unused, refer_to_weights
-from sparse_engine.backends.onnxruntime.compress import layers_in
+from sparse_engine.backends.onnxruntime.compress import expand_codes, layers_in
 from sparse_engine.backends.onnxruntime.layers import from_nibbles
 from sparse_engine.errors import OptionError
 from sparse_engine.kernels.packing import unpack
@@ -38,6 +38,7 @@ def step_graph_of(engine: EngineFile) -> StepGraph:
         proto.graph.node.remove(proto.graph.node[index])
         for offset, plain in enumerate(layer.plain_nodes(f"{layer.name}.weight")):
             proto.graph.node.insert(index + offset, plain)
+    expand_codes(proto, weights)
     drop_unused(proto, weights)
     refer_to_weights(proto, weights)
     names = [layer["name"] for layer in engine.manifest.layers]

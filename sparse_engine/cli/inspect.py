@@ -95,14 +95,15 @@ def _kernel(layer: dict[str, Any], against: str) -> str:
     """The kernel, how many times faster than dense it was at the usual batch, and the layer it is computed with."""
     timed = list(layer.get("timed_by_tokens", {}).values())
     kernel = layer.get("kernel") or "-"
-    if not timed or kernel == "dense":
+    milliseconds = timed[-1]["milliseconds"] if timed else {}
+    dense = next((name for name in ("dense", "dense int8") if name in milliseconds), None)
+    if dense is None or kernel == dense:
         return kernel
-    milliseconds = timed[-1]["milliseconds"]
-    sparse = min(value for name, value in milliseconds.items() if name != "dense")
+    sparse = min(value for name, value in milliseconds.items() if name != dense)
     pair = layer.get("pair", {})
     other = f", with {pair['with'].rpartition('.')[2]}" if pair.get("chosen") == "together" else ""
     doubt = ", within the noise" if timed[-1].get("within_noise") else ""
-    return f"{kernel} {milliseconds['dense'] / sparse:.2f}x{against}{other}{doubt}"
+    return f"{kernel} {milliseconds[dense] / sparse:.2f}x{against}{other}{doubt}"
 
 
 def _print_summary(path: Path, report: dict[str, Any]) -> None:

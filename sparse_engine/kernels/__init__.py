@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from sparse_engine.kernels.int8 import MatMulInt8
 from sparse_engine.kernels.library import (
+    INT8_TIERS,
     ISA_VARIABLE,
     LIBRARY_PATH,
     TIERS,
@@ -13,19 +15,23 @@ from sparse_engine.kernels.library import (
     is_available,
     peak_flops,
 )
-from sparse_engine.kernels.packing import pack, unpack, validate
+from sparse_engine.kernels.packing import pack, pack_codes, unpack, unpack_codes, validate
 
 __all__ = [
+    "INT8_TIERS",
     "ISA_VARIABLE",
     "LIBRARY_PATH",
     "TIERS",
     "MatMul24",
+    "MatMulInt8",
     "available_tiers",
     "best_tier",
     "group_norm",
     "is_available",
     "pack",
+    "pack_codes",
     "peak_flops",
     "unpack",
+    "unpack_codes",
     "validate",
 ]

@@ -20,12 +20,13 @@ from sparse_engine.kernels.packing import Positions, Values, validate
 
 LIBRARY_PATH = Path(__file__).with_name("libsparse_engine_kernels.so")
 TIERS = ("scalar", "avx2", "avx512", "avx512-bf16", "neon")
+INT8_TIERS = ("scalar", "avx-vnni", "avx512-vnni")  # of products in 8 bits, which compute nothing else
 ISA_VARIABLE = "SPARSE_ENGINE_ISA"
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 _MESSAGE_BYTES = 512
 
 Lanes = Literal["t-lanes", "n-lanes", "r-lanes"]  # the last of convolutions in bf16 alone
-Compute = Literal["fp32", "bf16"]
+Compute = Literal["fp32", "bf16", "int8"]
 Activation = Literal["none", "gelu", "gelu-tanh", "silu"]
 
 
@@ -34,10 +35,12 @@ def is_available() -> bool:
     return LIBRARY_PATH.is_file()
 
 
-def available_tiers() -> tuple[str, ...]:
-    """The tiers that this machine runs, of ``TIERS``. ``SPARSE_ENGINE_ISA`` does not change them."""
+def available_tiers(compute: Compute = "fp32") -> tuple[str, ...]:
+    """The tiers that this machine runs, of ``TIERS``, or ``INT8_TIERS``. ``SPARSE_ENGINE_ISA`` does not change them."""
     library = _library()
-    return tuple(tier for tier in TIERS if library.sparse_engine_has_tier(tier.encode()))
+    return tuple(
+        tier for tier in (INT8_TIERS if compute == "int8" else TIERS) if library.sparse_engine_has_tier(tier.encode())
+    )
 
 
 def best_tier(compute: Compute = "fp32") -> str:
@@ -56,7 +59,7 @@ def peak_flops(tier: str, *, load: bool = False) -> float:
     """What one core can do at most on a tier, in FLOP/s, measured now (some 20 ms).
 
     Args:
-        tier: one of ``TIERS``; the scalar tier has no peak (NaN).
+        tier: one of ``TIERS`` or ``INT8_TIERS``; the scalar tier has no peak (NaN).
         load: multiply-adds that load an operand from L1, as the 2:4 kernels' do, instead of registers only.
 
     Raises:
@@ -225,8 +228,8 @@ class MatMul24:
         To the bit what two calls give, but what ``first`` gives stays in the caches. Arguments as those of a call.
 
         Raises:
-            InputError: also where ``first`` does not give what this one takes, or is of another tier.
-            UnsupportedError: a tier without such a kernel (scalar), or lanes other than ``t-lanes``.
+            InputError: also where ``first`` does not give what this one takes, or is of another tier or other lanes.
+            UnsupportedError: a tier without such a kernel (scalar).
         """
         tokens, out = self._check_call(x, first.depth, bias, residual, out)
         if first_bias is not None:
@@ -299,6 +302,9 @@ def _library() -> ctypes.CDLL:
     library.sparse_engine_matmul24_lanes.restype = ctypes.c_char_p
     library.sparse_engine_matmul24_packed_bytes.restype = ctypes.c_size_t
     library.sparse_engine_matmul24_destroy.restype = None
+    library.sparse_engine_int8_tier.restype = ctypes.c_char_p
+    library.sparse_engine_int8_packed_bytes.restype = ctypes.c_size_t
+    library.sparse_engine_int8_destroy.restype = None
     return library
 
 

@@ -7,7 +7,10 @@ is 53% of the dense float32 bytes in an engine file's four bits per group, 56% i
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 from numpy.typing import NDArray
 
 from sparse_engine.errors import InputError, UnsupportedError
@@ -43,10 +46,20 @@ def pack(weight: NDArray[np.float32]) -> tuple[Values, Positions]:
         InputError: not a float32 matrix with K % 4 == 0.
         UnsupportedError: a group has more than two nonzeros; row and group are named.
     """
-    if weight.ndim != 2 or weight.dtype != np.float32 or 0 in weight.shape or weight.shape[1] % 4:
+    return _pack(weight, np.float32)
+
+
+def pack_codes(codes: NDArray[np.int8]) -> tuple[NDArray[np.int8], Positions]:
+    """As :func:`pack`, of codes int8 ``[N, K]``: values int8 ``[N, K/2]`` and positions."""
+    return _pack(codes, np.int8)
+
+
+def _pack(weight: NDArray[Any], dtype: npt.DTypeLike) -> tuple[NDArray[Any], Positions]:
+    if weight.ndim != 2 or weight.dtype != dtype or 0 in weight.shape or weight.shape[1] % 4:
         raise InputError(
-            f"weight is {weight.dtype} {list(weight.shape)}, expected float32 [N, K] with K a multiple of 4"
+            f"weight is {weight.dtype} {list(weight.shape)}, expected {np.dtype(dtype)} [N, K] with K a multiple of 4"
         )
+    weight = np.ascontiguousarray(weight)
     groups = weight.reshape(weight.shape[0], -1, 4)
     nonzero = groups != 0  # NaN counts, -0.0 does not
     positions = _KEPT[np.packbits(nonzero, axis=-1, bitorder="little")[..., 0]]
@@ -59,7 +72,7 @@ def pack(weight: NDArray[np.float32]) -> tuple[Values, Positions]:
             fix="bake the 2:4 mask into the weight first, or run this layer dense",
         )
     first = np.arange(0, weight.size, 4).reshape(positions.shape)
-    values = np.empty((*positions.shape, 2), np.float32)
+    values = np.empty((*positions.shape, 2), weight.dtype)
     np.take(weight.reshape(-1), first + (positions & 3), out=values[..., 0])
     np.take(weight.reshape(-1), first + (positions >> 2), out=values[..., 1])
     return values.reshape(weight.shape[0], -1), positions
@@ -72,24 +85,34 @@ def unpack(values: Values, positions: Positions) -> NDArray[np.float32]:
         InputError: see :func:`validate`.
     """
     validate(values, positions)
+    return _unpack(values, positions)
+
+
+def unpack_codes(values: NDArray[np.int8], positions: Positions) -> NDArray[np.int8]:
+    """As :func:`unpack`, of codes: int8 ``[N, K]``."""
+    validate(values, positions, np.int8)
+    return _unpack(values, positions)
+
+
+def _unpack(values: NDArray[Any], positions: Positions) -> NDArray[Any]:
     rows, groups = positions.shape
-    weight = np.zeros((rows, groups, 4), np.float32)
+    weight = np.zeros((rows, groups, 4), values.dtype)
     kept = np.stack([positions & 3, positions >> 2], axis=-1).astype(np.intp)
     np.put_along_axis(weight, kept, values.reshape(rows, groups, 2), axis=-1)
     return weight.reshape(rows, -1)
 
 
-def validate(values: Values, positions: Positions) -> None:
-    """Check that ``values`` and ``positions`` are canonical 2:4 weights.
+def validate(values: NDArray[Any], positions: Positions, dtype: npt.DTypeLike = np.float32) -> None:
+    """Check that ``values``, of ``dtype``, and ``positions`` are canonical 2:4 weights.
 
     Raises:
         InputError: wrong dtype or shape, or positions that are not ``first | second << 2`` with
             first < second; row and group are named.
     """
-    if values.ndim != 2 or values.dtype != np.float32 or positions.ndim != 2 or positions.dtype != np.uint8:
+    if values.ndim != 2 or values.dtype != dtype or positions.ndim != 2 or positions.dtype != np.uint8:
         raise InputError(
             f"values are {values.dtype} {list(values.shape)} and positions {positions.dtype} "
-            f"{list(positions.shape)}, expected float32 [N, K/2] and uint8 [N, K/4]"
+            f"{list(positions.shape)}, expected {np.dtype(dtype)} [N, K/2] and uint8 [N, K/4]"
         )
     if 0 in positions.shape or values.shape != (positions.shape[0], 2 * positions.shape[1]):
         raise InputError(

@@ -1,5 +1,6 @@
 """``sparse-engine calibrate`` and int8 builds as a user meets them."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ def test_calibrate_then_build_int8(tmp_path: Path, conditional_checkpoint: Path,
     assert run([*built, "--keep-float", "*.skip_linear", *given]) == 0
     said = capsys.readouterr().out.replace("\n", " ")
     assert "12 of 16 layers are int8; the prediction differs from fp32 by" in said
-    assert "0 run by a sparse kernel" in said
+    assert re.search(r"\d+ run by a sparse kernel on this machine", said)  # whichever is faster here
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calib.npz", "model.sengine", "ranges.png"]
 
 

@@ -59,6 +59,9 @@ def test_inspect_says_against_what_a_kernel_was_timed_and_with_which_layer() -> 
     assert _kernel(layer, "") == "t-lanes 2.00x, with fc2"
     assert _kernel(layer | {"pair": {"with": "mlp.fc2", "chosen": "apart"}}, " fp32") == "t-lanes 2.00x fp32"
     assert _kernel({"kernel": "dense", "timed_by_tokens": timed}, "") == "dense"
+    int8 = {"64": {"milliseconds": {"own": 1.0, "dense int8": 3.0}}}
+    assert _kernel({"kernel": "r-lanes int8", "timed_by_tokens": int8}, "") == "r-lanes int8 3.00x"
+    assert _kernel({"kernel": "dense int8", "timed_by_tokens": int8}, "") == "dense int8"
 
 
 def test_an_interrupt_while_it_is_imported_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 // Every tactic of this machine over awkward shapes, in heap blocks of exactly the right size: a program for the
 // sanitizers (cmake -DSPARSE_ENGINE_SANITIZE=ON), and for processors that are only emulated (-DSPARSE_ENGINE_SMOKE=ON).
 // Exits with 1 where a result is wrong.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -89,7 +90,7 @@ bool run_case(const Case& shape, const char* tier, const char* lanes, const char
 }
 
 // Two layers in a row, in one call and in two: the same bits.
-bool run_pair_case(const Case& shape, const char* tier) {
+bool run_pair_case(const Case& shape, const char* tier, const char* lanes) {
   std::mt19937 random(shape.rows);
   std::normal_distribution<float> normal;
   const int hidden = shape.rows / 4 * 4 + 4;
@@ -101,7 +102,7 @@ bool run_pair_case(const Case& shape, const char* tier) {
     std::vector<float> values(size_t(dims[i][0]) * dims[i][1] / 2);
     for (float& value : values) value = normal(random);
     std::vector<uint8_t> positions(values.size() / 2, 1 | 3 << 2);
-    good &= !sparse_engine_matmul24_create(dims[i][0], dims[i][1], values.data(), positions.data(), tier, "t-lanes",
+    good &= !sparse_engine_matmul24_create(dims[i][0], dims[i][1], values.data(), positions.data(), tier, lanes,
                                            &layers[i], message, sizeof message);
   }
   std::vector<float> x(size_t(shape.tokens) * shape.depth), h(size_t(shape.tokens) * hidden);
@@ -115,7 +116,7 @@ bool run_pair_case(const Case& shape, const char* tier) {
                                            shape.tokens, together.data(), 2, message, sizeof message);
   for (void* layer : layers) sparse_engine_matmul24_destroy(layer);
   good &= apart == together;
-  if (!good) std::printf("%s pair of rows %d depth %d: %s\n", tier, shape.rows, shape.depth, message);
+  if (!good) std::printf("%s %s pair of rows %d depth %d: %s\n", tier, lanes, shape.rows, shape.depth, message);
   return good;
 }
 
@@ -366,6 +367,76 @@ bool run_conv_cases(const char* tier) {
   return good;
 }
 
+// Exact sums, of floats that are rounded and normalised first; every kind of output; two layers in a row.
+bool run_int8_case(const Case& shape, const char* tier, bool dense) {
+  std::mt19937 random(shape.rows * 1000 + shape.tokens);
+  const size_t kept = size_t(shape.rows) * shape.depth / (dense ? 1 : 2);
+  std::vector<int8_t> values(kept);
+  for (int8_t& value : values) value = int8_t(int(random() % 255) - 127);
+  std::vector<uint8_t> positions(size_t(shape.rows) * shape.depth / 4), x(size_t(shape.tokens) * shape.depth);
+  const uint8_t codes[6] = {0 | 1 << 2, 0 | 2 << 2, 0 | 3 << 2, 1 | 2 << 2, 1 | 3 << 2, 2 | 3 << 2};
+  for (uint8_t& position : positions) position = codes[random() % 6];
+  for (uint8_t& code : x) code = uint8_t(random());
+  const std::vector<float> ones(std::max(shape.rows, shape.depth), 1.0f);
+  std::vector<float> y(size_t(shape.tokens) * shape.rows), floats(x.begin(), x.end());
+  char message[256] = "";
+  void *layer = nullptr, *next = nullptr;
+  const uint8_t* const where = dense ? nullptr : positions.data();
+  bool good = !sparse_engine_int8_create(shape.rows, shape.depth, values.data(), where, ones.data(), 1.0f, 7, tier,
+                                         &layer, message, sizeof message);
+  sparse_engine_int8_call call = {};
+  call.codes = x.data();
+  call.tokens = shape.tokens;
+  call.activation = "none";
+  call.output = y.data();
+  call.element = "fp32";
+  call.output_scale = 1.0f;
+  call.threads = 2;
+  good &= !sparse_engine_int8_run(layer, nullptr, &call, message, sizeof message);
+  for (int token = 0; good && token < shape.tokens; ++token) {
+    for (int row = 0; row < shape.rows; ++row) {
+      int64_t sum = 0;
+      for (size_t i = 0; i < kept / shape.rows; ++i) {
+        const size_t index = size_t(row) * (kept / shape.rows) + i;
+        const uint8_t position = positions[index / (dense ? 4 : 2)];
+        const size_t k = dense ? i : i / 2 * 4 + (i % 2 ? position >> 2 : position & 3);
+        sum += int64_t(values[index]) * (x[size_t(token) * shape.depth + k] - 7);
+      }
+      good &= y[size_t(token) * shape.rows + row] == float(sum);
+    }
+  }
+  call.codes = nullptr;
+  call.parts[0] = floats.data();
+  call.depths[0] = shape.depth;
+  std::vector<uint16_t> halves(y.size());
+  std::vector<uint8_t> rounded(y.size());
+  for (int normalise = 0; normalise < 2; ++normalise) {
+    call.normalise = normalise;
+    call.gamma = call.beta = call.bias = ones.data();
+    call.activation = "gelu";
+    call.element = "bf16", call.output = halves.data();
+    good &= !sparse_engine_int8_run(layer, nullptr, &call, message, sizeof message);
+    call.element = "codes", call.output = rounded.data();
+    good &= !sparse_engine_int8_run(layer, nullptr, &call, message, sizeof message);
+  }
+  if (shape.rows % 4 == 0) {
+    values.resize(size_t(8) * shape.rows);
+    good &= !sparse_engine_int8_create(8, shape.rows, values.data(), nullptr, ones.data(), 1.0f, 0, tier, &next,
+                                       message, sizeof message);
+    std::vector<float> apart(size_t(shape.tokens) * 8), together(apart.size());
+    call.element = "fp32", call.output = together.data(), call.bias = nullptr, call.first_bias = ones.data();
+    good &= !sparse_engine_int8_run(layer, next, &call, message, sizeof message);
+    call.codes = rounded.data(), call.activation = "none", call.output = apart.data(), call.normalise = 0;
+    good &= !sparse_engine_int8_run(next, nullptr, &call, message, sizeof message);
+    good &= apart == together;
+  }
+  sparse_engine_int8_destroy(layer);
+  sparse_engine_int8_destroy(next);
+  if (!good)
+    std::printf("%s int8 rows %d depth %d tokens %d: %s\n", tier, shape.rows, shape.depth, shape.tokens, message);
+  return good;
+}
+
 }  // namespace
 
 int main() {
@@ -382,8 +453,8 @@ int main() {
       for (int tokens = 1; tokens <= 130; ++tokens) {
         good &= run_case({37, 140, tokens}, tier, lanes, "none", tolerance);
       }
+      for (const Case& shape : cases) good &= std::string(tier) == "scalar" || run_pair_case(shape, tier, lanes);
     }
-    for (const Case& shape : cases) good &= std::string(tier) == "scalar" || run_pair_case(shape, tier);
     const double tolerance = std::string(tier) == "avx512-bf16" ? 2e-2 : 1e-5;
     for (const int queries : {1, 5, 97}) {
       for (const int keys : {1, 7, 96, 257}) {
@@ -401,6 +472,14 @@ int main() {
     }
     good &= run_conv_cases(tier);
     std::printf("%s ran\n", tier);
+  }
+  for (const char* tier : {"scalar", "avx-vnni", "avx512-vnni"}) {
+    if (!sparse_engine_has_tier(tier)) continue;
+    for (const bool dense : {false, true}) {
+      for (const Case& shape : cases) good &= run_int8_case(shape, tier, dense);
+      for (int tokens = 1; tokens <= 20; ++tokens) good &= run_int8_case({36, 140, tokens}, tier, dense);
+    }
+    std::printf("%s in int8 ran\n", tier);
   }
   return good ? 0 : 1;
 }

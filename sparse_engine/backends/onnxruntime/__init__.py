@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sparse_engine.backends.base import StepRunner
 
 PRECISIONS = ("fp32", "bf16", "int8")
-INT8_IS_DENSE = "in int8, which ONNX Runtime has dense kernels for alone"
+CONV_IS_DENSE = "a convolution in int8, which ONNX Runtime has dense kernels for alone"
 FEWEST_BF16_WEIGHTS = 1 << 16  # of a dense layer: a smaller one (the last, say) gains nothing and stays float32
 
 
@@ -67,9 +67,9 @@ class OnnxRuntimeBackend:
     def build(self, graph: StepGraph, options: BuildOptions, sparse_layers: list[str]) -> Payload:
         """Store the graph, its 2:4 layers packed; which kernel each gets is decided where the engine is loaded.
 
-        Layers in int8 stay as they are: ONNX Runtime's int8 kernels are dense, and faster than our sparse ones.
+        Of layers in int8 the codes are packed, and nothing else is changed.
         """
-        from .compress import compress, why_no_kernel
+        from .compress import compress, compress_codes, why_no_kernel
 
         if on_gpu(options.device):
             return build_cuda(graph)
@@ -79,12 +79,18 @@ class OnnxRuntimeBackend:
         others = [name for name in graph.layers if name not in ours and _worth_bf16(graph, name)]
         others = others if options.precision == "bf16" else []
         proto, weights = compress(graph, ours, others) if ours or others else (graph.proto, graph.weights)
+        packed = [name for name in sparse_layers if name in quantised and _packs(graph, name)]
+        if packed:
+            proto, weights = compress_codes(graph, proto, weights, packed)
         files = [bytes_payload(GRAPH_FILE, proto.SerializeToString()), weights_payload(weights)]
         opset = next(entry.version for entry in graph.proto.opset_import if entry.domain == "")
         later = "chosen where it is loaded"
         layers: dict[str, dict[str, Any]] = {name: {"chosen": False, "kernel": "dense"} for name in graph.layers}
         layers |= {name: {"chosen": False, "kernel": "dense", "why": why} for name, why in obstacles.items() if why}
-        layers |= {name: {"chosen": False, "kernel": "dense int8", "why": INT8_IS_DENSE} for name in quantised}
+        layers |= {name: {"chosen": False, "kernel": later} for name in quantised}
+        convolutions = [name for name in quantised if graph.weights[graph.layers[name][0]].ndim != 2]
+        layers |= {name: {"chosen": False, "kernel": "dense int8", "why": CONV_IS_DENSE} for name in convolutions}
+        layers |= {name: {"chosen": None, "kernel": later} for name in packed}
         layers |= {name: {"chosen": False, "kernel": later} for name in others}
         layers |= {name: {"chosen": None, "kernel": later} for name in ours}
         return Payload(files, {"name": self.name, "opset": opset, "device": "cpu"}, layers)
@@ -105,6 +111,13 @@ class OnnxRuntimeBackend:
         asked = arguments.threads(threads)
         say_if_capped(asked)
         return OnnxRuntimeRunner(engine, pool_size(asked), autotune)
+
+
+def _packs(graph: StepGraph, layer: str) -> bool:
+    """Whether a layer in int8 is a product whose codes can be packed."""
+    initializer, axis = graph.layers[layer]
+    weight = graph.weights[initializer]
+    return weight.ndim == 2 and weight.shape[axis] % 4 == 0
 
 
 def _worth_bf16(graph: StepGraph, layer: str) -> bool:

@@ -12,17 +12,22 @@ from onnx import NodeProto, helper, numpy_helper
 
 from sparse_engine.backends.attention import Attention, Operand
 
+from .compute import halves_or_floats
 from .layers import DOMAIN
 
 MICROSOFT = "com.microsoft"
 
 
 def own_nodes(attention: Attention, compute: str, threads: int) -> list[NodeProto]:
-    """Our kernel, which reads q, k and v as they lie: in one tensor, or tokens or heads first."""
+    """Our kernel, which reads q, k and v as they lie: in one tensor, or tokens or heads first.
+
+    There is one in int8 of those in one tensor, without a bias; others are then in bf16, or fp32.
+    """
     if attention.qkv is not None and attention.bias is None:
         operator, inputs, nodes = "SelfAttention", [attention.qkv], list[NodeProto]()
     else:
         operator, (inputs, nodes) = "Attention", _own_inputs(attention)
+        compute = halves_or_floats() if compute == "int8" else compute
     fused = helper.make_node(
         operator,
         inputs,

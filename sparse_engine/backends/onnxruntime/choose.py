@@ -12,6 +12,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from sparse_engine import kernels
 from sparse_engine.backends.attention import Attention
+from sparse_engine.backends.onnx_graph import GraphView
 from sparse_engine.cores import pool_size
 from sparse_engine.kernels.library import Compute
 from sparse_engine.manifest import Manifest
@@ -19,9 +20,10 @@ from sparse_engine.tactics import Choice, TacticCache
 from sparse_engine.version import __version__
 
 from .attention import MICROSOFT, own_nodes, runtime_nodes
-from .compute import attention_in, products_in
+from .compute import EXACT_PRODUCTS, attention_in, products_in
 from .convolutions import FusedConv
 from .group_norm import GroupNorm
+from .int8 import Int8Layer, Int8Unit
 from .layers import DOMAIN, FusedLayer
 from .library import load_onnxruntime
 
@@ -32,8 +34,10 @@ log = logging.getLogger(__name__)
 N_LANES_UP_TO = {"fp32": 64, "bf16": 1 << 30}
 ENOUGH_TOKENS = 2048  # more of them take longer and change nothing
 DENSE = ("dense", "dense-bf16")
-PAIRED = ("t-lanes", "dense-bf16")  # kernels that compute two layers in a row
-ATTENTION_RULE = {"fp32": "onnxruntime", "bf16": "own"}  # without timing
+OWN_INT8, RUNTIME_INT8 = "own", "dense int8"  # candidates for layers in 8 bits
+LACKING = "this processor has neither AVX512-VNNI and AVX512-VBMI nor AVX-VNNI"
+PAIRED = ("t-lanes", "n-lanes", "dense-bf16")  # kernels that compute two layers in a row
+ATTENTION_RULE = {"fp32": "onnxruntime", "bf16": "own", "int8": "own"}  # without timing
 PATTERNS = (4, 8, 12, 9, 13, 14)  # the positions that two of four can have
 # Without timing: ours, its lanes by the tokens of the usual batch. Where T-lanes overtake N-lanes on a Zen 4: below it
 # most lanes of a tile are empty.
@@ -58,7 +62,8 @@ class LayerChoice:
     def to_dict(self) -> dict[str, Any]:
         """For ``engine.info`` and ``inspect``."""
         timed = {str(tokens): choice.to_dict() for tokens, choice in self.measured.items()}
-        return {"chosen": self.kernel not in DENSE, "kernel": self.kernel, "why": self.why, "timed_by_tokens": timed}
+        chosen = self.kernel not in (*DENSE, OWN_INT8, RUNTIME_INT8)
+        return {"chosen": chosen, "kernel": self.kernel, "why": self.why, "timed_by_tokens": timed}
 
 
 def find_obstacle(compute: Compute) -> str | None:
@@ -107,6 +112,20 @@ class Chooser:
         )
         return LayerChoice(choice.kernel, "faster at the usual batch", {tokens: choice})
 
+    def choose_int8(self, unit: Int8Unit, view: GraphView) -> LayerChoice:
+        """``OWN_INT8`` or ``RUNTIME_INT8`` for layers in 8 bits that one node of ours would compute."""
+        if not kernels.is_available() or kernels.best_tier("int8") == "scalar":
+            return LayerChoice(RUNTIME_INT8, f"no kernel of ours: {LACKING}", {})
+        tokens = max(1, min(self._batch * self._positions[unit.entry.name], ENOUGH_TOKENS))
+        if not self._autotune:
+            return LayerChoice(OWN_INT8, "not timed: ours by default", {})
+        choice = self._cache.choose(
+            f"int8 {kernels.best_tier('int8')} {unit.words()} tokens {tokens}",
+            lambda: _int8_candidates(unit, view, tokens, self._threads),
+            (OWN_INT8, RUNTIME_INT8),
+        )
+        return LayerChoice(choice.kernel, "faster at the usual batch", {tokens: choice})
+
     def together(self, first: FusedLayer, second: FusedLayer, kernel: str) -> Choice | None:
         """Two layers in one node ("together") or two ("apart"), at the usual batch; None where they cannot be one.
 
@@ -124,7 +143,7 @@ class Chooser:
         )
 
     def _pair(self, first: FusedLayer, second: FusedLayer, tokens: int, kernel: str, one: bool) -> Callable[[], object]:
-        tactic: dict[str, str] = {"compute": self._compute} if first.is_sparse else {}
+        tactic = {"compute": self._compute, "tactic": kernel} if first.is_sparse else {}
         threads = pool_size(self._threads)
         if one:
             nodes = [first.node_with(second, threads=threads, **tactic)]
@@ -261,6 +280,40 @@ def _product(layer: FusedLayer, tokens: int, kernel: str, compute: str, threads:
     return _alone(nodes, _feed(layer, tokens), {layer.output: layer.output_shape(tokens)}, constants, threads)
 
 
+def own_int8_kernel(layer: Int8Layer) -> str:
+    """What reports call our kernel for a layer in 8 bits."""
+    return "r-lanes int8" if layer.is_sparse else "own dense int8"
+
+
+def _int8_candidates(
+    unit: Int8Unit, view: GraphView, tokens: int, threads: int | None
+) -> Mapping[str, Callable[[], object]]:
+    """One unit alone, on random weights: as a node of ours, and as the graph has it."""
+    rng = np.random.default_rng(0)
+    small, own, plain = {}, {}, {}
+    for name in dict.fromkeys(name for node in unit.nodes for name in node.input if name in view.constants):
+        tensor = view.constants[name]
+        if not tensor.external_data:
+            small[name] = numpy_helper.to_array(tensor)
+        elif tensor.data_type == TensorProto.FLOAT:
+            small[name] = rng.random(tuple(tensor.dims), np.float32)
+    for layer in unit.all_layers:
+        kept = layer.depth // 2 if layer.is_sparse else layer.depth
+        own[layer.values] = rng.integers(-127, 128, (layer.rows, kept), np.int8)
+        if layer.packed:
+            patterns = np.array(PATTERNS, np.uint8)
+            own[layer.packed.positions] = rng.choice(patterns, (layer.rows, layer.depth // 4))
+        shape = (layer.rows, layer.depth) if layer.axis else (layer.depth, layer.rows)
+        plain[layer.codes] = rng.integers(-127, 128, shape, np.int8)
+    feed = unit.feed(tokens, {name: view.sizes(name) for name in (unit.x, unit.beside) if name})
+    lead = next(iter(feed.values())).shape[:-1]
+    output = {unit.last.output: (*lead, unit.last.rows)}
+    return {
+        OWN_INT8: _alone([unit.node(pool_size(threads))], feed, output, {**small, **own}, threads),
+        RUNTIME_INT8: _alone(list(unit.nodes), feed, output, {**small, **plain}, threads),
+    }
+
+
 def _own_constants(layer: FusedLayer) -> dict[str, np.ndarray]:
     """Random weights, as our own operators take them."""
     rng = np.random.default_rng(0)
@@ -291,15 +344,23 @@ def _alone(
     graph = helper.make_graph(
         nodes,
         "candidate",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape) for name, array in feed.items()],
+        [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+            for name, array in feed.items()
+        ],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
-        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+        [
+            numpy_helper.from_array(array, name)
+            for name, array in constants.items()
+            if any(name in node.input for node in nodes)
+        ],
     )
     opsets = [helper.make_opsetid(domain, version) for domain, version in (("", 20), (DOMAIN, 1), (MICROSOFT, 1))]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = pool_size(threads)
     options.log_severity_level = 3
+    options.add_session_config_entry(*EXACT_PRODUCTS)
     options.add_session_config_entry("session.force_spinning_stop", "1")  # not into the next candidate's turn
     if any(node.domain == DOMAIN for node in nodes):
         options.register_custom_ops_library(str(kernels.LIBRARY_PATH))

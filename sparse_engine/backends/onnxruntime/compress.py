@@ -11,10 +11,11 @@ from onnx import ModelProto, NodeProto, helper
 
 from sparse_engine.backends.base import LazyArray, StepGraph, Weights
 from sparse_engine.backends.onnx_graph import refer_to_weights
-from sparse_engine.kernels.packing import conv_as_matrix, pack
+from sparse_engine.kernels.packing import conv_as_matrix, pack, pack_codes, unpack_codes
 
 from .convolutions import CONV_OP, FusedConv, fuse_conv, why_not
-from .layers import DENSE_OP, DOMAIN, SPARSE_OP, FusedLayer, fuse, to_nibbles
+from .int8 import codes_node, packed_codes
+from .layers import DENSE_OP, DOMAIN, SPARSE_OP, FusedLayer, from_nibbles, fuse, to_nibbles
 
 LAYER_OPS = (SPARSE_OP, DENSE_OP, CONV_OP)
 
@@ -75,6 +76,43 @@ def compress(graph: StepGraph, sparse: Iterable[str], dense: Iterable[str] = ())
     proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     refer_to_weights(proto, weights)
     return proto, weights
+
+
+def compress_codes(
+    graph: StepGraph, proto: ModelProto, weights: Weights, sparse: Iterable[str]
+) -> tuple[ModelProto, Weights]:
+    """Pack the codes of 2:4 layers in 8 bits; what reads them stays as it is, behind a node each that says so.
+
+    Args:
+        graph: as quantised.
+        proto, weights: the same, other layers packed already.
+        sparse: names of MatMul and Gemm layers whose codes are 2:4 along the inputs.
+    """
+    packed = ModelProto()
+    packed.CopyFrom(proto)
+    made: dict[str, np.ndarray | LazyArray] = dict(weights)
+    for name in sparse:
+        initializer, axis = graph.layers[name]
+        codes = graph.weights[initializer]
+        values, positions = pack_codes(codes if axis else codes.T)
+        del made[initializer]
+        kept, where = f"{initializer}.values", f"{initializer}.positions"
+        made[kept], made[where] = values, to_nibbles(positions)
+        packed.graph.initializer.remove(next(each for each in packed.graph.initializer if each.name == initializer))
+        rows, depth = codes.shape if axis else codes.shape[::-1]
+        packed.graph.node.insert(0, codes_node(name, (rows, depth), kept, where, initializer, axis))
+    if DOMAIN not in {entry.domain for entry in packed.opset_import}:
+        packed.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    refer_to_weights(packed, made)
+    return packed, made
+
+
+def expand_codes(proto: ModelProto, weights: dict[str, np.ndarray]) -> None:
+    """Undo ``compress_codes``: the plain codes, in place of packed ones."""
+    for name, packed in packed_codes(proto.graph).items():
+        values, positions = weights.pop(packed.values), from_nibbles(weights.pop(packed.positions), packed.depth)
+        weights[name] = packed.plain(unpack_codes(values, positions))
+        proto.graph.node.remove(packed.node)
 
 
 def _matrix(graph: StepGraph, layer: str) -> np.ndarray:

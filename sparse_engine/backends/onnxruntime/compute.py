@@ -17,11 +17,16 @@ def products_in(precision: str) -> Compute:
 
 
 def attention_in(precision: str) -> Compute:
-    """Of our own attention. Beside int8 products, bf16 rounds so little that it does not show, where there is bf16."""
-    if precision == "int8" and kernels.is_available():
-        try:
-            kernels.best_tier("bf16")
-        except UnsupportedError:
-            return "fp32"
-        return "bf16"
-    return products_in(precision)
+    """Of our own attention. Beside int8 products 8 bits do, or bf16: they round as little as what is around them."""
+    if precision != "int8" or not kernels.is_available():
+        return products_in(precision)
+    return "int8" if kernels.best_tier("int8") == "avx512-vnni" else halves_or_floats()
+
+
+def halves_or_floats() -> Compute:
+    """bf16 where the machine has it."""
+    try:
+        kernels.best_tier("bf16")
+    except UnsupportedError:
+        return "fp32"
+    return "bf16"

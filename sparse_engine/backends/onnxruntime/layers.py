@@ -105,7 +105,7 @@ class FusedLayer:
         return helper.make_node(operator, inputs, [self.output], name=self.name, domain=DOMAIN, **attributes)
 
     def node_with(self, second: FusedLayer, **attributes: Any) -> NodeProto:
-        """Write it and the layer that takes its output as one node. Attributes: ``threads``, and of 2:4 ``compute``."""
+        """Write it and the layer that takes its output as one node. Attributes as ``node``'s."""
         inputs = [self.x, *self._weights, self.bias, *second._weights, second.bias, second.residual]
         while not inputs[-1]:
             inputs.pop()
@@ -155,7 +155,7 @@ def fuse(proto: ModelProto, name: str, shape: tuple[int, ...], values: str, posi
         absorbed, bias = [*absorbed, follower], other
         follower = only_consumer(graph, follower.output[0])
     if follower is not None and follower.op_type == "Gelu":
-        absorbed, activation = [*absorbed, follower], GELU_FORMS[_approximation(follower)]
+        absorbed, activation = [*absorbed, follower], GELU_FORMS[approximation(follower)]
     elif follower is not None and follower.op_type == "Add":
         other = other_input(follower, absorbed[-1])
         if other not in constants:
@@ -183,7 +183,8 @@ def put_in_place(graph: GraphProto, absorbed: list[NodeProto], node: NodeProto, 
     graph.initializer.remove(next(tensor for tensor in graph.initializer if tensor.name == weight))
 
 
-def _approximation(gelu: NodeProto) -> str:
+def approximation(gelu: NodeProto) -> str:
+    """Which form of GELU a node is, in ONNX's words."""
     return next((entry.s.decode() for entry in gelu.attribute if entry.name == "approximate"), "none")
 
 

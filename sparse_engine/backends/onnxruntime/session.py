@@ -9,20 +9,21 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from sparse_engine import kernels
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.attention import Attention, fuse_attention
 from sparse_engine.backends.base import GRAPH_FILE, WEIGHTS_FILE
-from sparse_engine.backends.onnx_graph import only_consumer
+from sparse_engine.backends.onnx_graph import GraphView, only_consumer
 from sparse_engine.cores import pool_size
 
 from .attention import own_nodes, runtime_nodes
-from .choose import Chooser, LayerChoice, shape_of
+from .choose import OWN_INT8, Chooser, LayerChoice, own_int8_kernel, shape_of
 from .compress import layers_in
 from .compute import EXACT_PRODUCTS, attention_in, products_in
 from .group_norm import GroupNorm, fuse_group_norms
+from .int8 import Int8Layer, connect_attention, int8_units, packed_codes, put_in_place
 from .layers import DOMAIN, FusedLayer, from_nibbles
 from .library import load_onnxruntime
 
@@ -81,6 +82,7 @@ def prepare(engine: EngineFile, threads: int | None, autotune: bool) -> Prepared
             _make_own(prepared, layer, positions, choice, threads, products_in(engine.manifest.precision))
         prepared.report[layer.name] = choice.to_dict()
     _join_pairs(prepared, chooser, layers, products_in(engine.manifest.precision), threads)
+    _fuse_int8(prepared, engine.path, spans, chooser, threads)
     return prepared
 
 
@@ -125,17 +127,65 @@ def _join_pairs(
         if second is None or only_consumer(graph, first.output) is None:
             continue
         kernels_chosen = {prepared.report[layer.name]["kernel"] for layer in (first, second)}
-        choice = chooser.together(first, second, kernels_chosen.pop()) if len(kernels_chosen) == 1 else None
+        kernel = kernels_chosen.pop()
+        choice = None if kernels_chosen else chooser.together(first, second, kernel)
         if choice is None:
             continue
         report = {"with": second.name, "chosen": choice.kernel, "milliseconds": choice.milliseconds}
         prepared.report[first.name]["pair"] = report
         prepared.report[second.name]["pair"] = {**report, "with": first.name}
         if choice.kernel == "together":
-            attributes = {"compute": compute} if first.is_sparse else {}
+            attributes = {"compute": compute, "tactic": kernel} if first.is_sparse else {}
             node = first.node_with(second, threads=pool_size(threads), **attributes)
             graph.node[_index_of(prepared, second)].CopyFrom(node)
             graph.node.remove(graph.node[_index_of(prepared, first)])
+
+
+def _fuse_int8(
+    prepared: Prepared, path: Path, spans: dict[str, tuple[int, int]], chooser: Chooser, threads: int | None
+) -> None:
+    """Give layers in 8 bits our kernel wherever it is faster, and write packed codes out where it is not."""
+    graph = prepared.model.graph
+    view = GraphView(prepared.model)
+    units = []
+    for unit in int8_units(view, graph):
+        choice = chooser.choose_int8(unit, view)
+        for layer in unit.all_layers:
+            prepared.report[layer.name] = choice.to_dict()
+        if choice.kernel == OWN_INT8:
+            units.append(unit)
+    for unit in connect_attention(units, view):
+        put_in_place(prepared.model, unit, unit.node(pool_size(threads)))
+        for layer in unit.all_layers:
+            prepared.report[layer.name] |= {"kernel": own_int8_kernel(layer), "chosen": layer.is_sparse}
+            _lay_out_codes(prepared, path, spans, layer)
+    ours = {layer.codes for unit in units for layer in unit.all_layers}
+    for name, packed in packed_codes(graph).items():
+        graph.node.remove(packed.node)
+        values, positions = (_mapped_rows(path, spans, part, kind, packed.rows) for part, kind in packed.parts())
+        if name not in ours:
+            codes = kernels.unpack_codes(values, from_nibbles(positions, packed.depth))
+            _in_memory(prepared, path, name, packed.plain(codes))
+            _forget(prepared, packed.values, packed.positions)
+
+
+def _lay_out_codes(prepared: Prepared, path: Path, spans: dict[str, tuple[int, int]], layer: Int8Layer) -> None:
+    """Give a layer's weights the form that our kernel reads."""
+    graph = prepared.model.graph
+    if layer.packed is None:
+        codes = _mapped_rows(path, spans, layer.codes, np.int8, layer.rows if layer.axis else layer.depth)
+        _in_memory(prepared, path, layer.values, np.ascontiguousarray(codes if layer.axis else codes.T))
+        _forget(prepared, layer.codes)
+    else:
+        packed = _mapped_rows(path, spans, layer.packed.positions, np.uint8, layer.rows)
+        positions = from_nibbles(packed, layer.depth)
+        tensor = next(tensor for tensor in graph.initializer if tensor.name == layer.packed.positions)
+        tensor.dims[:] = positions.shape
+        prepared.overrides[layer.packed.positions] = positions
+
+
+def _mapped_rows(path: Path, spans: dict[str, tuple[int, int]], name: str, dtype: type, rows: int) -> np.ndarray:
+    return _mapped(path, spans[name], dtype).reshape(rows, -1)
 
 
 def _fuse_attentions(prepared: Prepared, chooser: Chooser, threads: int | None, compute: str) -> None:
@@ -226,14 +276,24 @@ def _make_plain(prepared: Prepared, path: Path, layer: FusedLayer, weight: np.nd
     name = f"{layer.name}.weight"
     for offset, node in enumerate(layer.plain_nodes(name)):
         graph.node.insert(index + offset, node)
-    for gone in filter(None, (layer.values, layer.positions)):
-        graph.initializer.remove(next(tensor for tensor in graph.initializer if tensor.name == gone))
-    weight = layer.plain_weight(weight)
-    tensor = TensorProto(name=name, dims=weight.shape, data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL)
-    for key, value in (("location", path.resolve().name), ("offset", 0), ("length", weight.nbytes)):
+    _forget(prepared, *filter(None, (layer.values, layer.positions)))
+    _in_memory(prepared, path, name, layer.plain_weight(weight))
+
+
+def _in_memory(prepared: Prepared, path: Path, name: str, array: np.ndarray) -> None:
+    """Add an initializer whose contents are not in the engine file, but an array."""
+    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+    tensor = TensorProto(name=name, dims=array.shape, data_type=kind, data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", path.resolve().name), ("offset", 0), ("length", array.nbytes)):
         tensor.external_data.add(key=key, value=str(value))
-    graph.initializer.append(tensor)
-    prepared.overrides[name] = weight
+    prepared.model.graph.initializer.append(tensor)
+    prepared.overrides[name] = array
+
+
+def _forget(prepared: Prepared, *names: str) -> None:
+    for name in names:
+        graph = prepared.model.graph
+        graph.initializer.remove(next(tensor for tensor in graph.initializer if tensor.name == name))
 
 
 def _index_of(prepared: Prepared, layer: FusedLayer) -> int:

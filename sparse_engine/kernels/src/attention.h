@@ -1,17 +1,19 @@
 // The words of attention: Y = softmax(scale * q k^T + bias) v of each head.
 #pragma once
 
+#include "int8.h"
 #include "matmul24.h"
 
 namespace sparse_engine {
 
-// q, k or v: where the head_dim numbers of a token and a head begin. Strides in floats.
+// q, k or v: where the head_dim numbers of a token and a head begin. Strides in numbers.
 struct HeadVectors {
-  const float* data = nullptr;
+  const void* data = nullptr;  // floats, or bfloat16: see Attention
   size_t batch_stride = 0, token_stride = 0, head_stride = 0;
 
-  SPARSE_ENGINE_INLINE const float* head(size_t batch, int head) const {
-    return data + batch * batch_stride + size_t(head) * head_stride;
+  template <class Number>
+  SPARSE_ENGINE_INLINE const Number* head(size_t batch, int head) const {
+    return static_cast<const Number*>(data) + batch * batch_stride + size_t(head) * head_stride;
   }
 };
 
@@ -34,7 +36,11 @@ struct Attention {
   float scale = 0.0f;  // finite, above zero
   HeadVectors q, k, v;
   Bias bias;
-  float* output = nullptr;  // [batch, queries, heads, head_dim]
+  void* output = nullptr;  // [batch, queries, heads, head_dim]
+  // What q, k and v are, and the output: floats, but for kernels in bf16 and in 8 bits, which also read
+  // bfloat16 and write it or codes.
+  Element input_element = Element::kFloat32, output_element = Element::kFloat32;
+  Codes codes;  // of the output
 
   SPARSE_ENGINE_INLINE size_t width() const { return size_t(heads) * head_dim; }
 };
@@ -45,13 +51,16 @@ struct QueryBlock {
   int head = 0;
   size_t begin = 0, end = 0;
 
-  SPARSE_ENGINE_INLINE const float* of(const HeadVectors& vectors) const { return vectors.head(batch, head); }
+  template <class Number>
+  SPARSE_ENGINE_INLINE const Number* of(const HeadVectors& vectors) const {
+    return vectors.head<Number>(batch, head);
+  }
   SPARSE_ENGINE_INLINE const float* bias(const Attention& attention, size_t query) const {
     return attention.bias.row(batch, head, query);
   }
-  SPARSE_ENGINE_INLINE float* output(const Attention& attention, size_t query) const {
-    return attention.output + (batch * attention.queries + query) * attention.width() +
-           size_t(head) * attention.head_dim;
+  // Where a query's numbers begin in the output.
+  SPARSE_ENGINE_INLINE size_t output(const Attention& attention, size_t query) const {
+    return (batch * attention.queries + query) * attention.width() + size_t(head) * attention.head_dim;
   }
 };
 
@@ -67,6 +76,8 @@ struct AttentionKernel {
 extern const AttentionKernel kScalarAttention;
 #ifdef SPARSE_ENGINE_X86
 extern const AttentionKernel kAvx2Attention, kAvx512Attention, kAvx512Bf16Attention;
+extern const AttentionKernel kAvx512VnniAttention;                                        // without a bias
+extern const AttentionKernel kAvx512Bf16AttentionOfHalves, kAvx512VnniAttentionOfHalves;  // q, k and v are bfloat16
 #endif
 #ifdef SPARSE_ENGINE_NEON
 extern const AttentionKernel kNeonAttention;

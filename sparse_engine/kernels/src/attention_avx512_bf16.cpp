@@ -3,13 +3,16 @@
 // vdpbf16ps multiplies pairs: (d, d + 1) of q and k; (key, key + 1) of the probabilities and v. So the values
 // of two keys are interleaved when they are laid out, and the probabilities when they are stored.
 #include "attention_lanes.h"
+#include "codes_avx512.h"
 #include "vector_avx512.h"
 
 namespace sparse_engine {
 namespace {
 
+template <class Numbers>
 struct Bfloat16Attention {
   using V = Avx512;
+  using Number = Numbers;
   static constexpr int kRows = 8;
   static constexpr int kVectors = 3;
   static constexpr int kKeysPerOperand = 2;
@@ -21,24 +24,28 @@ struct Bfloat16Attention {
     return _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)line);
   }
 
-  static void pack_keys(const float* k, size_t stride, size_t tokens, int head_dim, float* keys) {
+  static void pack_keys(const Number* k, size_t stride, size_t tokens, int head_dim, float* keys) {
     for (size_t token = 0; token < tokens; ++token, k += stride) {
+      if (token + kTokensAhead < tokens) fetch_ahead(k + kTokensAhead * stride, head_dim);
       for (int d = 0; d < head_dim; d += 32, keys += 16) V::store(keys, load_adjacent(k, d, head_dim));
     }
   }
 
-  static void pack_values(const float* v, size_t stride, size_t tokens, int head_dim, float* values) {
+  static void pack_values(const Number* v, size_t stride, size_t tokens, int head_dim, float* values) {
     for (size_t token = 0; token < tokens; token += 2, v += 2 * stride) {
+      for (size_t ahead = kTokensAhead; ahead < kTokensAhead + 2 && token + ahead < tokens; ++ahead) {
+        fetch_ahead(v + ahead * stride, head_dim);
+      }
       for (int d = 0; d < head_dim; d += 16, values += 16) {
         const int count = head_dim - d < 16 ? head_dim - d : 16;
-        const __m512 second = token + 1 < tokens ? V::load_first(v + stride + d, count) : V::zero();
-        V::store(values, interleave(V::load_first(v + d, count), second));
+        V::store(values, load_two(v + d, token + 1 < tokens ? v + stride + d : nullptr, count));
       }
     }
   }
 
   template <int TileWidth>
-  static void pack_queries(const float* q, size_t stride, int count, int head_dim, float* lines) {
+  static void pack_queries(const Number* q, size_t stride, int count, int head_dim, float* lines) {
+    for (int query = 0; query < count; ++query) fetch_ahead(q + query * stride, head_dim);
     for (int t = 0; t < TileWidth; ++t) {
       for (int d = 0; d < head_dim; d += 32) {
         __m512 square[16];
@@ -51,6 +58,10 @@ struct Bfloat16Attention {
         for (int i = 0; i < 16; ++i) V::store(lines + ((d / 2 + i) * TileWidth + t) * 16, square[i]);
       }
     }
+  }
+
+  static SPARSE_ENGINE_INLINE void store_output(const Attention& attention, size_t index, __m512 y, int count) {
+    sparse_engine::store_output(attention, index, y, count);
   }
 
   // Stores probability(key) of all keys, two to a line; returns their sum. A line is written when both of the
@@ -84,6 +95,23 @@ struct Bfloat16Attention {
     return (__m512)_mm512_cvtne2ps_pbh(high, low);
   }
 
+  static SPARSE_ENGINE_INLINE __m512 load_adjacent(const uint16_t* row, int d, int head_dim) {
+    const int left = head_dim - d;
+    return (__m512)_mm512_maskz_loadu_epi16(left < 32 ? (1u << left) - 1u : ~0u, row + d);
+  }
+
+  // Pairs of what lies at `first` and at `second`; zeros where that is null.
+  static SPARSE_ENGINE_INLINE __m512 load_two(const float* first, const float* second, int count) {
+    return interleave(V::load_first(first, count), second ? V::load_first(second, count) : V::zero());
+  }
+  static SPARSE_ENGINE_INLINE __m512 load_two(const uint16_t* first, const uint16_t* second, int count) {
+    const __mmask16 there = V::first(count);
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, first));
+    if (!second) return (__m512)low;
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, second));
+    return (__m512)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  }
+
   // Pairs (low[i], high[i]).
   static SPARSE_ENGINE_INLINE __m512 interleave(__m512 low, __m512 high) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
@@ -94,6 +122,7 @@ struct Bfloat16Attention {
 
 }  // namespace
 
-constexpr AttentionKernel kAvx512Bf16Attention = queries_in_lanes<Bfloat16Attention>();
+constexpr AttentionKernel kAvx512Bf16Attention = queries_in_lanes<Bfloat16Attention<float>>();
+constexpr AttentionKernel kAvx512Bf16AttentionOfHalves = queries_in_lanes<Bfloat16Attention<uint16_t>>();
 
 }  // namespace sparse_engine

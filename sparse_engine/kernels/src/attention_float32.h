@@ -11,12 +11,16 @@ template <class Vectors, int Rows, int TileVectors>
 struct Float32Attention {
   using V = Vectors;
   using Vector = typename V::Vector;
+  using Number = float;
   static constexpr int kRows = Rows;
   static constexpr int kVectors = TileVectors;
   static constexpr int kKeysPerOperand = 1;
   static constexpr int kDegree = 5;
 
   static size_t padded_steps(int head_dim) { return round_up(head_dim, V::kLanes); }
+  static SPARSE_ENGINE_INLINE void store_output(const Attention& attention, size_t index, Vector y, int count) {
+    V::store_first(static_cast<float*>(attention.output) + index, y, count);
+  }
 
   static SPARSE_ENGINE_INLINE Vector multiply_add(Vector sum, Vector weight, Vector line) {
     return V::multiply_add(weight, line, sum);
@@ -24,6 +28,7 @@ struct Float32Attention {
 
   static void pack_keys(const float* k, size_t stride, size_t tokens, int head_dim, float* keys) {
     for (size_t token = 0; token < tokens; ++token, k += stride) {
+      if (token + kTokensAhead < tokens) fetch_ahead(k + kTokensAhead * stride, head_dim);
       for (int d = 0; d < head_dim; d += V::kLanes, keys += V::kLanes) V::store(keys, load(k, d, head_dim));
     }
   }
@@ -33,6 +38,7 @@ struct Float32Attention {
 
   template <int TileWidth>
   static void pack_queries(const float* q, size_t stride, int count, int head_dim, float* lines) {
+    for (int query = 0; query < count; ++query) fetch_ahead(q + query * stride, head_dim);
     for (int t = 0; t < TileWidth; ++t) {
       for (int d = 0; d < head_dim; d += V::kLanes) {
         Vector square[V::kLanes];

@@ -23,6 +23,8 @@
 //   padded_steps(head_dim)  operands in a row of q or k
 //   multiply_add(sum, weight, line)
 //   pack_keys, pack_values, pack_queries, pack_probabilities
+//   Number                  what q, k and v are: float, or uint16_t for bfloat16
+//   store_output(attention, index, numbers, count)
 #pragma once
 
 #include "attention.h"
@@ -37,10 +39,19 @@ constexpr float kLowest = -3.40282347e38f;
 
 constexpr size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// A token's part of a head, on its way to L1: tokens lie so far apart that nothing else fetches the next one's.
+template <class Number>
+SPARSE_ENGINE_INLINE void fetch_ahead(const Number* token, int head_dim) {
+  const char* const begin = reinterpret_cast<const char*>(token);
+  for (size_t byte = 0; byte < head_dim * sizeof(Number); byte += 64) __builtin_prefetch(begin + byte);
+}
+constexpr size_t kTokensAhead = 12;
+
 template <class Format>
 struct QueriesInLanes {
   using V = typename Format::V;
   using Vector = typename V::Vector;
+  using Number = typename Format::Number;
   static constexpr int kRows = Format::kRows;
   static constexpr int kVectors = Format::kVectors;
   static constexpr int kTileQueries = kVectors * V::kLanes;
@@ -66,8 +77,12 @@ struct QueriesInLanes {
     const Layout layout(attention);
     float* const base = static_cast<float*>(scratch);
     const HeadVectors &k = attention.k, &v = attention.v;
-    Format::pack_keys(block.of(k), k.token_stride, attention.keys, attention.head_dim, base);
-    Format::pack_values(block.of(v), v.token_stride, attention.keys, attention.head_dim, base + layout.values);
+    const Number* const values = block.template of<Number>(v);
+    for (size_t i = 0; i < kTokensAhead && i < attention.keys; ++i) {
+      fetch_ahead(values + i * v.token_stride, attention.head_dim);
+    }
+    Format::pack_keys(block.template of<Number>(k), k.token_stride, attention.keys, attention.head_dim, base);
+    Format::pack_values(values, v.token_stride, attention.keys, attention.head_dim, base + layout.values);
     for (size_t query = block.begin; query < block.end; query += kTileQueries) {
       const size_t left = block.end - query;
       const int count = left < size_t(kTileQueries) ? int(left) : kTileQueries;
@@ -104,7 +119,7 @@ struct QueriesInLanes {
       float* const scores = base + layout.scores;
       float* const sums = base + layout.sums;
       const size_t q_stride = attention.q.token_stride;
-      const float* const q = block.of(attention.q) + query * q_stride;
+      const Number* const q = block.template of<Number>(attention.q) + query * q_stride;
       const float* const bias = block.bias(attention, query);
       const Vector exponent = V::set(bias ? kLog2E : attention.scale * kLog2E);
       Format::template pack_queries<Vectors>(q, q_stride, count, attention.head_dim, queries);
@@ -135,7 +150,7 @@ struct QueriesInLanes {
         exponentiate(scores, keys, exponent, raised, statistics);
         add_values(values, layout.value_stride, keys, scores, statistics, sums);
       }
-      store(statistics, sums, attention.head_dim, count, block.output(attention, query), attention.width());
+      store(attention, statistics, sums, count, block.output(attention, query));
     }
 
     // sum[row][v] += weights[row * row_stride + step * step_stride] * lines[step][v], over the steps.
@@ -258,8 +273,10 @@ struct QueriesInLanes {
     }
 
     // Divides by the sum of the exponentials, and turns dims x queries into queries x dims.
-    static void store(const Statistics& statistics, const float* sums, int head_dim, int count, float* y,
-                      size_t stride) {
+    static void store(const Attention& attention, const Statistics& statistics, const float* sums, int count,
+                      size_t index) {
+      const int head_dim = attention.head_dim;
+      const size_t stride = attention.width();
 #pragma GCC unroll 8
       for (int v = 0; v < Vectors; ++v) {
         const Vector factor = V::set(1.0f) / statistics.sum[v];
@@ -273,7 +290,8 @@ struct QueriesInLanes {
           }
           V::transpose(square);
           const int dims = head_dim - d < V::kLanes ? head_dim - d : V::kLanes;
-          for (int i = 0; i < queries; ++i) V::store_first(y + (v * V::kLanes + i) * stride + d, square[i], dims);
+          const size_t first = index + size_t(v) * V::kLanes * stride + d;
+          for (int i = 0; i < queries; ++i) Format::store_output(attention, first + i * stride, square[i], dims);
         }
       }
     }

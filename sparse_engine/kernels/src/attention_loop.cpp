@@ -1,14 +1,27 @@
 #include "attention_loop.h"
 
 #include <algorithm>
+#include <string>
 
+#include "dispatch.h"
+#include "error.h"
 #include "work_queue.h"
 
 namespace sparse_engine {
 namespace {
 
-const AttentionKernel& find_kernel([[maybe_unused]] Tier tier) {
+const AttentionKernel& find_kernel(const Attention& attention, Tier tier) {
+  const bool halves = attention.input_element == Element::kBfloat16;
+  const bool eight_bits = tier == Tier::kAvx512Vnni;
+  if (eight_bits && attention.bias.data) {
+    throw Error(Status::kUnsupported, "attention in 8 bits has no bias");
+  }
+  if (tier != Tier::kAvx512Bf16 && !eight_bits && (halves || attention.output_element != Element::kFloat32)) {
+    throw Error(Status::kUnsupported, std::string("attention on ") + tier_name(tier) + " reads and writes floats");
+  }
 #ifdef SPARSE_ENGINE_X86
+  if (eight_bits) return halves ? kAvx512VnniAttentionOfHalves : kAvx512VnniAttention;
+  if (halves) return kAvx512Bf16AttentionOfHalves;
   if (tier == Tier::kAvx2) return kAvx2Attention;
   if (tier == Tier::kAvx512) return kAvx512Attention;
   if (tier == Tier::kAvx512Bf16) return kAvx512Bf16Attention;
@@ -43,7 +56,7 @@ size_t parts_per_head(size_t heads, size_t tiles, size_t threads) {
 void run_attention(const Attention& attention, Tier tier, int threads, const ParallelFor& parallel_for) {
   const size_t heads = attention.batch * attention.heads;
   if (heads == 0 || attention.queries == 0) return;
-  const AttentionKernel& kernel = find_kernel(tier);
+  const AttentionKernel& kernel = find_kernel(attention, tier);
   const size_t scratch_bytes = kernel.scratch_bytes(attention);
   const size_t tiles = divide_up(attention.queries, kernel.tile_queries);
   const size_t parts = parts_per_head(heads, tiles, size_t(std::max(1, threads)));

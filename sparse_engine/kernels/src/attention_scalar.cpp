@@ -29,9 +29,9 @@ float exponentials(float* scores, size_t count, float scale) {
 void run(const Attention& attention, const QueryBlock& block, void* scratch) {
   float* const scores = static_cast<float*>(scratch);
   const int dim = attention.head_dim;
-  const float* const q = block.of(attention.q);
-  const float* const k = block.of(attention.k);
-  const float* const v = block.of(attention.v);
+  const float* const q = block.of<float>(attention.q);
+  const float* const k = block.of<float>(attention.k);
+  const float* const v = block.of<float>(attention.v);
   for (size_t query = block.begin; query < block.end; ++query) {
     for (size_t key = 0; key < attention.keys; ++key) {
       scores[key] = dot(q + query * attention.q.token_stride, k + key * attention.k.token_stride, dim);
@@ -39,7 +39,7 @@ void run(const Attention& attention, const QueryBlock& block, void* scratch) {
     const float* const bias = block.bias(attention, query);
     for (size_t key = 0; bias && key < attention.keys; ++key) scores[key] = attention.scale * scores[key] + bias[key];
     const float sum = exponentials(scores, attention.keys, bias ? 1.0f : attention.scale);
-    float* const y = block.output(attention, query);
+    float* const y = static_cast<float*>(attention.output) + block.output(attention, query);
     for (int d = 0; d < dim; ++d) y[d] = 0.0f;
     for (size_t key = 0; key < attention.keys; ++key) {
       for (int d = 0; d < dim; ++d) y[d] += scores[key] * v[key * attention.v.token_stride + d];

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstring>
 #include <exception>
 #include <limits>
 #include <thread>
@@ -14,6 +15,7 @@
 #include "error.h"
 #include "group_norm_loop.h"
 #include "product24.h"
+#include "product_int8.h"
 
 namespace {
 
@@ -68,11 +70,13 @@ double measure(const PeakLoop& loop, bool load) {
 
 const Conv24& as_conv(const void* conv) { return *static_cast<const Conv24*>(conv); }
 
+const LayerInt8& as_layer(const void* layer) { return *static_cast<const LayerInt8*>(layer); }
+
 const MatMul24& as_product(const void* product) { return *static_cast<const MatMul24*>(product); }
 
 }  // namespace
 
-int sparse_engine_abi_version() { return 5; }
+int sparse_engine_abi_version() { return 6; }
 
 int sparse_engine_has_tier(const char* tier) {
   bool has = false;
@@ -81,7 +85,10 @@ int sparse_engine_has_tier(const char* tier) {
 }
 
 int sparse_engine_best_tier(const char* compute, const char** tier, char* message, size_t message_size) {
-  return guarded(message, message_size, [&] { *tier = tier_name(best_tier(parse_compute_is_bfloat16(compute))); });
+  return guarded(message, message_size, [&] {
+    const bool int8 = std::strcmp(compute, "int8") == 0;
+    *tier = tier_name(int8 ? best_int8_tier() : best_tier(parse_compute_is_bfloat16(compute)));
+  });
 }
 
 int sparse_engine_matmul24_create(int64_t rows, int64_t depth, const float* values, const uint8_t* positions,
@@ -120,6 +127,44 @@ const char* sparse_engine_matmul24_lanes(const void* product) { return lanes_nam
 size_t sparse_engine_matmul24_packed_bytes(const void* product) { return as_product(product).packed_bytes(); }
 
 void sparse_engine_matmul24_destroy(void* product) { delete static_cast<MatMul24*>(product); }
+
+int sparse_engine_int8_create(int64_t rows, int64_t depth, const int8_t* values, const uint8_t* positions,
+                              const float* scales, float input_scale, int input_zero, const char* tier, void** layer,
+                              char* message, size_t message_size) {
+  return guarded(message, message_size, [&] {
+    const WeightsInt8 weights = {to_int(rows, "rows"), to_int(depth, "depth"), values, positions};
+    *layer = new LayerInt8(weights, scales, {input_scale, input_zero}, parse_tier(tier));
+  });
+}
+
+int sparse_engine_int8_run(const void* first, const void* second, const sparse_engine_int8_call* call, char* message,
+                           size_t message_size) {
+  return guarded(message, message_size, [&] {
+    const LayerNorm norm = {call->gamma, call->beta, call->epsilon};
+    const int depths[2] = {to_int(call->depths[0], "depth"), to_int(call->depths[1], "depth")};
+    const InputInt8 input = {
+        call->codes, {call->parts[0], call->parts[1]}, {depths[0], depths[1]}, call->normalise ? &norm : nullptr};
+    const size_t tokens = size_t(to_int(call->tokens, "tokens"));
+    const Codes codes = {call->output_scale, call->output_zero};
+    EpilogueInt8 epilogue = {call->bias, call->residual, Activation::kNone, parse_element(call->element), codes};
+    if (second) {
+      EpilogueInt8 hidden;
+      hidden.bias = call->first_bias;
+      hidden.activation = parse_activation(call->activation);
+      LayerInt8::run_pair({}, as_layer(first), hidden, as_layer(second), input, tokens, call->output, epilogue,
+                          call->threads, parallel_for);
+    } else {
+      epilogue.activation = parse_activation(call->activation);
+      as_layer(first).run(input, tokens, call->output, epilogue, call->threads, parallel_for);
+    }
+  });
+}
+
+const char* sparse_engine_int8_tier(const void* layer) { return tier_name(as_layer(layer).tier()); }
+
+size_t sparse_engine_int8_packed_bytes(const void* layer) { return as_layer(layer).packed_bytes(); }
+
+void sparse_engine_int8_destroy(void* layer) { delete static_cast<LayerInt8*>(layer); }
 
 int sparse_engine_conv24_create(int64_t rows, int64_t depth, const float* values, const uint8_t* positions,
                                 const int32_t* window, const char* tier, const char* lanes, void** conv, char* message,

@@ -11,10 +11,10 @@
 // Incremented when a function below changes.
 SPARSE_ENGINE_API int sparse_engine_abi_version();
 
-// 1 if this machine runs the tier (scalar, avx2, avx512, avx512-bf16, neon), else 0.
+// 1 if this machine runs the tier (scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16, neon), else 0.
 SPARSE_ENGINE_API int sparse_engine_has_tier(const char* tier);
 
-// The tier used for a precision (fp32, bf16), SPARSE_ENGINE_ISA respected. *tier is a static string.
+// The tier used for a precision (fp32, bf16, int8), SPARSE_ENGINE_ISA respected. *tier is a static string.
 SPARSE_ENGINE_API int sparse_engine_best_tier(const char* compute, const char** tier, char* message,
                                               size_t message_size);
 
@@ -30,7 +30,7 @@ SPARSE_ENGINE_API int sparse_engine_matmul24_run(const void* product, const floa
                                                  const float* bias, const float* residual, const char* activation,
                                                  int threads, char* message, size_t message_size);
 
-// output = second(first(input)), with T-lanes and one tier for both. Bias and residual may be null.
+// output = second(first(input)), with one tier and the same lanes for both. Bias and residual may be null.
 SPARSE_ENGINE_API int sparse_engine_matmul24_run_pair(const void* first, const float* first_bias,
                                                       const char* activation, const void* second, const float* bias,
                                                       const float* residual, const float* input, int64_t tokens,
@@ -42,6 +42,42 @@ SPARSE_ENGINE_API const char* sparse_engine_matmul24_lanes(const void* product);
 SPARSE_ENGINE_API size_t sparse_engine_matmul24_packed_bytes(const void* product);
 
 SPARSE_ENGINE_API void sparse_engine_matmul24_destroy(void* product);
+
+// A layer in 8 bits (int8.h): codes [rows, depth / 2] with positions, or [rows, depth] and null; scales [rows] of the
+// rows. value = scale * (code - zero) of what it is given.
+SPARSE_ENGINE_API int sparse_engine_int8_create(int64_t rows, int64_t depth, const int8_t* values,
+                                                const uint8_t* positions, const float* scales, float input_scale,
+                                                int input_zero, const char* tier, void** layer, char* message,
+                                                size_t message_size);
+
+// What it, or a pair of layers, is given and gives. Pointers may be null unless said.
+struct sparse_engine_int8_call {
+  const uint8_t* codes;   // [tokens, depth]; or
+  const float* parts[2];  // [tokens, depths[i]] each, side by side; the second may be null
+  int64_t depths[2];
+  int normalise;       // 1: a layer normalisation comes first
+  const float* gamma;  // [depth]
+  const float* beta;   // [depth]
+  float epsilon;
+  int64_t tokens;
+  const float* first_bias;  // of a pair's first layer, which the activation is of too
+  const float* bias;
+  const float* residual;   // [tokens, rows]; may be the output
+  const char* activation;  // not null
+  void* output;            // [tokens, rows], not null
+  const char* element;     // fp32, bf16, codes: of the output
+  float output_scale;      // of codes
+  int output_zero;
+  int threads;
+};
+
+// second(first(input)), or first(input) where the second is null. Starts threads - 1 threads and joins them.
+SPARSE_ENGINE_API int sparse_engine_int8_run(const void* first, const void* second, const sparse_engine_int8_call* call,
+                                             char* message, size_t message_size);
+
+SPARSE_ENGINE_API const char* sparse_engine_int8_tier(const void* layer);
+SPARSE_ENGINE_API size_t sparse_engine_int8_packed_bytes(const void* layer);
+SPARSE_ENGINE_API void sparse_engine_int8_destroy(void* layer);
 
 // A convolution: canonical weights [rows, depth], depth over (channels / 4, kernel_h, kernel_w, 4). window:
 // kernel_h, kernel_w, stride, pad_top, pad_left, pad_bottom, pad_right, upsample.

@@ -33,19 +33,23 @@ unsigned saved_state() {
 }
 
 struct Features {
-  bool avx2, avx512, avx512_bf16;
+  bool avx2, avx_vnni, avx512, avx512_vnni, avx512_bf16;
 
   Features() {
     constexpr unsigned kSseAndAvxState = bit(1) | bit(2);
     constexpr unsigned kAvx512State = bit(5) | bit(6) | bit(7);  // masks, upper halves, registers 16 to 31
     constexpr unsigned kAvxAndFma = bit(28) | bit(12);           // leaf 1, ecx
     constexpr unsigned kAvx2 = bit(5);                           // leaf 7, ebx
+    constexpr unsigned kAvxVnni = bit(4);                        // leaf 7 subleaf 1, eax
     constexpr unsigned kAvx512FDqBwVl = bit(16) | bit(17) | bit(30) | bit(31);  // leaf 7, ebx
+    constexpr unsigned kAvx512VbmiVnni = bit(1) | bit(11);                      // leaf 7, ecx
     constexpr unsigned kAvx512Bf16 = bit(5);                                    // leaf 7 subleaf 1, eax
     const unsigned state = saved_state();
     const unsigned leaf7 = cpuid(7, 0).ebx;
     avx2 = has_bits(state, kSseAndAvxState) && has_bits(cpuid(1, 0).ecx, kAvxAndFma) && has_bits(leaf7, kAvx2);
+    avx_vnni = avx2 && cpuid(7, 0).eax >= 1 && has_bits(cpuid(7, 1).eax, kAvxVnni);
     avx512 = avx2 && has_bits(state, kAvx512State) && has_bits(leaf7, kAvx512FDqBwVl);
+    avx512_vnni = avx512 && has_bits(cpuid(7, 0).ecx, kAvx512VbmiVnni);
     avx512_bf16 = avx512 && cpuid(7, 0).eax >= 1 && has_bits(cpuid(7, 1).eax, kAvx512Bf16);
   }
 };
@@ -59,8 +63,12 @@ bool machine_has(Tier tier) {
       return true;
     case Tier::kAvx2:
       return features.avx2;
+    case Tier::kAvxVnni:
+      return features.avx_vnni;
     case Tier::kAvx512:
       return features.avx512;
+    case Tier::kAvx512Vnni:
+      return features.avx512_vnni;
     case Tier::kAvx512Bf16:
       return features.avx512_bf16;
     case Tier::kNeon:

@@ -8,10 +8,12 @@
 namespace sparse_engine {
 namespace {
 
-constexpr const char* kTierNames[kTierCount] = {"scalar", "avx2", "avx512", "avx512-bf16", "neon"};
+constexpr const char* kTierNames[kTierCount] = {"scalar",      "avx2",        "avx-vnni", "avx512",
+                                                "avx512-vnni", "avx512-bf16", "neon"};
 constexpr const char* kLanesNames[] = {"t-lanes", "n-lanes", "r-lanes"};
 constexpr const char* kActivationNames[] = {"none", "gelu", "gelu-tanh", "silu"};
 constexpr const char* kComputeNames[] = {"fp32", "bf16"};
+constexpr const char* kElementNames[] = {"fp32", "bf16", "codes"};
 
 template <size_t Count>
 int parse(const char* what, const std::string& name, const char* const (&names)[Count]) {
@@ -27,6 +29,12 @@ void require(Tier tier, const std::string& asked_by) {
   if (machine_has(tier)) return;
   throw Error(Status::kUnsupported,
               asked_by + " asks for " + tier_name(tier) + ", which this machine or its operating system lacks");
+}
+
+void require_floats(Tier tier) {
+  require(tier, "the caller");
+  if (tier != Tier::kAvx512Vnni && tier != Tier::kAvxVnni) return;
+  throw Error(Status::kUnsupported, std::string(tier_name(tier)) + " computes 8-bit products, and nothing else");
 }
 
 // Of lanes that a tier's products, or convolutions, do not have.
@@ -46,6 +54,7 @@ Lanes parse_lanes(const std::string& name) { return Lanes(parse("the tactic", na
 Activation parse_activation(const std::string& name) {
   return Activation(parse("the activation", name, kActivationNames));
 }
+Element parse_element(const std::string& name) { return Element(parse("the output", name, kElementNames)); }
 bool parse_compute_is_bfloat16(const std::string& name) {
   return parse("the compute precision", name, kComputeNames) == 1;
 }
@@ -64,14 +73,33 @@ Tier highest_tier() {
 
 Tier best_tier(bool bfloat16) {
   const Tier highest = highest_tier();
-  if (!bfloat16) return highest == Tier::kAvx512Bf16 ? Tier::kAvx512 : highest;
+  const bool wider = highest == Tier::kAvx512Bf16 || highest == Tier::kAvx512Vnni;
+  if (!bfloat16) return wider ? Tier::kAvx512 : highest == Tier::kAvxVnni ? Tier::kAvx2 : highest;
   if (highest == Tier::kAvx512Bf16) return highest;
   throw Error(Status::kUnsupported,
               std::string("bf16 products need AVX512-BF16; the highest tier here is ") + tier_name(highest));
 }
 
-const Tactic& find_tactic(Tier tier, Lanes lanes) {
+Tier best_int8_tier() {
+  const Tier highest = highest_tier();
+  const bool wider = highest == Tier::kAvx512Bf16 || highest == Tier::kAvx512Vnni;
+  if (wider && machine_has(Tier::kAvx512Vnni)) return Tier::kAvx512Vnni;
+  const bool allowed = wider || highest == Tier::kAvx512 || highest == Tier::kAvxVnni;
+  return allowed && machine_has(Tier::kAvxVnni) ? Tier::kAvxVnni : Tier::kScalar;
+}
+
+const TacticInt8& find_int8_tactic(Tier tier) {
   require(tier, "the caller");
+#ifdef SPARSE_ENGINE_X86
+  if (tier == Tier::kAvx512Vnni) return kAvx512VnniInt8;
+  if (tier == Tier::kAvxVnni) return kAvxVnniInt8;
+#endif
+  if (tier == Tier::kScalar) return kScalarInt8;
+  throw Error(Status::kUnsupported, std::string("8-bit products are not computed on ") + tier_name(tier));
+}
+
+const Tactic& find_tactic(Tier tier, Lanes lanes) {
+  require_floats(tier);
   require_lanes("products", tier, lanes, lanes != Lanes::kRegisters);
   [[maybe_unused]] const bool rows = lanes == Lanes::kRows;
 #ifdef SPARSE_ENGINE_X86
@@ -94,7 +122,7 @@ const Tactic& find_dense_tactic(Tier tier) {
 }
 
 const ConvTactic& find_conv_tactic(Tier tier, Lanes lanes) {
-  require(tier, "the caller");
+  require_floats(tier);
 #ifdef SPARSE_ENGINE_X86
   if (tier == Tier::kAvx512Bf16 && lanes == Lanes::kRegisters) return kAvx512Bf16ConvRegisters;
 #endif
@@ -116,6 +144,7 @@ const PeakLoop* find_peak_loop(Tier tier) {
 #ifdef SPARSE_ENGINE_X86
   if (tier == Tier::kAvx2) return &kAvx2Peak;
   if (tier == Tier::kAvx512) return &kAvx512Peak;
+  if (tier == Tier::kAvx512Vnni) return &kAvx512VnniPeak;
   if (tier == Tier::kAvx512Bf16) return &kAvx512Bf16Peak;
 #endif
 #ifdef SPARSE_ENGINE_NEON

@@ -14,9 +14,18 @@ namespace sparse_engine {
 
 enum class Activation : int { kNone = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3 };
 
-// An instruction set with its kernels. bf16 products are a tier of their own: they round the operands.
-enum class Tier : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kNeon = 4 };
-constexpr int kTierCount = 5;
+// An instruction set with its kernels. bf16 products are a tier of their own, and so are those in 8 bits (int8.h): they
+// round the operands.
+enum class Tier : int {
+  kScalar = 0,
+  kAvx2 = 1,
+  kAvxVnni = 2,
+  kAvx512 = 3,
+  kAvx512Vnni = 4,
+  kAvx512Bf16 = 5,
+  kNeon = 6
+};
+constexpr int kTierCount = 7;
 
 // What lies in the lanes of a vector: tokens, or output rows (kRegisters: of a convolution, each picking its x out of a
 // whole register of them). They add an element's products up in different orders,

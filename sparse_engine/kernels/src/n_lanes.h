@@ -6,12 +6,14 @@
 //
 // Bound: each multiply-add needs a permutation of its own, on a port that multiply-adds also want, so the
 // ceiling is about 1.5 times dense in fp32; where a core permutes as fast as it multiplies (a Zen 5, in bf16) it is the
-// fastest kernel for any number of tokens. Each panel of weights is read once per eight tokens or so.
+// fastest kernel for any number of tokens. A panel of weights is read from L1 for each eight tokens of a tile, once
+// from further away.
 //
 // Included by instruction-set files only (see vector_avx512.h). A Format says how operands are multiplied:
 //   V, kOperand, kTokens, kPanels        vector words, packing, the block of sums held in registers
 //   Operands, load(...), load_input(...), multiply_add(...)
 //   input_stride, convert_input(...)     how X is laid out; in place where nothing needs converting
+//   store_input(...)                     some numbers of a token, so laid out
 //   pixel_bytes, kChannels, convert_pixels(...)    how an image's pixels are laid out, their channels side by side
 #pragma once
 
@@ -29,46 +31,131 @@ struct RowsInLanes {
   static constexpr size_t kChunkBytes = panel_chunk_bytes(Format::kOperand, V::kLanes);
   static constexpr size_t kCodeBytes = V::kLanes * 4;
   static constexpr int kBlockRows = V::kLanes * Format::kPanels;
+  static constexpr int kTileTokens = 64;  // laid out, and multiplied with a block of rows, one after the other
 
   static size_t packed_bytes(int rows, int depth) {
-    return panel_bytes(rows, depth, Format::kOperand, V::kLanes, Format::kPanels);
+    return sparse_engine::panel_bytes(rows, depth, Format::kOperand, V::kLanes, Format::kPanels);
   }
   static void pack(const Weights24& weights, void* packed) {
     pack_panels(weights, 1, Format::kOperand, V::kLanes, Format::kPanels, packed);
   }
-  static size_t scratch_bytes(int depth, int) { return Format::scratch_bytes(depth); }
+  static size_t scratch_bytes(int depth, int) { return Format::scratch_bytes(depth, kTileTokens); }
 
   static void run(const Product& product, const Block& block, void* scratch) {
-    alignas(64) float sums[Format::kPanels * Format::kTokens * V::kLanes];
     const size_t stride = Format::input_stride(product.depth);
-    for (size_t token = block.token_begin; token < block.token_end; token += Format::kTokens) {
+    for (size_t token = block.token_begin; token < block.token_end; token += kTileTokens) {
       const size_t left = block.token_end - token;
-      const int tokens = left < size_t(Format::kTokens) ? int(left) : Format::kTokens;
+      const int tokens = left < size_t(kTileTokens) ? int(left) : kTileTokens;
       const uint8_t* const input =
           Format::convert_input(product.input + token * product.depth, product.depth, tokens, scratch);
-      for (int row = block.row_begin; row < block.row_end; row += kBlockRows) {
-        add_up(product, row, input, stride, tokens, sums, Format::kTokens);
-        store(product, block, token, tokens, row, sums);
+      run_tile(product, input, stride, token, tokens, block.row_begin, block.row_end, Store{product, token});
+    }
+  }
+
+  static size_t pair_scratch_bytes(const Product& first, const Product& second) {
+    return Format::scratch_bytes(first.depth, kTileTokens) + kTileTokens * Format::input_stride(second.depth);
+  }
+
+  // What lies between the layers is stored as the second one reads it, and stays in L2.
+  static void run_pair(const Product& first, const Product& second, size_t token_begin, size_t token_end,
+                       void* scratch) {
+    const size_t stride = Format::input_stride(first.depth), hidden_stride = Format::input_stride(second.depth);
+    uint8_t* const hidden = static_cast<uint8_t*>(scratch) + Format::scratch_bytes(first.depth, kTileTokens);
+    for (size_t token = token_begin; token < token_end; token += kTileTokens) {
+      const size_t left = token_end - token;
+      const int tokens = left < size_t(kTileTokens) ? int(left) : kTileTokens;
+      const uint8_t* const input =
+          Format::convert_input(first.input + token * first.depth, first.depth, tokens, scratch);
+      run_tile(first, input, stride, 0, tokens, 0, first.rows, Keep{hidden, hidden_stride});
+      run_tile(second, hidden, hidden_stride, token, tokens, 0, second.rows, Store{second, token});
+    }
+  }
+
+ private:
+  // What finished numbers of adjacent rows become: a part of the output, with the residual, ...
+  struct Store {
+    const Product& product;
+    size_t first;  // token
+
+    SPARSE_ENGINE_INLINE void operator()(int token, int row, Vector y, int count) const {
+      const size_t index = (first + token) * product.rows + row;
+      const float* const residual = product.epilogue.residual;
+      if (residual) y = y + V::load_first(residual + index, count);
+      V::store_first(product.output + index, y, count);
+    }
+  };
+  // ... or of the next layer's input.
+  struct Keep {
+    uint8_t* hidden;
+    size_t stride;
+
+    SPARSE_ENGINE_INLINE void operator()(int token, int row, Vector y, int count) const {
+      Format::store_input(hidden + token * stride, row, y, count);
+    }
+  };
+
+  // The lines that some tokens will read and write beside a block of rows: too far apart for the hardware to see that
+  // they follow one another.
+  static SPARSE_ENGINE_INLINE void fetch_rows(const Product& product, size_t token, int tokens, int row) {
+    if (!product.output) return;
+    for (int t = 0; t < tokens; ++t) {
+      const size_t index = (token + t) * product.rows + row;
+      for (int i = 0; i < kBlockRows; i += 16) {
+        __builtin_prefetch(product.output + index + i, 1, 3);
+        if (product.epilogue.residual) __builtin_prefetch(product.epilogue.residual + index + i);
       }
     }
   }
 
-  static void store(const Product& product, const Block& block, size_t token, int tokens, int row, const float* sums) {
-    with_activation(product.epilogue.activation, [&](auto activation) {
+  // Some tokens and rows. The weights of a block of rows stay in L1 for all of the tokens, whose X stays in L2; those
+  // of the next are fetched meanwhile.
+  template <class Put>
+  static SPARSE_ENGINE_INLINE void run_tile(const Product& product, const uint8_t* input, size_t stride, size_t first,
+                                            int tokens, int row_begin, int row_end, const Put& put) {
+    alignas(64) float sums[Format::kPanels * Format::kTokens * V::kLanes];
+    const size_t bytes = panel_bytes(product.depth) * Format::kPanels;
+    const int octets = (tokens + Format::kTokens - 1) / Format::kTokens;
+    for (int row = row_begin; row < row_end; row += kBlockRows) {
+      const uint8_t* const next = panel_of(product, row) + bytes;
+      const bool more = row + kBlockRows < row_end;
+      for (int i = 0; i < octets; ++i) {
+        const int begin = tokens * i / octets, count = tokens * (i + 1) / octets - begin;
+        for (size_t byte = bytes * i / octets; more && byte < bytes * (i + 1) / octets; byte += 64) {
+          __builtin_prefetch(next + byte, 0, 2);
+        }
+        if (more) fetch_rows(product, first + begin, count, row + kBlockRows);
+        add_up(product, row, input + begin * stride, stride, count, sums, Format::kTokens);
+        finish(product, row, row_end, begin, count, sums, put);
+      }
+    }
+  }
+
+  template <class Put>
+  static SPARSE_ENGINE_INLINE void finish(const Product& product, int row, int row_end, int token, int tokens,
+                                          const float* sums, const Put& put) {
+    with_activation(product.epilogue.activation, [&](auto activation) __attribute__((always_inline)) {
       constexpr Activation kActivation = decltype(activation)::value;
       for (int p = 0; p < Format::kPanels; ++p, row += V::kLanes, sums += Format::kTokens * V::kLanes) {
-        const int left = block.row_end - row;
+        const int left = row_end - row;
         if (left <= 0) break;
         const int count = left < V::kLanes ? left : V::kLanes;
         const Vector bias = load_bias<V>(product, row, count);
         for (int t = 0; t < tokens; ++t) {
-          store_rows<V, Format::kOperand, kActivation>(product, (token + t) * product.rows + row,
-                                                       V::load(sums + t * V::kLanes), bias, count);
+          const Vector y = activate<V, Format::kOperand, kActivation>(V::load(sums + t * V::kLanes) + bias);
+          put(token + t, row, y, count);
         }
       }
     });
   }
 
+  static SPARSE_ENGINE_INLINE size_t panel_bytes(int depth) {
+    return size_t((depth / 4 + kPanelChunkGroups - 1) / kPanelChunkGroups) * kChunkBytes;
+  }
+  static SPARSE_ENGINE_INLINE const uint8_t* panel_of(const Product& product, int row) {
+    return static_cast<const uint8_t*>(product.packed) + row / V::kLanes * panel_bytes(product.depth);
+  }
+
+ public:
   // The sums of some tokens, which are read `stride` bytes apart, and of kBlockRows rows:
   // [kPanels][out_tokens][V::kLanes].
   template <int Tokens = Format::kTokens>
@@ -86,8 +173,8 @@ struct RowsInLanes {
                                                       size_t stride, float* sums, int out_tokens) {
     constexpr int kPanels = Format::kPanels;
     const int groups = product.depth / 4;
-    const size_t panel_stride = size_t((groups + kPanelChunkGroups - 1) / kPanelChunkGroups) * kChunkBytes;
-    const uint8_t* panel = static_cast<const uint8_t*>(product.packed) + row / V::kLanes * panel_stride;
+    const size_t panel_stride = panel_bytes(product.depth);
+    const uint8_t* panel = panel_of(product, row);
     const Format format;
     Vector sum[Tokens][kPanels];
 #pragma GCC unroll 8
@@ -128,8 +215,17 @@ struct RowsInLanes {
 template <class Format>
 constexpr Tactic rows_in_lanes(Tier tier) {
   using Kernel = RowsInLanes<Format>;
-  return {tier,         Lanes::kRows,          1,          Format::kTokens, Kernel::kBlockRows, Kernel::packed_bytes,
-          Kernel::pack, Kernel::scratch_bytes, Kernel::run};
+  return {tier,
+          Lanes::kRows,
+          Format::kTokens,
+          Kernel::kTileTokens,
+          Kernel::kBlockRows,
+          Kernel::packed_bytes,
+          Kernel::pack,
+          Kernel::scratch_bytes,
+          Kernel::run,
+          Kernel::pair_scratch_bytes,
+          Kernel::run_pair};
 }
 
 // fp32 products: X is read in place, two permutations and two multiply-adds per group.
@@ -148,10 +244,13 @@ struct Float32Panels {
     typename V::Codes first_code, second_code;
   };
 
-  static size_t scratch_bytes(int) { return 0; }
+  static size_t scratch_bytes(int, int) { return 0; }
   static size_t input_stride(int depth) { return size_t(depth) * sizeof(float); }
   static const uint8_t* convert_input(const float* input, int, int, void*) {
     return reinterpret_cast<const uint8_t*>(input);
+  }
+  static SPARSE_ENGINE_INLINE void store_input(uint8_t* input, int k, Vector x, int count) {
+    V::store_first(reinterpret_cast<float*>(input) + k, x, count);
   }
 
   static size_t pixel_bytes(int channels) {

@@ -32,7 +32,7 @@ struct ApiBase {
 };
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kNotImplemented = 9 };
-enum ElementType : int { kFloat = 1, kUint8 = 2 };
+enum ElementType : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kBfloat16 = 16 };
 enum OpAttrType : int { kAttrInt = 1 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 
@@ -57,6 +57,7 @@ struct Api {
   SPARSE_ENGINE_ORT_FUNCTION(62, Status*, GetDimensions, const TensorTypeAndShapeInfo*, int64_t*, size_t)
   SPARSE_ENGINE_ORT_FUNCTION(63, Status*, GetSymbolicDimensions, const TensorTypeAndShapeInfo*, const char**, size_t)
   SPARSE_ENGINE_ORT_FUNCTION(65, Status*, GetTensorTypeAndShape, const Value*, TensorTypeAndShapeInfo**)
+  SPARSE_ENGINE_ORT_FUNCTION(85, Status*, KernelInfoGetAttribute_float, const KernelInfo*, const char*, float*)
   SPARSE_ENGINE_ORT_FUNCTION(86, Status*, KernelInfoGetAttribute_int64, const KernelInfo*, const char*, int64_t*)
   SPARSE_ENGINE_ORT_FUNCTION(87, Status*, KernelInfoGetAttribute_string, const KernelInfo*, const char*, char*, size_t*)
   SPARSE_ENGINE_ORT_FUNCTION(88, Status*, KernelContext_GetInputCount, const KernelContext*, size_t*)

@@ -26,13 +26,23 @@ std::optional<float> scale_attribute(const Api& api, const KernelInfo* info) {
   return scale;
 }
 
+// In 8 bits there is one, and no substitute.
+Tier tier_of(const std::string& compute) {
+  if (compute != "int8") return best_tier(parse_compute_is_bfloat16(compute));
+  const Tier tier = best_int8_tier();
+  if (tier != Tier::kAvx512Vnni) {
+    throw Error(sparse_engine::Status::kUnsupported, "attention in 8 bits needs AVX512-VNNI and AVX512-VBMI");
+  }
+  return tier;
+}
+
 // What the nodes of both operators are told.
 struct Settings {
   Settings(const Api& api, const KernelInfo* info)
       : heads(heads_attribute(api, info)),
         scale(scale_attribute(api, info)),
         threads(threads_attribute(api, info)),
-        tier(best_tier(parse_compute_is_bfloat16(string_attribute(api, info, "compute", "fp32")))) {}
+        tier(tier_of(string_attribute(api, info, "compute", "fp32"))) {}
 
   // An attention of `head_dim` numbers a head, its tensors and lengths yet to be said.
   Attention attention(int64_t head_dim) const {
@@ -54,7 +64,7 @@ constexpr int64_t kMostDims = std::numeric_limits<int>::max();
 // Runs it into the node's output.
 void run(const Api& api, KernelContext* context, const Settings& settings, Attention& attention) {
   const Shape shape = {int64_t(attention.batch), int64_t(attention.queries), int64_t(attention.width())};
-  attention.output = allocate_output(api, context, shape);
+  attention.output = allocate_output(api, context, shape, attention.output_element);
   run_attention(attention, settings.tier, settings.threads, parallel_for(api, context));
 }
 
@@ -62,25 +72,36 @@ void run(const Api& api, KernelContext* context, const Settings& settings, Atten
 class SelfAttentionNode {
  public:
   static constexpr const char* kName = "SelfAttention";
-  static constexpr size_t kInputCount = 1;
+  static constexpr size_t kInputCount = 2;
 
-  SelfAttentionNode(const Api& api, const KernelInfo* info) : api_(api), settings_(api, info) {}
+  SelfAttentionNode(const Api& api, const KernelInfo* info)
+      : api_(api),
+        settings_(api, info),
+        element_(element_attribute(api, info)),
+        codes_(codes_attribute(api, info, "y")) {}
 
-  static ElementType input_type(size_t) { return kFloat; }
-  static bool is_optional(size_t) { return false; }
+  static ElementType input_type(size_t index) { return index == 0 ? kFloat : kBfloat16; }
+  static bool is_optional(size_t) { return true; }
   static void infer_shape(const Api& api, ShapeInferContext* context) {
-    infer_last_dimension(api, context, [](int64_t width) { return width > 0 ? width / 3 : width; });
+    infer_shape_from_either(api, context, 0, 1, [](Shape& shape, std::vector<const char*>& names) {
+      shape.back() = shape.back() > 0 ? shape.back() / 3 : shape.back();
+      names.back() = "";
+    });
   }
   const Api& api() const { return api_; }
 
   void compute(KernelContext* context) const {
-    const Tensor qkv = input(api_, context, 0);
+    const std::optional<Tensor> halves = optional_input(api_, context, 1);
+    const Tensor qkv = halves ? *halves : input(api_, context, 0);
     Attention attention = dimensions(qkv.shape);
-    const size_t width = attention.width();
-    attention.q = {qkv.floats(), attention.queries * 3 * width, 3 * width, size_t(attention.head_dim)};
+    attention.input_element = halves ? Element::kBfloat16 : Element::kFloat32;
+    attention.output_element = element_;
+    attention.codes = codes_;
+    const size_t width = attention.width(), bytes = width * (halves ? sizeof(uint16_t) : sizeof(float));
+    attention.q = {qkv.data, attention.queries * 3 * width, 3 * width, size_t(attention.head_dim)};
     attention.k = attention.v = attention.q;
-    attention.k.data += width;
-    attention.v.data += 2 * width;
+    attention.k.data = static_cast<const char*>(qkv.data) + bytes;
+    attention.v.data = static_cast<const char*>(qkv.data) + 2 * bytes;
     run(api_, context, settings_, attention);
   }
 
@@ -100,6 +121,8 @@ class SelfAttentionNode {
 
   const Api api_;
   Settings settings_;
+  Element element_;
+  Codes codes_;
 };
 
 // The sizes of a tensor [B, L, D] or [B, heads, L, D / heads].
@@ -192,7 +215,7 @@ class AttentionNode {
 
 }  // namespace
 
-Operator self_attention(FunctionTable table) { return operator_of<SelfAttentionNode>(table); }
+Operator self_attention(FunctionTable table) { return operator_of_elements<SelfAttentionNode>(table); }
 Operator attention(FunctionTable table) { return operator_of<AttentionNode>(table); }
 
 }  // namespace sparse_engine::ort

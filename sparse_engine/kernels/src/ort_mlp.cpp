@@ -30,8 +30,9 @@ class Kernel : public Form {
         activation_(parse_activation(string_attribute(api, info, "activation", "none"))),
         threads_(threads_attribute(api, info)),
         tier_(best_tier(parse_compute_is_bfloat16(string_attribute(api, info, "compute", Form::kDefaultCompute)))),
-        first_(weights(info, "H", "K", Form::kFirst), tier_, Lanes::kTokens),
-        second_(weights(info, "N", "H", Form::kSecond), tier_, Lanes::kTokens) {
+        lanes_(parse_lanes(string_attribute(api, info, "tactic", "t-lanes"))),
+        first_(weights(info, "H", "K", Form::kFirst), tier_, lanes_),
+        second_(weights(info, "N", "H", Form::kSecond), tier_, lanes_) {
     first_.page_out_weights();
     second_.page_out_weights();
   }
@@ -67,6 +68,7 @@ class Kernel : public Form {
   Activation activation_;
   int threads_;
   Tier tier_;
+  Lanes lanes_;
   MatMul24 first_, second_;
 };
 

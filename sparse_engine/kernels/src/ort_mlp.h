@@ -9,7 +9,7 @@
 //               residual               float32 [..., N]     optional, the shape of Y
 //   output      Y                      float32 [..., N]
 //   attributes  N, H, K                int
-//               activation, compute, threads: as MatMul24's; both layers are computed in T-lanes
+//               activation, compute, tactic, threads: as MatMul24's
 //
 // And sparse_engine::MlpBf16, version 1: the same over dense weights, in bf16.
 //

@@ -26,6 +26,10 @@ bool succeeded(const Api& api, Status* status) {
 
 }  // namespace
 
+ElementType type_of(Element element) {
+  return element == Element::kFloat32 ? kFloat : element == Element::kBfloat16 ? kBfloat16 : kUint8;
+}
+
 std::string to_string(const Shape& shape) {
   std::string text = "[";
   for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
@@ -81,12 +85,28 @@ std::optional<Tensor> optional_input(const Api& api, const KernelContext* contex
   return view(api, value);
 }
 
-float* allocate_output(const Api& api, KernelContext* context, const Shape& shape) {
+void* allocate_output(const Api& api, KernelContext* context, const Shape& shape, Element element) {
   Value* value = nullptr;
   void* data = nullptr;
-  check(api, api.KernelContext_GetOutput(context, 0, shape.data(), shape.size(), &value));
+  check(api, api.KernelContext_GetOutput(context, size_t(element), shape.data(), shape.size(), &value));
+  if (!value) fail("the node lacks the output that its attribute \"output\" asks for");
   check(api, api.GetTensorMutableData(value, &data));
-  return static_cast<float*>(data);
+  return data;
+}
+
+float* allocate_output(const Api& api, KernelContext* context, const Shape& shape) {
+  return static_cast<float*>(allocate_output(api, context, shape, Element::kFloat32));
+}
+
+Element element_attribute(const Api& api, const KernelInfo* info) {
+  const int64_t output = int_attribute(api, info, "output", 0);
+  if (output < 0 || output > 2) fail("attribute output = " + std::to_string(output) + ", expected 0, 1 or 2");
+  return Element(output);
+}
+
+Codes codes_attribute(const Api& api, const KernelInfo* info, const std::string& of) {
+  const std::string scale = of + "_scale", zero = of + "_zero";
+  return {float_attribute(api, info, scale.c_str()).value_or(1.0f), int(int_attribute(api, info, zero.c_str(), 0))};
 }
 
 int64_t int_attribute(const Api& api, const KernelInfo* info, const char* name) {
@@ -100,13 +120,9 @@ int64_t int_attribute(const Api& api, const KernelInfo* info, const char* name, 
   return succeeded(api, api.KernelInfoGetAttribute_int64(info, name, &value)) ? value : missing;
 }
 
-// KernelInfoGetAttribute_float, place 85 of the runtime's functions.
 std::optional<float> float_attribute(const Api& api, const KernelInfo* info, const char* name) {
-  using Function = Status* (*)(const KernelInfo*, const char*, float*);
   float value = 0.0f;
-  if (!succeeded(api, reinterpret_cast<Function>(const_cast<void*>(api.table[85]))(info, name, &value))) {
-    return std::nullopt;
-  }
+  if (!succeeded(api, api.KernelInfoGetAttribute_float(info, name, &value))) return std::nullopt;
   return value;
 }
 
@@ -142,8 +158,19 @@ void infer_last_dimension(const Api& api, ShapeInferContext* context, const std:
 
 void infer_from_first(const Api& api, ShapeInferContext* context,
                       const std::function<void(Shape&, std::vector<const char*>&)>& rewrite) {
+  infer_shape_from(api, context, 0, Element::kFloat32, rewrite);
+}
+
+Element inferred_element(const Api& api, const ShapeInferContext* context) {
+  const OpAttr* attribute = nullptr;
+  const bool given = succeeded(api, api.ShapeInferContext_GetAttribute(context, "output", &attribute)) && attribute;
+  return given ? Element(int_attribute(api, context, "output")) : Element::kFloat32;
+}
+
+void infer_shape_from(const Api& api, ShapeInferContext* context, size_t input, Element element,
+                      const std::function<void(Shape&, std::vector<const char*>&)>& rewrite) {
   TensorTypeAndShapeInfo* x = nullptr;
-  check(api, api.ShapeInferContext_GetInputTypeShape(context, 0, &x));
+  check(api, api.ShapeInferContext_GetInputTypeShape(context, input, &x));
   Shape shape = shape_of(api, x);
   if (shape.empty()) return;
   std::vector<const char*> names(shape.size());
@@ -154,10 +181,18 @@ void infer_from_first(const Api& api, ShapeInferContext* context,
   check(api, api.CreateTensorTypeAndShapeInfo(&y));
   const std::unique_ptr<TensorTypeAndShapeInfo, decltype(api.ReleaseTensorTypeAndShapeInfo)> owner(
       y, api.ReleaseTensorTypeAndShapeInfo);
-  check(api, api.SetTensorElementType(y, kFloat));
+  check(api, api.SetTensorElementType(y, type_of(element)));
   check(api, api.SetDimensions(y, shape.data(), shape.size()));
   check(api, api.SetSymbolicDimensions(y, names.data(), names.size()));
-  check(api, api.ShapeInferContext_SetOutputTypeShape(context, 0, y));
+  check(api, api.ShapeInferContext_SetOutputTypeShape(context, size_t(element), y));
+}
+
+void infer_shape_from_either(const Api& api, ShapeInferContext* context, size_t first, size_t second,
+                             const std::function<void(Shape&, std::vector<const char*>&)>& rewrite) {
+  TensorTypeAndShapeInfo* x = nullptr;
+  const bool there = succeeded(api, api.ShapeInferContext_GetInputTypeShape(context, first, &x)) && x;
+  const size_t input = there && !shape_of(api, x).empty() ? first : second;
+  infer_shape_from(api, context, input, inferred_element(api, context), rewrite);
 }
 
 ParallelFor parallel_for(const Api& api, const KernelContext* context) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "error.h"
+#include "int8.h"
 #include "ort_abi.h"
 #include "product24.h"
 
@@ -55,6 +56,13 @@ Tensor input(const Api& api, const KernelContext* context, size_t index);
 std::optional<Tensor> optional_input(const Api& api, const KernelContext* context, size_t index);
 float* allocate_output(const Api& api, KernelContext* context, const Shape& shape);
 
+// Operators that give floats, bfloat16 or codes have an output for each, of which a node has one: the attribute
+// "output" says which (0, the default, 1 or 2), and the codes' scale and zero point are y_scale and y_zero.
+ElementType type_of(Element element);
+void* allocate_output(const Api& api, KernelContext* context, const Shape& shape, Element element);
+Element element_attribute(const Api& api, const KernelInfo* info);
+Codes codes_attribute(const Api& api, const KernelInfo* info, const std::string& of);  // of: x, y, ...
+
 int64_t int_attribute(const Api& api, const KernelInfo* info, const char* name);
 int64_t int_attribute(const Api& api, const KernelInfo* info, const char* name, int64_t missing);
 std::optional<float> float_attribute(const Api& api, const KernelInfo* info, const char* name);
@@ -71,12 +79,18 @@ void infer_from_first(const Api& api, ShapeInferContext* context,
                       const std::function<void(Shape&, std::vector<const char*>& names)>& rewrite);
 void infer_last_dimension(const Api& api, ShapeInferContext* context, const std::function<int64_t(int64_t)>& last);
 int64_t int_attribute(const Api& api, const ShapeInferContext* context, const char* name);
+Element inferred_element(const Api& api, const ShapeInferContext* context);  // as element_attribute
+void infer_shape_from(const Api& api, ShapeInferContext* context, size_t input, Element element,
+                      const std::function<void(Shape&, std::vector<const char*>& names)>& rewrite);
+// From the first of two optional inputs that is there, to the output that the attribute "output" says.
+void infer_shape_from_either(const Api& api, ShapeInferContext* context, size_t first, size_t second,
+                             const std::function<void(Shape&, std::vector<const char*>& names)>& rewrite);
 
 // A loop over the session's own threads.
 ParallelFor parallel_for(const Api& api, const KernelContext* context);
 
-// An operator of this library: CPU, one float output, not variadic. The runtime's functions travel with it, because
-// shape inference is given nothing else.
+// An operator of this library: CPU, one float output unless said, not variadic. The runtime's functions travel with it,
+// because shape inference is given nothing else.
 struct Operator : CustomOp {
   explicit Operator(FunctionTable table);
   Api api;
@@ -85,6 +99,19 @@ struct Operator : CustomOp {
 // The operator whose nodes are of a class with
 //   Kernel(api, info), which throws Error for a node that is wrong; compute(context); api()
 //   static kName, kInputCount, input_type(index), is_optional(index), infer_shape(api, context)
+template <class Kernel>
+Operator operator_of(FunctionTable table);
+
+// The same, with one output for each Element that `Kernel` may give.
+template <class Kernel>
+Operator operator_of_elements(FunctionTable table) {
+  Operator op = operator_of<Kernel>(table);
+  op.GetOutputTypeCount = [](const CustomOp*) { return size_t(3); };
+  op.GetOutputType = [](const CustomOp*, size_t index) { return type_of(Element(index)); };
+  op.GetOutputCharacteristic = [](const CustomOp*, size_t) { return kOptional; };
+  return op;
+}
+
 template <class Kernel>
 Operator operator_of(FunctionTable table) {
   Operator op(table);

@@ -46,12 +46,10 @@ void MatMul24::run_pair(const MatMul24& first, const Epilogue& first_epilogue, c
     throw Error(Status::kInvalidInput, "the first layer has N = " + std::to_string(first.rows()) + ", the second K = " +
                                            std::to_string(second.depth()) + "; expected the same");
   }
-  if (first.lanes_ != Lanes::kTokens || second.lanes_ != Lanes::kTokens) {
-    throw Error(Status::kUnsupported, "two layers in a row are computed in T-lanes only");
-  }
   Tactic tactic = first.tactic();
   if (tactic.run != second.tactic().run) {
-    throw Error(Status::kInvalidInput, "two layers in a row have one tier, and are both 2:4 or both dense");
+    throw Error(Status::kInvalidInput,
+                "two layers in a row have one tier and the same lanes, and are both 2:4 or both dense");
   }
   if (!tactic.run_pair) {
     throw Error(Status::kUnsupported,

@@ -24,7 +24,7 @@ class MatMul24 {
   // output = second(first(input)), where second.depth() is first.rows(): bit for bit what two calls of run() give, but
   // what lies between them stays in the caches, and is not transposed to memory and back. The first layer's epilogue
   // has no residual. Throws Error: kInvalidInput for layers that do not follow one another or are packed differently,
-  // kUnsupported where both are not in T-lanes.
+  // kUnsupported on a tier without such a kernel.
   static void run_pair(const MatMul24& first, const Epilogue& first_epilogue, const MatMul24& second,
                        const Epilogue& epilogue, const float* input, size_t tokens, float* output, int threads,
                        const ParallelFor& parallel_for);

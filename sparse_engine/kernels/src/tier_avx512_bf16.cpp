@@ -145,7 +145,10 @@ struct Bfloat16Panels {
 
   static int padded_depth(int depth) { return (depth + 31) / 32 * 32; }
   static size_t input_stride(int depth) { return size_t(padded_depth(depth)) * 2; }
-  static size_t scratch_bytes(int depth) { return kTokens * input_stride(depth); }
+  static size_t scratch_bytes(int depth, int tokens) { return tokens * input_stride(depth); }
+  static SPARSE_ENGINE_INLINE void store_input(uint8_t* input, int k, __m512 x, int count) {
+    _mm256_mask_storeu_epi16(input + 2 * k, V::first(count), (__m256i)_mm512_cvtneps_pbh(x));
+  }
 
   static const uint8_t* convert_input(const float* input, int depth, int tokens, void* scratch) {
     uint8_t* out = static_cast<uint8_t*>(scratch);

@@ -1,28 +1,14 @@
 // The reference: plain C++, any processor. Bound: one multiply-add at a time.
 //
 // It reads the canonical weights as they are, so it is also the definition of what they mean.
-#include <cmath>
 #include <cstring>
 
 #include "conv24.h"
 #include "matmul24.h"
+#include "scalar_activation.h"
 
 namespace sparse_engine {
 namespace {
-
-float activate(float x, Activation activation) {
-  switch (activation) {
-    case Activation::kNone:
-      return x;
-    case Activation::kGelu:  // x * Phi(x); erfc and not 1 + erf, which cancels for negative x
-      return 0.5f * x * std::erfc(-x * 0.70710678f);
-    case Activation::kGeluTanh:  // 0.5 x (1 + tanh u) = x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3)
-      return x / (1.0f + std::exp(-1.5957691f * x * (1.0f + 0.044715f * x * x)));
-    case Activation::kSilu:
-      return x / (1.0f + std::exp(-x));
-  }
-  return x;
-}
 
 size_t values_bytes(int rows, int depth) { return size_t(rows) * depth / 2 * sizeof(float); }
 size_t packed_bytes(int rows, int depth) { return values_bytes(rows, depth) + size_t(rows) * depth / 4; }
