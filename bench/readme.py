@@ -21,6 +21,7 @@ BEGIN, END = "<!-- performance: python -m sparse_engine.bench.readme -->", "<!--
 SECTIONS = {
     "cpu-uvit-s-fp32.json": "U-ViT-S (44 M parameters, 52 masked layers, 32x32 images), one solver step, fp32",
     "cpu-uvit-s-bf16.json": "The same in bf16: sparse products and attention, against the bf16 of other runtimes",
+    "cpu-uvit-s-int8.json": "The same in int8, against the same Q/DQ graph in other runtimes, and all else they have",
     "cpu-grid-quick-fp32.json": "The paper's grid at embed 512, depth 2, batch 4",
     "cpu-grid-1024-fp32.json": "The same at embed 1024, depth 2, batch 1",
     "cpu-avx2-uvit-s-fp32.json": "On a processor that has AVX2 and no AVX-512 (a Zen 3), U-ViT-S in fp32",
@@ -48,7 +49,7 @@ KERNEL_SECTIONS = {
 
 
 # One network in each precision, for the table of what each runtime is fastest in.
-BY_PRECISION = ("cpu-uvit-s-fp32.json", "cpu-uvit-s-bf16.json")
+BY_PRECISION = ("cpu-uvit-s-fp32.json", "cpu-uvit-s-bf16.json", "cpu-uvit-s-int8.json")
 
 
 def section(folder: Path) -> str:
