@@ -17,8 +17,12 @@ demo: $(READY)
 	$(BIN)/sparse-engine verify out/digits.sengine --against $(DIGITS)/sparsedm.pth
 	$(BIN)/sparse-engine sample out/digits.sengine -n 60 --labels 0-9 --guidance 2 --steps 25 -o out/digits.png
 	$(BIN)/python $(DIGITS)/compare.py out/digits.sengine
+	$(BIN)/sparse-engine calibrate $(DIGITS)/sparsedm.pth --sparse -o out/calib.npz
+	$(BIN)/sparse-engine build $(DIGITS)/sparsedm.pth --sparse --precision int8 --calib out/calib.npz -o out/digits-int8.sengine
+	$(BIN)/sparse-engine evaluate out/digits-int8.sengine --against $(DIGITS)/dense.pth
 	$(BIN)/sparse-engine bench --checkpoint $(DIGITS)/sparsedm.pth --batch 1,16,64 --repeat 3 --seconds 1
 	$(BIN)/sparse-engine bench --random uvit-s --batch 1,4 --repeat 3 --seconds 4
+	$(BIN)/sparse-engine bench --random uvit-s --precision int8 --batch 1,4 --repeat 3 --seconds 2
 	@echo "Look at out/digits.png: digits drawn by the 2:4 sparse model, one class a column."
 
 # Fixtures are made once a process: more of them than cores cost more than they gain.

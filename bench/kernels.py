@@ -2,6 +2,7 @@
 
     sparse-engine bench --kernels                     # layers of U-ViT-S and of U-Nets, one thread and two
     sparse-engine bench --kernels --precision bf16
+    sparse-engine bench --kernels --precision int8  # products, floats in and floats out
 
 All contenders of a cell compute the same with the same numbers, in one process, interleaved: ``x @ weight.T + bias``,
 two of those with a GELU between (an MLP), or ``conv(x, weight) + bias``. Of every contender the fastest form counts:
@@ -25,6 +26,7 @@ from rich.table import Table
 
 from sparse_engine import kernels
 from sparse_engine.cores import pool_size
+from sparse_engine.kernels.library import Compute
 
 from .contenders import (
     LAYERS_PER_CALL,
@@ -38,6 +40,7 @@ from .contenders import (
     random_input,
     random_layers,
 )
+from .contenders_int8 import make_int8_contenders
 from .timing import interleave
 
 OURS, APART = "ours", "ours, apart"
@@ -118,7 +121,7 @@ def measure(
     tokens: Sequence[int] = UVIT_S_TOKENS,
     batches: Sequence[int] = UNET_BATCHES,
     threads: Sequence[int] = (1, 2),
-    compute: str = "fp32",
+    compute: Compute = "fp32",
     seconds_per_cell: float = 1.0,
 ) -> Iterator[Cell]:
     """Time every combination; yields a cell as soon as it is measured.
@@ -128,22 +131,23 @@ def measure(
         tokens: numbers of rows of x, M, of products.
         batches: numbers of images, of convolutions.
         threads: numbers of threads, on no more than the cores that this process may use.
-        compute: ``fp32`` or ``bf16``, the precision of the products. ONNX Runtime has no dense bf16 product on
-            CPUs and is timed in fp32 then.
+        compute: ``fp32``, ``bf16`` or ``int8``, the precision of the products. ONNX Runtime has no dense bf16 product
+            on CPUs and is timed in fp32 then. In int8 convolutions are dense, and left out.
         seconds_per_cell: time spent on each cell, over all contenders.
 
     Raises:
-        UnsupportedError: the machine has no bf16 tier, or the kernels are not built.
+        UnsupportedError: the machine has no bf16 or int8 tier, or the kernels are not built.
     """
-    tier = kernels.best_tier("bf16" if compute == "bf16" else "fp32")
+    tier = kernels.best_tier(compute)
     peak = kernels.peak_flops(tier) / 1e9
     rng = np.random.default_rng(0)
-    for shape in shapes:
+    for shape in (each for each in shapes if compute != "int8" or each.side is None):
         stack = random_layers(rng, shape)
         for count in tokens if shape.side is None else batches:
             x = random_input(rng, stack, shape.rows_of_x(count))
             for cores in dict.fromkeys(pool_size(each) for each in threads):
-                calls = make_contenders(stack, x, compute, cores)
+                in_int8 = compute == "int8"
+                calls = make_int8_contenders(stack, x, cores) if in_int8 else make_contenders(stack, x, compute, cores)
                 runs = interleave(calls, repeats=1, seconds=seconds_per_cell).runs
                 seconds = {name: (times / LAYERS_PER_CALL).ravel().tolist() for name, times in runs.items()}
                 yield Cell(shape, count, cores, compute, tier, 2 * peak * cores, seconds)

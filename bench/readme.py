@@ -44,6 +44,7 @@ NETWORKS = {
 KERNEL_SECTIONS = {
     "kernels-fp32.json": "In fp32",
     "kernels-bf16.json": "In bf16",
+    "kernels-int8.json": "In int8, floats in and floats out (ONNX Runtime's products are dense)",
     "kernels-avx2-fp32.json": "In fp32 on a processor that has AVX2 and no AVX-512 (a Zen 3)",
 }
 

@@ -1,6 +1,5 @@
 """README and pages: what they show is run, their links and numbers are held against the files, the site is built."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -82,15 +81,3 @@ def test_performance_sections_are_the_results_files() -> None:
     assert set(PAGES) == {"README.md", "docs/benchmarks.md", "sparse_engine/kernels/README.md"}
     for page, section in PAGES.items():
         assert f"{BEGIN}\n{section(REPOSITORY / 'bench' / 'results')}\n{END}" in (REPOSITORY / page).read_text(), page
-
-
-def test_the_table_of_engines_in_int8_is_the_results_file() -> None:
-    rows = json.loads((REPOSITORY / "bench" / "results" / "engines-uvit-s-int8.json").read_text())["rows"]
-    names = {"fp32-dense": "dense, fp32", "fp32-sparse": "2:4, fp32", "bf16-sparse": "2:4, bf16", "int8": "dense, int8"}
-    for engine, name in names.items():
-        cells = [f"{row['milliseconds'][engine]['median']:.1f} ms" for row in rows]
-        if engine != "fp32-dense":
-            ratios = [row["speedups"][engine] for row in rows]
-            shown = [f"{each['median']:.2f} [{each['low']:.2f}, {each['high']:.2f}]x" for each in ratios]
-            cells = [", ".join(pair) for pair in zip(cells, shown, strict=True)]
-        assert " | ".join([f"| {name}", *cells]) + " |" in (REPOSITORY / "docs" / "int8.md").read_text()

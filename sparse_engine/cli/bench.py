@@ -172,8 +172,8 @@ def _check_numbers(counts: dict[str, tuple[int | None, int, int]], *, seconds: f
 
 
 def _kernels(results: dict[str, Any], precision: str, threads: tuple[int, ...], seconds: float) -> list[Table]:
-    if precision not in ("fp32", "bf16"):
-        raise OptionError(f"--kernels --precision {precision}: the CPU kernels compute in fp32 or bf16")
+    if precision not in ("fp32", "bf16", "int8"):
+        raise OptionError(f"--kernels --precision {precision}: the CPU kernels compute in fp32, bf16 or int8")
     layers = bench_module("kernels")
     with progress() as display:
         task = display.add_task("timing layers", total=None)

@@ -172,7 +172,7 @@ def shown(capsys: pytest.CaptureFixture) -> Callable[[], str]:
         (["--compare-dense", "--max-loss", "-1"], "--max-loss -1.0: expected 0 or more"),
         (["--compare-dense", "--precision", "fp64"], "--precision 'fp64': expected one of fp32"),
         (["--compare-dense", "--quality", "."], "--quality goes with --checkpoint"),
-        (["--kernels", "--precision", "fp16"], "the CPU kernels compute in fp32 or bf16"),
+        (["--kernels", "--precision", "fp16"], "the CPU kernels compute in fp32, bf16 or int8"),
         (["--checkpoint", str(DIGITS / "sparsedm.pth"), "--batch", "many"], "--batch 'many': expected whole numbers"),
         (["--checkpoint", "no.pth"], "no.pth"),
         (["--checkpoint", str(DIGITS / "sparsedm.pth"), "--quality", "no"], "no does not exist"),

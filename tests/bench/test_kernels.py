@@ -11,6 +11,7 @@ from sparse_engine import kernels
 from sparse_engine.bench import contenders
 from sparse_engine.bench import kernels as bench
 from sparse_engine.bench.contenders import Shape
+from sparse_engine.bench.contenders_int8 import make_int8_contenders
 
 ROOT = Path(__file__).parents[2]
 needs_kernels = pytest.mark.skipif(not kernels.is_available(), reason="the kernels are not built")
@@ -51,6 +52,22 @@ def test_bf16_is_timed_in_every_lane() -> None:
         found = {name: np.asarray(run()[0]) for name, run in calls.items() if not name.startswith("torch")}
         for name in lanes:
             assert np.abs(found[name] - found["ORT"]).max() < 1e-2 * np.abs(found["ORT"]).max(), name
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [Shape((64, 96)), Shape((64, 256, 64))], ids=str)
+def test_contenders_in_int8_compute_the_same(shape: Shape) -> None:
+    rng = np.random.default_rng(0)
+    stack = contenders.random_layers(rng, shape)
+    x = contenders.random_input(rng, stack, 37)
+    calls = make_int8_contenders(stack, x, 2)
+    assert set(calls) == {"r-lanes", "ORT"} | ({"one node"} if len(shape.widths) == 3 else set())
+    expected = np.asarray(contenders.make_contenders(stack, x, "fp32", 1)["torch"]())
+    found = {name: np.asarray(run()[0] if name == "ORT" else run()) for name, run in calls.items()}
+    largest = np.abs(expected).max()
+    for values in found.values():
+        assert np.abs(values - found["ORT"]).max() < 2e-3 * largest  # a code that lies half way rounds either way
+        assert 1e-4 * largest < np.abs(values - expected).max() < 0.05 * largest
 
 
 LANES = ("t-lanes", "n-lanes", "r-lanes")
