@@ -156,7 +156,7 @@ def command(
         display.update(task, description="choosing kernels")
         info = _report(built, manifest, device, autotune)
         if require_sparse:
-            builder.check_all_sparse(info["layers"])
+            export_module("write").check_all_sparse(info["layers"])
     if as_json:
         print_json({"path": str(path), "bytes": path.stat().st_size, **info})
         return

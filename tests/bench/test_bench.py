@@ -163,7 +163,7 @@ def shown(capsys: pytest.CaptureFixture) -> Callable[[], str]:
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        ([], "expected one of --compare-dense, --checkpoint, --random, --kernels, --results; found none"),
+        ([], "expected one of --compare-dense, --checkpoint, --random, --pipeline, --kernels, --results; found none"),
         (["--compare-dense", "--preset", "huge"], "preset 'huge' is not known"),
         (["--compare-dense", "--cells", "patch=3"], "--cells 'patch=3' is outside the grid"),
         (["--compare-dense", "--threads", "0"], "--threads 0: expected 1 to 4096"),

@@ -151,8 +151,8 @@ def test_a_key(conditional_engine: Path) -> None:
 
 
 def test_a_full_queue(conditional_engine: Path) -> None:
-    with serving(conditional_engine, max_images=4, queue_images=4, max_batch=1) as client:
-        busy = [_begin(client, n=4, steps=1000) for _ in range(2)]
+    with serving(conditional_engine, max_images=4, queue_images=4, max_batch=1, max_steps=20_000) as client:
+        busy = [_begin(client, n=4, steps=20_000) for _ in range(2)]
         time.sleep(0.3)
         answer = client.draw(n=4)
         assert (answer.status, answer.error["type"], answer.error["code"]) == (429, "rate_limit_error", "queue_full")

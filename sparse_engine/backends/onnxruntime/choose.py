@@ -291,7 +291,10 @@ def _int8_candidates(
     """One unit alone, on random weights: as a node of ours, and as the graph has it."""
     rng = np.random.default_rng(0)
     small, own, plain = {}, {}, {}
-    for name in dict.fromkeys(name for node in unit.nodes for name in node.input if name in view.constants):
+    # Codes that several layers read are made floats once, by a node that is none of the unit's.
+    shared = [view.producer(name, "DequantizeLinear") for layer in unit.layers for name in _read_by(layer)]
+    nodes = [*(node for node in shared if node is not None and node not in unit.nodes), *unit.nodes]
+    for name in dict.fromkeys(name for node in nodes for name in node.input if name in view.constants):
         tensor = view.constants[name]
         if not tensor.external_data:
             small[name] = numpy_helper.to_array(tensor)
@@ -310,8 +313,13 @@ def _int8_candidates(
     output = {unit.last.output: (*lead, unit.last.rows)}
     return {
         OWN_INT8: _alone([unit.node(pool_size(threads))], feed, output, {**small, **own}, threads),
-        RUNTIME_INT8: _alone(list(unit.nodes), feed, output, {**small, **plain}, threads),
+        RUNTIME_INT8: _alone(nodes, feed, output, {**small, **plain}, threads),
     }
+
+
+def _read_by(layer: Int8Layer) -> list[str]:
+    """What a layer's product reads."""
+    return [name for node in layer.nodes if node.op_type in ("MatMul", "Gemm") for name in node.input[:2]]
 
 
 def _own_constants(layer: FusedLayer) -> dict[str, np.ndarray]:
