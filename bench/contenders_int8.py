@@ -85,7 +85,7 @@ def _onnxruntime_call(
     given: Sequence[Codes],
     threads: int,
 ) -> Callable[[], object]:
-    """The standard Q/DQ form, which it makes integer products of."""
+    """The standard Q/DQ form. As in a network x has a dynamic batch, or it makes product and bias a Gemm, in floats."""
     nodes: list[NodeProto] = []
     constants: dict[str, NDArray[Any]] = {}
     for index, layer in enumerate(stack):
@@ -113,16 +113,16 @@ def _onnxruntime_call(
                 nodes.append(helper.make_node("Gelu", [y], [f"{y}.gelu"]))
                 name = f"{y}.gelu"
         nodes[-1].output[0] = f"out.{copy}"
-    session = _session(nodes, constants, x.shape, (len(x), stack[-1].node.rows), threads)
-    feed = {f"x.{copy}": x for copy in range(LAYERS_PER_CALL)}
+    session = _session(nodes, constants, ("B", *x.shape), ("B", len(x), stack[-1].node.rows), threads)
+    feed = {f"x.{copy}": x[None] for copy in range(LAYERS_PER_CALL)}
     return lambda: session.run(None, feed)
 
 
 def _session(
     nodes: Sequence[NodeProto],
     constants: dict[str, NDArray[Any]],
-    x_shape: Sequence[int],
-    y_shape: Sequence[int],
+    x_shape: Sequence[int | str],
+    y_shape: Sequence[int | str],
     threads: int,
 ) -> Any:
     copies = range(LAYERS_PER_CALL)

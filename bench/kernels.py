@@ -200,7 +200,7 @@ def _one_table(kind: str, cells: Sequence[dict[str, Any]]) -> tuple[list[str], l
                 str(Shape(tuple(cell["widths"]), cell.get("taps", 1), cell.get("side"))),
                 str(cell[size]),
                 str(cell["threads"]),
-                *([_lanes(cell["kernels"][OURS])] if "kernels" in cell else []),
+                *([_lanes(cell["kernels"][OURS], cell["compute"])] if "kernels" in cell else []),
                 *(f"{medians[name]:.0f}" if name in medians else "-" for name in contenders),
                 f"{medians[OURS] / best:.2f}x",
                 f"{medians[OURS] / cell['bound']:.0%}",
@@ -209,9 +209,11 @@ def _one_table(kind: str, cells: Sequence[dict[str, Any]]) -> tuple[list[str], l
     return [*headings, *contenders, "over the best other", "of bound"], rows
 
 
-def _lanes(kernel: str) -> str:
-    """T, N or R, in one letter."""
-    return "T" if kernel == ONE_NODE else kernel[0].upper()
+def _lanes(kernel: str, compute: str) -> str:
+    """T, N or R, in one letter; in 8 bits there is R alone."""
+    if kernel == ONE_NODE:
+        return "R" if compute == "int8" else "T"
+    return kernel[0].upper()
 
 
 def _title(kind: str, results: dict[str, Any]) -> str:
