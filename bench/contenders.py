@@ -115,13 +115,9 @@ def _onnxruntime_call(
 ) -> Callable[[], object]:
     """Optimising a graph makes a MatMul and its bias one Gemm, and lays convolutions out in blocks of channels."""
     onnxruntime = load_onnxruntime()
-    options = onnxruntime.SessionOptions()
+    options = session_options(threads)
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    # Threads spin while the session runs, but not into the next contender's turn.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.register_custom_ops_library(str(kernels.LIBRARY_PATH))
     shape = stack[-1].node.output_shape(_rows_of_x(stack[0].node, x))
     model = _model(stack, nodes, x.shape, shape).SerializeToString()
@@ -138,6 +134,15 @@ def _onnxruntime_call(
         return outputs
 
     return call
+
+
+def session_options(threads: int) -> Any:
+    """Of a session that is timed: its threads spin while it runs, but not into the next contender's turn."""
+    options = load_onnxruntime().SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
 
 
 def _model(

@@ -14,7 +14,7 @@ from sparse_engine import kernels
 from sparse_engine.backends.onnxruntime.library import load_onnxruntime
 from sparse_engine.kernels.int8 import Codes, MatMulInt8
 
-from .contenders import LAYERS_PER_CALL, ONE_NODE, ORT, Layer
+from .contenders import LAYERS_PER_CALL, ONE_NODE, ORT, Layer, session_options
 
 R_LANES = "r-lanes"  # a whole register of x permuted a step
 GELU_RANGE = (-0.17, 8.0)  # which the hidden codes are spread over
@@ -135,9 +135,5 @@ def _session(
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
     onnx.checker.check_model(model)
-    onnxruntime = load_onnxruntime()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    options, providers = session_options(threads), ["CPUExecutionProvider"]
+    return load_onnxruntime().InferenceSession(model.SerializeToString(), options, providers=providers)

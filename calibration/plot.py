@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparse_engine.errors import MissingDependencyError
-from sparse_engine.plots import save_figure
+from sparse_engine.plots import drawn
 
 from .collect import CalibrationData
 from .observe import Activation
@@ -30,17 +29,10 @@ def plot_ranges(activations: Mapping[str, Activation], data: CalibrationData, pa
         MissingDependencyError: matplotlib is not installed.
         OptionError, OutputError: the file cannot be written, or is no figure's.
     """
-    try:
-        import matplotlib as mpl
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError("--plot needs matplotlib", "pip install 'sparse-engine[bench]'") from error
-    from matplotlib.figure import Figure
-
     rows = -(-len(activations) // COLUMNS)
     times = np.unique(data.times)
     at = [data.times == t for t in times]
-    with mpl.rc_context({"font.size": 8}):
-        figure = Figure(figsize=(3.0 * COLUMNS, 1.7 * rows + 0.8), layout="constrained")
+    with drawn(path, 3.0 * COLUMNS, 1.7 * rows + 0.8) as figure:
         grid = figure.subplots(rows, COLUMNS, sharex=True, squeeze=False)
         for axes in grid.flat[len(activations) :]:
             axes.set_visible(False)
@@ -59,4 +51,3 @@ def plot_ranges(activations: Mapping[str, Activation], data: CalibrationData, pa
             ha="left",
             fontsize=9,
         )
-        save_figure(figure, path)

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_engine.errors import MissingDependencyError
-from sparse_engine.plots import save_figure
+from sparse_engine.plots import drawn
 
 from .bake import bake
 from .masks import Pattern
@@ -52,15 +51,8 @@ def plot_layers(layers: Sequence[Mapping[str, Any]], path: Path) -> None:
         MissingDependencyError: matplotlib is not installed.
         OptionError, OutputError: the file cannot be written, or is no figure's.
     """
-    try:
-        import matplotlib as mpl
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError("--plot needs matplotlib", "pip install 'sparse-engine[bench]'") from error
-    from matplotlib.figure import Figure
-
     names = [layer["name"] for layer in layers]
-    with mpl.rc_context({"font.size": 8}):
-        figure = Figure(figsize=(max(6.0, 0.17 * len(layers) + 2.0), 6.4), layout="constrained")
+    with drawn(path, max(6.0, 0.17 * len(layers) + 2.0), 6.4) as figure:
         above, below = figure.subplots(2, sharex=True)
         places = np.arange(len(layers))
         for axes, (all_of, kept, unit) in zip((above, below), PANELS, strict=True):
@@ -73,4 +65,3 @@ def plot_layers(layers: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.legend(loc="upper left", frameon=False)
         below.set_xticks(places, names, rotation=90, fontsize=5 if len(layers) > 40 else 7)
         above.set_title("Per layer, before and after the mask", loc="left")
-        save_figure(figure, path)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparse_engine.errors import MissingDependencyError
-from sparse_engine.plots import save_figure
+from sparse_engine.plots import drawn
 
 from .oneshot import LayerResult
 
@@ -33,15 +32,8 @@ def plot_errors(layers: Sequence[LayerResult], method: str, path: Path) -> None:
         MissingDependencyError: matplotlib is not installed.
         OptionError, OutputError: the file cannot be written, or is no figure's.
     """
-    try:
-        import matplotlib as mpl
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError("--plot needs matplotlib", "pip install 'sparse-engine[bench]'") from error
-    from matplotlib.figure import Figure
-
     places = np.arange(len(layers))
-    with mpl.rc_context({"font.size": 8}):
-        figure = Figure(figsize=(max(6.0, 0.17 * len(layers) + 2.0), 4.2), layout="constrained")
+    with drawn(path, max(6.0, 0.17 * len(layers) + 2.0), 4.2) as figure:
         axes = figure.subplots()
         for name, label, colour, marker in LINES:
             values = [value if (value := getattr(layer, name)) > LEAST else np.nan for layer in layers]
@@ -54,4 +46,3 @@ def plot_errors(layers: Sequence[LayerResult], method: str, path: Path) -> None:
         axes.set_xticks(places, [layer.name for layer in layers], rotation=90, fontsize=5 if len(layers) > 40 else 7)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", frameon=False, ncols=len(LINES))
         axes.set_title(f"Per layer, pruned by {method}", loc="left")
-        save_figure(figure, path)

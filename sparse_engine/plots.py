@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,29 @@ def check_plot(path: Path) -> None:
     """Say before the work that a figure cannot be drawn. Raises OptionError, OutputError, MissingDependencyError."""
     check_writable(path, *KINDS)
     if find_spec("matplotlib") is None:
-        raise MissingDependencyError("--plot needs matplotlib", "pip install 'sparse-engine[bench]'")
+        raise _missing()
+
+
+def _missing() -> MissingDependencyError:
+    return MissingDependencyError("--plot needs matplotlib", "pip install 'sparse-engine[bench]'")
+
+
+@contextmanager
+def drawn(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure of so many inches to draw on, in small print; written to a file once it is drawn.
+
+    Raises MissingDependencyError where matplotlib is not installed, and as ``save_figure``.
+    """
+    try:
+        import matplotlib as mpl
+    except ModuleNotFoundError as error:
+        raise _missing() from error
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"font.size": 8}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        save_figure(figure, path)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
