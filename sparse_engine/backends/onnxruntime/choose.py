@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -76,13 +77,14 @@ def find_obstacle(compute: Compute) -> str | None:
 
 
 class Chooser:
-    """Chooses for the layers of one engine."""
+    """Chooses for the layers of one engine, which runs in its own precision or in another."""
 
-    def __init__(self, manifest: Manifest, threads: int | None, autotune: bool) -> None:
+    def __init__(self, manifest: Manifest, threads: int | None, autotune: bool, precision: str | None = None) -> None:
         onnxruntime = load_onnxruntime()
 
         self._threads, self._autotune = threads, autotune
-        self._compute, self._attention_compute = products_in(manifest.precision), attention_in(manifest.precision)
+        precision = precision or manifest.precision
+        self._compute, self._attention_compute = products_in(precision), attention_in(precision)
         self._batch = manifest.batch[1]
         self._positions = {layer["name"]: layer["macs"] // layer["parameters"] for layer in manifest.layers}
         self._obstacle = find_obstacle(self._compute)
@@ -111,6 +113,20 @@ class Chooser:
             names,
         )
         return LayerChoice(choice.kernel, "faster at the usual batch", {tokens: choice})
+
+    def step(self, graph: bytes, candidates: Mapping[str, Callable[[], Callable[[], object]]]) -> Choice:
+        """In what precision a whole step is fastest. Each candidate makes what runs one step of ``step_batch``.
+
+        ``graph``: the engine's, which its time depends on.
+        """
+        batch = self.step_batch
+        key = f"step {hashlib.sha256(graph).hexdigest()[:16]} int8 {kernels.best_tier('int8')} batch {batch}"
+        return self._cache.choose(key, lambda: {name: make() for name, make in candidates.items()}, list(candidates))
+
+    @property
+    def step_batch(self) -> int:
+        """The usual batch, but no more than it takes."""
+        return max(1, min(self._batch, ENOUGH_TOKENS // max(self._positions.values(), default=1)))
 
     def choose_int8(self, unit: Int8Unit, view: GraphView) -> LayerChoice:
         """``OWN_INT8`` or ``RUNTIME_INT8`` for layers in 8 bits that one node of ours would compute."""
