@@ -531,9 +531,23 @@ bool run_int8_cases(const char* tier) {
   return good;
 }
 
+// "fp32 avx512", "int8 avx512-vnni": what would be chosen.
+bool print_best_tiers() {
+  bool good = true;
+  for (const char* compute : {"fp32", "int8"}) {
+    const char* tier = "";
+    char message[256] = "";
+    good &= !sparse_engine_best_tier(compute, &tier, message, sizeof message);
+    std::printf("%s %s%s\n", compute, tier, message);
+  }
+  return good;
+}
+
 }  // namespace
 
-int main() {
+// With "best", says what would be chosen and computes nothing.
+int main(int count, char** arguments) {
+  if (count > 1) return std::string(arguments[1]) == "best" && print_best_tiers() ? 0 : 1;
   const Case cases[] = {{1, 4, 1}, {37, 76, 17}, {130, 260, 97}, {64, 512, 7}, {513, 320, 200}};
   bool good = true;
   for (const char* tier : {"scalar", "avx2", "avx512", "avx512-bf16", "neon"}) {

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 # multiplies.
 N_LANES_UP_TO = {"fp32": 64, "bf16": 1 << 30}
 ENOUGH_TOKENS = 2048  # more of them take longer and change nothing
+ENOUGH_OF_STEPS = 1024  # tokens; the same of whole steps, which take long enough
 DENSE = ("dense", "dense-bf16")
 OWN_INT8, RUNTIME_INT8 = "own", "dense int8"  # candidates for layers in 8 bits
 LACKING = "this processor has neither AVX512-VNNI and AVX512-VBMI, nor AVX-VNNI, nor Arm's dot products"
@@ -87,6 +88,8 @@ class Chooser:
         self._compute, self._attention_compute = products_in(precision), attention_in(precision)
         self._batch = manifest.batch[1]
         self._positions = {layer["name"]: layer["macs"] // layer["parameters"] for layer in manifest.layers}
+        of_layers = (sum(layer[key] for layer in manifest.layers) for key in ("macs", "parameters"))
+        self._tokens_of_an_image = max(1, next(of_layers) // max(1, next(of_layers)))  # on average
         self._obstacle = find_obstacle(self._compute)
         if self._obstacle and manifest.sparse:
             log.warning("sparse layers run dense: %s", self._obstacle)
@@ -114,19 +117,19 @@ class Chooser:
         )
         return LayerChoice(choice.kernel, "faster at the usual batch", {tokens: choice})
 
-    def step(self, graph: bytes, candidates: Mapping[str, Callable[[], Callable[[], object]]]) -> Choice:
+    def step(self, graph: bytes, candidates: Mapping[str, Callable[[], Callable[[], object]]], tuned: bool) -> Choice:
         """In what precision a whole step is fastest. Each candidate makes what runs one step of ``step_batch``.
 
-        ``graph``: the engine's, which its time depends on.
+        ``graph``: the engine's, which its time depends on. ``tuned``: float layers have the kernels that won.
         """
-        batch = self.step_batch
-        key = f"step {hashlib.sha256(graph).hexdigest()[:16]} int8 {kernels.best_tier('int8')} batch {batch}"
+        name, how = hashlib.sha256(graph).hexdigest()[:16], "timed" if tuned else "by the rule"
+        key = f"step {name} int8 {kernels.best_tier('int8')} floats {how} batch {self.step_batch}"
         return self._cache.choose(key, lambda: {name: make() for name, make in candidates.items()}, list(candidates))
 
     @property
     def step_batch(self) -> int:
         """The usual batch, but no more than it takes."""
-        return max(1, min(self._batch, ENOUGH_TOKENS // max(self._positions.values(), default=1)))
+        return max(1, min(self._batch, ENOUGH_OF_STEPS // self._tokens_of_an_image))
 
     def choose_int8(self, unit: Int8Unit, view: GraphView) -> LayerChoice:
         """``OWN_INT8`` or ``RUNTIME_INT8`` for layers in 8 bits that one node of ours would compute."""

@@ -6,7 +6,8 @@ So whole steps are timed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from sparse_engine import kernels
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.base import GRAPH_FILE, IDENTITY_ROW, NO_CLIP
 from sparse_engine.backends.onnx_graph import GraphView
+from sparse_engine.tactics import Choice
 
 from .choose import Chooser, find_obstacle
 from .compute import halves_or_floats
@@ -24,6 +26,7 @@ from .int8_in_floats import takes
 from .session import Prepared, create_session, prepare
 
 CODES = "int8"
+FAR_AHEAD = 1.5  # more than choosing kernels by timing them gains over choosing them by the rule
 SIZES = {"guidance": 1}  # of a graph's dynamic axes, beside the batch
 
 
@@ -44,17 +47,34 @@ def fastest_step(engine: EngineFile, threads: int | None, autotune: bool) -> Pre
         ours = kernels.best_tier("int8") != "scalar" or "bf16" not in names
         chosen, step = CODES if ours else "bf16", {"why": "not timed: ours by default"}
     else:
-        chooser = Chooser(engine.manifest, threads, autotune)
-
-        def candidate(name: str) -> Callable[[], object]:
-            made[name] = prepare(engine, threads, autotune, name)
-            return _one_step(create_session(made[name], engine.path, threads), chooser.step_batch)
-
-        choice = chooser.step(engine.read(GRAPH_FILE), {name: _bind(candidate, name) for name in names})
+        choice = _timed(engine, threads, names, made)
         chosen, step = choice.kernel, {"why": "faster at the usual batch", **choice.to_dict()}
     prepared = made.get(chosen) or prepare(engine, threads, autotune, chosen)
     prepared.step = {"precision": chosen, **step}
     return prepared
+
+
+def _timed(engine: EngineFile, threads: int | None, names: Sequence[str], made: dict[str, Prepared]) -> Choice:
+    """The precision in which a step is fastest. What was prepared for that, all of it timed, is put into ``made``.
+
+    Float layers have the kernels of the rule first, which takes a moment. Unless int8 is far ahead then, they are timed
+    too.
+    """
+    chooser = Chooser(engine.manifest, threads, autotune=True)
+    graph = engine.read(GRAPH_FILE)
+
+    def candidate(name: str, tuned: bool) -> Callable[[], object]:
+        prepared = made.get(name) or prepare(engine, threads, tuned or name == CODES, name)
+        if tuned or name == CODES:
+            made[name] = prepared
+        return _one_step(create_session(prepared, engine.path, threads), chooser.step_batch)
+
+    for tuned in (False, True):
+        candidates = {name: partial(candidate, name, tuned) for name in names}
+        choice = chooser.step(graph, candidates, tuned)
+        if choice.kernel == CODES and choice.margin > FAR_AHEAD:
+            break
+    return choice
 
 
 def _floats(engine: EngineFile) -> list[str]:
@@ -65,10 +85,6 @@ def _floats(engine: EngineFile) -> list[str]:
     model = onnx.load_model_from_string(engine.read(GRAPH_FILE))
     layers = int8_layers(GraphView(model), model.graph)
     return [compute] if any(takes(layer, compute) for layer in layers) else []
-
-
-def _bind(function: Callable[[str], Callable[[], object]], name: str) -> Callable[[], Callable[[], object]]:
-    return lambda: function(name)
 
 
 def _one_step(session: Any, batch: int) -> Callable[[], object]:
