@@ -177,8 +177,14 @@ def sample_many(
         OutputError: the folder cannot be written, or the disk is full.
         SparseEngineError: chunks that failed three times, by name, or workers that do not come up; the rest is drawn.
     """
-    given = {"chunk": chunk, "seed": seed, "steps": steps, "sampler": sampler, "labels": labels, "options": options}
-    given |= {"conditioning": conditioning, "prompt": prompt, "negative_prompt": negative_prompt, "guidance": guidance}
+    given: dict[str, Any] = {"chunk": chunk, "seed": seed, "steps": steps, "sampler": sampler, "labels": labels}
+    given |= {
+        "options": options,
+        "conditioning": conditioning,
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "guidance": guidance,
+    }
     asked = request(engine, out, n, given)
     if format is not None and shard is None:
         check_format(asked.job, format)
