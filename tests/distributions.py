@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -26,18 +26,20 @@ def closure(wheel: Distribution, extras: Iterable[str]) -> tuple[list[Distributi
             if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in wanted):
                 continue
             name, more = canonicalize_name(requirement.name), {"", *requirement.extras}
-            if name not in here:
-                try:
-                    here[name] = distribution(name)
-                except PackageNotFoundError:
-                    absent.append(str(requirement))
-                    continue
-            if not requirement.specifier.contains(here[name].version, prereleases=True):
-                absent.append(f"{requirement} (found {here[name].version})")
+            candidates = [here[name]] if name in here else distributions(name=name)
+            found = next((each for each in candidates if _fits(each, requirement)), None)
+            if found is None:
+                absent.append(str(requirement))
+                continue
+            here[name] = found
             if not more <= asked.setdefault(name, set()):
                 asked[name] |= more
                 waiting.append((here[name], more))
     return [each for each in here.values() if each is not wheel], absent
+
+
+def _fits(found: Distribution, requirement: Requirement) -> bool:
+    return requirement.specifier.contains(found.version, prereleases=True)
 
 
 def expose(found: Distribution, folder: Path) -> None:
