@@ -230,7 +230,7 @@ def test_bf16_is_close(
     x = np.random.default_rng(0).standard_normal((4, 3, 8, 8), np.float32)
     with SparseEngine.load(path, autotune=False) as engine, SparseEngine.load(dense_file) as dense:
         kernels_used = {layer["name"]: layer["kernel"] for layer in engine.info["layers"]}
-        assert kernels_used["mid_block.attn.qkv"] == ("t-lanes" if sparse else "dense-bf16")
+        assert kernels_used["mid_block.attn.qkv"] == ("r-lanes" if sparse else "dense-bf16")
         assert kernels_used["out_blocks.0.skip_linear"] == "dense-bf16"
         assert kernels_used["decoder_pred"] == "dense"
         found, expected = engine.denoise(x, 0.4), dense.denoise(x, 0.4)
