@@ -30,6 +30,8 @@ constexpr int kRows = V::kLanes * kPanels;
 constexpr int kRegister = 32;     // k of a token in one
 constexpr int kLine = 64;         // bytes
 constexpr int kGroupBytes = 256;  // of a pair of panels
+// k that a visit of an octet takes: 16 KiB of weights, which stay in L1 for all the tokens of a block.
+constexpr int kBlockDepth = 256;
 static_assert(kRows == kRegisterPanelRows, "packing lays two panels side by side");
 
 SPARSE_ENGINE_INLINE __m512 add_pairs(__m512 sum, __m512i weights, __m512i x) {
@@ -49,15 +51,27 @@ SPARSE_ENGINE_INLINE void add_group(__m512 (&sum)[kPanels][Tokens], const __m512
   }
 }
 
+// Lines that are fetched into L2 meanwhile: the weights of a network are more than the caches hold. A few at a time,
+// for all at once would keep what the loop itself misses in L1 waiting.
+struct Ahead {
+  const uint8_t* line;
+  size_t lines;  // a register of k
+
+  SPARSE_ENGINE_INLINE void fetch() {
+    for (size_t i = 0; i < lines; ++i, line += kLine) _mm_prefetch(line, _MM_HINT_T1);
+  }
+};
+
 template <int Tokens>
 SPARSE_ENGINE_INLINE void add_up_sparse(__m512 (&sum)[kPanels][Tokens], const uint8_t* group, const uint8_t* x,
-                                        size_t stride, int depth) {
+                                        size_t stride, int depth, Ahead ahead) {
   constexpr int kSteps = kRegister / 4;
   __m512i token[Tokens];
   int k = 0;
   for (; k + kRegister <= depth; k += kRegister, group += kSteps * kGroupBytes) {
 #pragma GCC unroll 8
     for (int t = 0; t < Tokens; ++t) token[t] = _mm512_loadu_si512(x + t * stride + k * 2);
+    ahead.fetch();
 #pragma GCC unroll 8
     for (int s = 0; s < kSteps; ++s) add_group<Tokens>(sum, token, group + s * kGroupBytes);
   }
@@ -70,8 +84,9 @@ SPARSE_ENGINE_INLINE void add_up_sparse(__m512 (&sum)[kPanels][Tokens], const ui
 
 template <int Tokens>
 SPARSE_ENGINE_INLINE void add_up_dense(__m512 (&sum)[kPanels][Tokens], const uint8_t* step, const uint8_t* x,
-                                       size_t stride, int depth) {
+                                       size_t stride, int depth, Ahead ahead) {
   for (int k = 0; k < depth; k += 2, step += kPanels * kLine) {
+    if (k % kRegister == 0) ahead.fetch();
     const __m512i weights[kPanels] = {_mm512_load_si512(step), _mm512_load_si512(step + kLine)};
 #pragma GCC unroll 8
     for (int t = 0; t < Tokens; ++t) {
@@ -84,20 +99,21 @@ SPARSE_ENGINE_INLINE void add_up_dense(__m512 (&sum)[kPanels][Tokens], const uin
   }
 }
 
-// The sums of some tokens and two panels: [token][kRows].
+// Adds the products of a block of the depth to the sums of some tokens and two panels, [token][kRows]; or begins them.
 template <bool Dense, int Tokens = kTokens>
 __attribute__((noinline)) void add_up(const uint8_t* panels, const uint8_t* x, size_t stride, int depth, int tokens,
-                                      float* sums) {
+                                      bool first, Ahead ahead, float* sums) {
   if constexpr (Tokens > 1) {
-    if (tokens < Tokens) return add_up<Dense, Tokens - 1>(panels, x, stride, depth, tokens, sums);
+    if (tokens < Tokens) return add_up<Dense, Tokens - 1>(panels, x, stride, depth, tokens, first, ahead, sums);
   }
   __m512 sum[kPanels][Tokens];
-#pragma GCC unroll 2
-  for (int p = 0; p < kPanels; ++p) {
 #pragma GCC unroll 8
-    for (int t = 0; t < Tokens; ++t) sum[p][t] = V::zero();
+  for (int t = 0; t < Tokens; ++t) {
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; ++p) sum[p][t] = first ? V::zero() : V::load(sums + t * kRows + p * V::kLanes);
   }
-  Dense ? add_up_dense<Tokens>(sum, panels, x, stride, depth) : add_up_sparse<Tokens>(sum, panels, x, stride, depth);
+  Dense ? add_up_dense<Tokens>(sum, panels, x, stride, depth, ahead)
+        : add_up_sparse<Tokens>(sum, panels, x, stride, depth, ahead);
 #pragma GCC unroll 8
   for (int t = 0; t < Tokens; ++t) {
 #pragma GCC unroll 2
@@ -146,12 +162,6 @@ SPARSE_ENGINE_INLINE void finish(const ProductBf16& product, const float* sums, 
   }
 }
 
-// Part `i` of `parts` of the next panels, on its way to L2: the weights of a network are more than the caches hold.
-SPARSE_ENGINE_INLINE void fetch_ahead(const uint8_t* panels, size_t bytes, size_t i, size_t parts) {
-  const uint8_t* const end = panels + bytes * (i + 1) / parts;
-  for (const uint8_t* line = panels + bytes * i / parts; line < end; line += kLine) _mm_prefetch(line, _MM_HINT_T1);
-}
-
 // The lines that some tokens will read and write beside the next rows: too far apart for the hardware to see that they
 // follow one another.
 template <bool Halves>
@@ -176,22 +186,32 @@ SPARSE_ENGINE_INLINE void fetch_rows(const ProductBf16& product, size_t token, i
 template <Activation A, bool Halves, bool Dense>
 __attribute__((noinline)) void run_rows(const ProductBf16& product, const uint8_t* x, size_t stride, size_t first,
                                         size_t tokens, int row_begin, int row_end) {
-  alignas(64) float sums[kTokens * kRows];
+  alignas(64) float sums[kMostTokensBf16 * kRows];
   const int depth = product.depth;
   const size_t panel_bytes = size_t(depth) / 4 * kGroupBytes, octets = (tokens + kTokens - 1) / kTokens;
+  const size_t blocks = size_t(depth + kBlockDepth - 1) / kBlockDepth, visits = octets * blocks;  // of a panel
+  // Lines of a register of k, so that all visits together fetch a pair of panels; short blocks fetch a little less.
+  const size_t registers = visits * (size_t(depth < kBlockDepth ? depth : kBlockDepth) + kRegister - 1) / kRegister;
+  const size_t lines = (panel_bytes / kLine + registers - 1) / registers;
   for (int row = row_begin; row < row_end; row += kRows) {
     const uint8_t* const panels = static_cast<const uint8_t*>(product.packed) + row / kRows * panel_bytes;
     const bool more = row + kRows < row_end;
-    for (size_t i = 0; i < octets; ++i) {
-      const size_t begin = tokens * i / octets;  // near equal: few tokens would not fill the pipeline
-      const int count = int(tokens * (i + 1) / octets - begin);
-      if (more) {
-        fetch_ahead(panels + panel_bytes, panel_bytes, i, octets);
-        fetch_rows<Halves>(product, first + begin, count, row + kRows);
+    const uint8_t* const next = more ? panels + panel_bytes : static_cast<const uint8_t*>(product.next);
+    const int left = row_end - row;
+    size_t visit = 0;
+    for (int k = 0; k < depth; k += kBlockDepth) {
+      const bool last = depth - k <= kBlockDepth;
+      const uint8_t* const block = panels + size_t(k) / 4 * kGroupBytes;
+      for (size_t i = 0; i < octets; ++i, ++visit) {
+        const size_t begin = tokens * i / octets;  // near equal: few tokens would not fill the pipeline
+        const int count = int(tokens * (i + 1) / octets - begin);
+        if (more && last) fetch_rows<Halves>(product, first + begin, count, row + kRows);
+        const Ahead ahead = {next + panel_bytes / kLine * visit / visits * kLine, next ? lines : 0};
+        float* const octet = sums + begin * kRows;
+        add_up<Dense>(block, x + begin * stride + 2 * size_t(k), stride, last ? depth - k : kBlockDepth, count, k == 0,
+                      ahead, octet);
+        if (last) finish<A, Halves>(product, octet, first + begin, count, row, left < kRows ? left : kRows);
       }
-      add_up<Dense>(panels, x + begin * stride, stride, depth, count, sums);
-      const int left = row_end - row;
-      finish<A, Halves>(product, sums, first + begin, count, row, left < kRows ? left : kRows);
     }
   }
 }

@@ -13,13 +13,12 @@ namespace {
 
 constexpr int kOctet = 8;  // tokens that a kernel takes at a time
 // Tokens of a block: what is rounded of them, and what lies between two layers, stays in L2 while the weights go past.
-constexpr int kTileTokens = 136;
-constexpr size_t kTileBytes = 640 * 1024;
+constexpr size_t kTileBytes = 512 * 1024;
 
 // As many tokens as fit kTileBytes, whole octets.
 int tile_tokens(size_t bytes_a_token) {
   const int fit = int(kTileBytes / bytes_a_token) / kOctet * kOctet;
-  return std::clamp(fit, 3 * kOctet, kTileTokens);
+  return std::clamp(fit, 3 * kOctet, kMostTokensBf16);
 }
 
 Grain grain_of(int tokens, int row_multiple) { return {kOctet, tokens, row_multiple, kStreamCost}; }
@@ -49,7 +48,7 @@ LayerBf16::LayerBf16(const Weights24& weights)
 }
 
 ProductBf16 LayerBf16::product(void* output, const EpilogueBf16& epilogue) const {
-  return {rows_, depth_, dense_, packed_.data(), output, epilogue};
+  return {rows_, depth_, dense_, packed_.data(), output, epilogue, nullptr};
 }
 
 // Bytes of a token in the scratch: whole registers.
@@ -127,7 +126,9 @@ void LayerBf16::run_pair(const FrontBf16& front, const LayerBf16& first, const E
       if (sum.residual) sum.residual += begin * first.depth_;
       float* const floats = reinterpret_cast<float*>(base + layout.floats);
       const uint8_t* const x = front.layer->rounded(before, begin, count, base, &stride);
-      front.layer->tactic_->run(front.layer->product(floats, sum), x, stride, 0, count, 0, front.layer->rows_);
+      ProductBf16 product = front.layer->product(floats, sum);
+      product.next = first.packed_.data();
+      front.layer->tactic_->run(product, x, stride, 0, count, 0, front.layer->rows_);
       given = {nullptr, {floats, nullptr}, {first.depth_, 0}, input.norm};
       last.residual = floats;
       out += begin * second.rows_ * bytes_of(epilogue.element);
@@ -135,9 +136,11 @@ void LayerBf16::run_pair(const FrontBf16& front, const LayerBf16& first, const E
     }
     const uint8_t* const x = first.rounded(given, place, count, base + layout.first, &stride);
     uint8_t* const middle = base + layout.second;
-    first.tactic_->run(first.product(middle, between), x, stride, 0, count, 0, first.rows_);
-    second.tactic_->run(second.product(out, last), middle, size_t(first.rows_) * sizeof(uint16_t), place, count, 0,
-                        second.rows_);
+    ProductBf16 products[2] = {first.product(middle, between), second.product(out, last)};
+    products[0].next = second.packed_.data();
+    products[1].next = (front.layer ? front.layer : &first)->packed_.data();  // of the next block
+    first.tactic_->run(products[0], x, stride, 0, count, 0, first.rows_);
+    second.tactic_->run(products[1], middle, size_t(first.rows_) * sizeof(uint16_t), place, count, 0, second.rows_);
   });
 }
 

@@ -24,7 +24,10 @@ struct ProductBf16 {
   const void* packed = nullptr;  // pack_register_panels()
   void* output = nullptr;        // [tokens, rows] of the epilogue's element
   EpilogueBf16 epilogue;
+  const void* next = nullptr;  // weights that are read after these, whose first lines are fetched at the end; or null
 };
+
+constexpr int kMostTokensBf16 = 136;  // of one call of run()
 
 // One way to compute them; plain function pointers for the reason given at Tactic.
 struct TacticBf16 {
@@ -36,8 +39,8 @@ struct TacticBf16 {
   void (*round)(const float* x, size_t stride, size_t tokens, int depth, const LayerNorm* norm, uint8_t* out,
                 size_t out_stride);
 
-  // Rows [row_begin, row_end) of `tokens` tokens of bfloat16, `stride` bytes apart; the first is the output's token
-  // `first`.
+  // Rows [row_begin, row_end) of `tokens` tokens of bfloat16, at most kMostTokensBf16, `stride` bytes apart; the first
+  // is the output's token `first`.
   void (*run)(const ProductBf16& product, const uint8_t* x, size_t stride, size_t first, size_t tokens, int row_begin,
               int row_end);
 };
