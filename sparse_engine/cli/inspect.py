@@ -119,10 +119,19 @@ def _print_summary(path: Path, report: dict[str, Any]) -> None:
     tell(line)
     if "profile" in report.get("backend", {}):
         tell(_plan_line(report["backend"]))
+    if "step" in report.get("runtime", {}):
+        tell(_step_line(report["runtime"]["step"]))
     dense = [layer for layer in report["layers"] if layer["masked"] and not layer.get("chosen", True)]
     for why, count in Counter(layer["why"] for layer in dense if layer.get("why")).most_common():
         line = f"no sparse kernel in {count} masked layers: {why}"
         tell(line)
+
+
+def _step_line(step: dict[str, Any]) -> str:
+    """In what an int8 engine's layers run here."""
+    timed = ", ".join(f"{name} {value:.3g} ms" for name, value in step.get("milliseconds", {}).items())
+    doubt = ", within the noise" if step.get("within_noise") else ""
+    return f"a step runs in {step['precision']} here: {step['why']}{f' ({timed}{doubt})' if timed else ''}"
 
 
 def _told(condition: dict[str, Any]) -> str:
@@ -148,8 +157,8 @@ def _plan_line(backend: dict[str, Any]) -> str:
 def _layer_table(report: dict[str, Any]) -> Table:
     layers = report["layers"]
     # ONNX Runtime has no dense bf16 product on a CPU: what a layer was timed against is float32 there.
-    built_for = (report.get("backend", {}).get("name"), report.get("precision"))
-    against = " fp32" if built_for == ("onnxruntime", "bf16") else ""
+    precision = report.get("runtime", {}).get("step", {}).get("precision", report.get("precision"))
+    against = " fp32" if (report.get("backend", {}).get("name"), precision) == ("onnxruntime", "bf16") else ""
     built = any("kernel" in layer for layer in layers)
     totals = {key: sum(layer[key] for layer in layers) for key in ("parameters", "nonzeros", "macs", "macs_nonzero")}
     masked = sum(layer["masked"] for layer in layers)

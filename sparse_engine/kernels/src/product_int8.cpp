@@ -58,7 +58,7 @@ LayerInt8::LayerInt8(const WeightsInt8& weights, const float* scales, Codes inpu
   for (int row = 0; row < rows_; ++row) {
     int32_t sum = 0;
     for (size_t i = 0; i < kept; ++i) sum += weights.values[row * kept + i];
-    starts_[row] = -input.zero * sum;  // at most 255 * 127 * depth
+    starts_[row] = (tactic_->offset - input.zero) * sum;  // within 255 * 127 * depth
     scales_[row] = scales[row] * input.scale;
   }
 }
