@@ -224,13 +224,13 @@ def test_calls_that_do_not_fit_are_refused():
         second(x)
     with pytest.raises(InputError, match="the first layer has N = 32, the second K = 36; expected the same"):
         second(x, after=first)
+    front, last = a_layer(rng, 16, 16)[1], a_layer(rng, 8, 32)[1]
     with pytest.raises(InputError, match="the front has N = 16, the last layer N = 8; expected the same"):
-        front, last = a_layer(rng, 16, 16)[1], a_layer(rng, 8, 32)[1]
         last(x, after=first, front=front)
     with pytest.raises(InputError, match="bfloat16 is neither normalised"):
         first(halves(x), norm=LayerNorm())
     with pytest.raises(InputError, match="a front comes before two layers"):
-        first(x, front=a_layer(rng, 16, 16)[1])
+        first(x, front=front)
     with pytest.raises(InputError, match="layers in bf16 give no codes"):
         first(x, out="codes")
     with pytest.raises(InputError, match=r"expected float32 \[N, K\]"):

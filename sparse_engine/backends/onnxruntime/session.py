@@ -145,9 +145,7 @@ def create_session(
     return onnxruntime.InferenceSession(data, options, providers=list(providers))
 
 
-def _fuse_bf16(
-    prepared: Prepared, chooser: Chooser, layers: Sequence[FusedLayer], threads: int | None
-) -> Sequence[FusedLayer]:
+def _fuse_bf16(prepared: Prepared, chooser: Chooser, layers: list[FusedLayer], threads: int | None) -> list[FusedLayer]:
     """Make one node of layers in bf16 and what surrounds them wherever that is faster; return the other layers."""
     graph = prepared.model.graph
     view = GraphView(prepared.model)
