@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -35,6 +35,7 @@ MOST_TIMES = 3  # that a choice within the noise is timed
 SECONDS_BETWEEN = 86400.0  # from one choice that is timed again to the next
 SPEED_ALONE = ("threads", "kernels")  # conditions that a time depends on, and what a kernel computes does not
 LARGEST_FILE = 1 << 24  # bytes: a thousand engines' choices are less
+TOO_LITTLE = 0.02  # a margin that is not worth kernels of several forms in one network
 TICK = 1e-6  # milliseconds: below what the clock can tell
 Candidates = Callable[[], Mapping[str, Callable[[], object]]]
 
@@ -76,6 +77,12 @@ class Choice:
             "within_noise": self.within_noise,
             "times": self.times,
         }
+
+    def leaning_to(self, kernel: str) -> Choice:
+        """The same evidence, ``kernel`` chosen unless another is faster by more than the noise and ``TOO_LITTLE``."""
+        least = self.milliseconds[self.kernel]
+        close = self.milliseconds[kernel] <= least * (1 + max(self.noise, TOO_LITTLE))
+        return replace(self, kernel=kernel) if close else self
 
     def merged(self, other: Choice) -> Choice:
         """The evidence of both, of the same candidates: each timing counts once."""

@@ -275,3 +275,12 @@ def test_choices_that_are_fixed_hold_for_any_threads_and_are_never_timed_again(
         swapped = {"b": lambda: None, "a": lambda: time.sleep(0.001)}
         assert TacticCache(tier="y", threads=2).choose("layer", lambda: swapped, ("a", "b")).kernel == "b"  # elsewhere
     assert TacticCache(tier="x", threads=2).choose("layer", lambda: swapped, ("a", "b")).kernel == "b"
+
+
+@pytest.mark.parametrize(
+    "milliseconds, noise, kernel", [((1.0, 1.01), 0.0, "b"), ((1.0, 1.05), 0.0, "a"), ((1.0, 1.05), 0.06, "b")]
+)
+def test_a_choice_that_leans_to_one_kernel(milliseconds: tuple[float, float], noise: float, kernel: str) -> None:
+    choice = Choice("a", dict(zip("ab", milliseconds, strict=True)), noise)
+    assert choice.leaning_to("b").kernel == kernel
+    assert choice.leaning_to("a") == choice

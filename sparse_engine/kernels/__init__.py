@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sparse_engine.kernels.bf16 import MatMulBf16
 from sparse_engine.kernels.int8 import MatMulInt8
 from sparse_engine.kernels.library import (
     INT8_TIERS,
@@ -23,6 +24,7 @@ __all__ = [
     "LIBRARY_PATH",
     "TIERS",
     "MatMul24",
+    "MatMulBf16",
     "MatMulInt8",
     "available_tiers",
     "best_tier",

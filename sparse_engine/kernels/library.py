@@ -22,7 +22,7 @@ LIBRARY_PATH = Path(__file__).with_name("libsparse_engine_kernels.so")
 TIERS = ("scalar", "avx2", "avx512", "avx512-bf16", "neon")
 INT8_TIERS = ("scalar", "avx-vnni", "avx512-vnni", "neon-dot")  # of products in 8 bits, which compute nothing else
 ISA_VARIABLE = "SPARSE_ENGINE_ISA"
-_ABI_VERSION = 6
+_ABI_VERSION = 7
 _MESSAGE_BYTES = 512
 
 Lanes = Literal["t-lanes", "n-lanes", "r-lanes"]  # the last of convolutions in bf16 alone
@@ -305,6 +305,8 @@ def _library() -> ctypes.CDLL:
     library.sparse_engine_int8_tier.restype = ctypes.c_char_p
     library.sparse_engine_int8_packed_bytes.restype = ctypes.c_size_t
     library.sparse_engine_int8_destroy.restype = None
+    library.sparse_engine_bf16_packed_bytes.restype = ctypes.c_size_t
+    library.sparse_engine_bf16_destroy.restype = None
     return library
 
 

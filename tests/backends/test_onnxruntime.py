@@ -217,6 +217,20 @@ def test_without_compiled_kernels_layers_run_dense_with_one_warning(
 
 
 @needs_kernels
+@pytest.mark.skipif("avx512-bf16" not in kernels.available_tiers(), reason="no AVX512-BF16")
+def test_a_block_in_bf16_is_its_attention_and_two_nodes(checkpoint: Path, build: Callable[..., Path]) -> None:
+    path = build(checkpoint, sparse=True, mask="auto", precision="bf16")
+    prepared = prepare(EngineFile(path), 2, autotune=False)
+    nodes = {node.name: node for node in prepared.model.graph.node}
+    block = nodes["mid_block.attn.proj+mid_block.mlp.fc1+mid_block.mlp.fc2"]
+    qkv = nodes["mid_block.attn.qkv"]
+    (attention,) = (node for node in nodes.values() if node.op_type == "SelfAttention" and qkv.output[1] in node.input)
+    assert {block.op_type, qkv.op_type} == {"LayersBf16"}
+    assert block.input[2] == attention.output[1]  # bfloat16 on both sides
+    assert "LayerNormalization" not in {nodes[name].op_type for name in nodes if "mid_block" in name}
+
+
+@needs_kernels
 @pytest.mark.parametrize("sparse", [True, False])
 def test_bf16_is_close(
     checkpoint: Path, dense_file: Path, build: Callable[..., Path], sparse: bool, monkeypatch: pytest.MonkeyPatch
@@ -230,7 +244,7 @@ def test_bf16_is_close(
     x = np.random.default_rng(0).standard_normal((4, 3, 8, 8), np.float32)
     with SparseEngine.load(path, autotune=False) as engine, SparseEngine.load(dense_file) as dense:
         kernels_used = {layer["name"]: layer["kernel"] for layer in engine.info["layers"]}
-        assert kernels_used["mid_block.attn.qkv"] == ("t-lanes" if sparse else "dense-bf16")
+        assert kernels_used["mid_block.attn.qkv"] == ("r-lanes" if sparse else "dense-bf16")
         assert kernels_used["out_blocks.0.skip_linear"] == "dense-bf16"
         assert kernels_used["decoder_pred"] == "dense"
         found, expected = engine.denoise(x, 0.4), dense.denoise(x, 0.4)

@@ -438,6 +438,81 @@ bool run_int8_case(const Case& shape, const char* tier, bool dense) {
   return good;
 }
 
+// Sums of small integers, which are exact in bfloat16; every kind of input and output; layers in a row with a front.
+bool run_bf16_case(const Case& shape, bool dense) {
+  std::mt19937 random(shape.rows * 1000 + shape.tokens);
+  const size_t kept = size_t(shape.depth) / (dense ? 1 : 2);
+  std::vector<float> values(shape.rows * kept), back(size_t(shape.depth) * shape.rows, 0.5f);
+  std::vector<uint8_t> positions(size_t(shape.rows) * shape.depth / 4);
+  const uint8_t codes[6] = {0 | 1 << 2, 0 | 2 << 2, 0 | 3 << 2, 1 | 2 << 2, 1 | 3 << 2, 2 | 3 << 2};
+  for (float& value : values) value = float(int(random() % 9) - 4);
+  for (uint8_t& position : positions) position = codes[random() % 6];
+  std::vector<float> x(size_t(shape.tokens) * shape.depth), y(size_t(shape.tokens) * shape.rows);
+  for (float& number : x) number = float(int(random() % 17) - 8);
+  const std::vector<float> ones(std::max(shape.rows, shape.depth), 1.0f);
+  char message[256] = "";
+  void *layer = nullptr, *next = nullptr;
+  bool good = !sparse_engine_bf16_create(shape.rows, shape.depth, values.data(), dense ? nullptr : positions.data(),
+                                         &layer, message, sizeof message);
+  sparse_engine_bf16_call call = {};
+  call.parts[0] = x.data();
+  call.depths[0] = shape.depth;
+  call.tokens = shape.tokens;
+  call.activation = "none";
+  call.output = y.data();
+  call.element = "fp32";
+  call.threads = 2;
+  good &= !sparse_engine_bf16_run(nullptr, layer, nullptr, &call, message, sizeof message);
+  for (int token = 0; good && token < shape.tokens; ++token) {
+    for (int row = 0; row < shape.rows; ++row) {
+      float sum = 0.0f;
+      for (size_t i = 0; i < kept; ++i) {
+        const uint8_t position = positions[size_t(row) * (shape.depth / 4) + i / (dense ? 4 : 2)];
+        const size_t k = dense ? i : i / 2 * 4 + (i % 2 ? position >> 2 : position & 3);
+        sum += values[row * kept + i] * x[size_t(token) * shape.depth + k];
+      }
+      good &= y[size_t(token) * shape.rows + row] == sum;
+    }
+  }
+  // Two parts; the front's output is what the layer before the last takes, so that a token comes back as wide as it
+  // was.
+  std::vector<uint16_t> halves(y.size());
+  call.element = "bf16";
+  call.output = halves.data();
+  call.depths[0] = shape.depth - 1;
+  call.depths[1] = 1;
+  const std::vector<float> more(shape.tokens, 1.0f), begin(x.begin(), x.begin() + shape.tokens * (shape.depth - 1));
+  call.parts[0] = begin.data();
+  call.parts[1] = more.data();
+  good &= !sparse_engine_bf16_run(nullptr, layer, nullptr, &call, message, sizeof message);
+  if (shape.rows % 4 == 0) {
+    good &= !sparse_engine_bf16_create(shape.depth, shape.rows, back.data(), nullptr, &next, message, sizeof message);
+    call.parts[0] = call.parts[1] = nullptr;
+    call.halves = halves.data();
+    call.normalise = 1;
+    call.epsilon = 1e-5f;
+    call.gamma = call.beta = call.front_bias = call.first_bias = call.bias = ones.data();
+    call.front_residual = x.data();
+    call.activation = "gelu";
+    call.element = "fp32";
+    void* last = nullptr;
+    std::vector<float> square(size_t(shape.depth) * shape.depth, 0.25f);
+    good &=
+        !sparse_engine_bf16_create(shape.depth, shape.depth, square.data(), nullptr, &last, message, sizeof message);
+    std::vector<float> out(size_t(shape.tokens) * shape.depth);
+    call.output = out.data();
+    good &= !sparse_engine_bf16_run(next, last, last, &call, message, sizeof message);
+    for (const float number : out) good &= std::isfinite(number);
+    sparse_engine_bf16_destroy(last);
+  }
+  sparse_engine_bf16_destroy(layer);
+  sparse_engine_bf16_destroy(next);
+  if (!good) {
+    std::printf("bf16 layer rows %d depth %d tokens %d: %s\n", shape.rows, shape.depth, shape.tokens, message);
+  }
+  return good;
+}
+
 // What is done to exact sums, against the reference: floats to 1e-5, bfloat16 to its last bit or two, codes to one.
 bool run_int8_epilogue_case(const Case& shape, const char* tier, const char* activation, bool with_residual) {
   std::mt19937 random(shape.rows);
@@ -579,6 +654,11 @@ int main(int count, char** arguments) {
       }
     }
     good &= run_conv_cases(tier);
+    for (const bool dense : {false, true}) {
+      if (std::string(tier) != "avx512-bf16") break;
+      for (const Case& shape : cases) good &= run_bf16_case(shape, dense);
+      for (int tokens = 1; tokens <= 20; ++tokens) good &= run_bf16_case({36, 140, tokens}, dense);
+    }
     std::printf("%s ran\n", tier);
   }
   for (const char* tier : {"scalar", "avx-vnni", "avx512-vnni", "neon-dot"}) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from .convolutions import FusedConv
 from .group_norm import GroupNorm
 from .int8 import Int8Layer, Int8Unit
 from .layers import DOMAIN, FusedLayer
+from .layers_bf16 import Bf16Unit
 from .library import load_onnxruntime
 
 log = logging.getLogger(__name__)
@@ -144,6 +145,24 @@ class Chooser:
             (OWN_INT8, RUNTIME_INT8),
         )
         return LayerChoice(choice.kernel, "faster at the usual batch", {tokens: choice})
+
+    def choose_bf16(self, unit: Bf16Unit, view: GraphView, nodes: list[NodeProto]) -> Choice | None:
+        """One node of ours for layers in bf16 and what surrounds them ("together"), or ``nodes`` ("apart").
+
+        The one node where both are as good as equal, so that layers of a network get one form. None where there is no
+        choice.
+        """
+        if self._obstacle or self._compute != "bf16":
+            return None
+        if not self._autotune:
+            return Choice("together", {})
+        tokens = self._tokens(unit.entry)
+        choice = self._cache.choose(
+            f"bf16 layers {unit.words()}, apart {kinds_of(nodes)}, tokens {tokens}",
+            lambda: _bf16_candidates(unit, view, nodes, tokens, self._threads),
+            ("together", "apart"),
+        )
+        return choice.leaning_to("together")
 
     def together(self, first: FusedLayer, second: FusedLayer, kernel: str) -> Choice | None:
         """Two layers in one node ("together") or two ("apart"), at the usual batch; None where they cannot be one.
@@ -333,6 +352,29 @@ def _int8_candidates(
     return {
         OWN_INT8: _alone([unit.node(pool_size(threads))], feed, output, {**small, **own}, threads),
         RUNTIME_INT8: _alone(nodes, feed, output, {**small, **plain}, threads),
+    }
+
+
+def kinds_of(nodes: Sequence[NodeProto]) -> str:
+    """Some nodes, by what they run."""
+    tactics = (next((entry.s.decode() for entry in node.attribute if entry.name == "tactic"), "") for node in nodes)
+    return " ".join(tactic or node.op_type for node, tactic in zip(nodes, tactics, strict=True))
+
+
+def _bf16_candidates(
+    unit: Bf16Unit, view: GraphView, nodes: list[NodeProto], tokens: int, threads: int | None
+) -> Mapping[str, Callable[[], object]]:
+    """One unit alone, on random weights: as a node of ours, and as the graph has it."""
+    rng = np.random.default_rng(0)
+    constants = {name: rng.random(width, np.float32) for name, width in unit.constants().items()}
+    for layer in unit.all_layers:
+        constants |= _own_constants(layer)
+    feed = unit.feed(tokens, view.sizes(unit.beside)[-1] if unit.beside else 0)
+    lead = next(iter(feed.values())).shape[:-1]
+    output = {unit.last.output: (*lead, unit.last.rows)}
+    return {
+        "together": _alone([unit.node(pool_size(threads))], feed, output, constants, threads),
+        "apart": _alone(nodes, feed, output, constants, threads),
     }
 
 

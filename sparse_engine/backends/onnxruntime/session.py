@@ -23,10 +23,14 @@ from .attention import own_nodes, runtime_nodes
 from .choose import OWN_INT8, Chooser, LayerChoice, own_int8_kernel, shape_of
 from .compress import layers_in
 from .compute import EXACT_PRODUCTS, attention_in, products_in
+from .convolutions import FusedConv
 from .group_norm import GroupNorm, fuse_group_norms
 from .int8 import Int8Layer, connect_attention, int8_units, packed_codes, put_in_place
 from .int8_in_floats import put_in_floats
 from .layers import DOMAIN, FusedLayer, from_nibbles
+from .layers_bf16 import KERNELS, bf16_units
+from .layers_bf16 import connect_attention as connect_bf16_attention
+from .layers_bf16 import put_in_place as put_layers_in_place
 from .library import load_onnxruntime
 
 
@@ -85,6 +89,7 @@ def prepare(engine: EngineFile, threads: int | None, autotune: bool, precision: 
         else:
             _make_own(prepared, layer, positions, choice, threads, products_in(precision))
         prepared.report[layer.name] = choice.to_dict()
+    layers = _fuse_bf16(prepared, chooser, layers, threads)
     _join_pairs(prepared, chooser, layers, products_in(precision), threads)
     _fuse_int8(prepared, engine.path, spans, chooser, threads)
     return prepared
@@ -138,6 +143,32 @@ def create_session(
         options.add_external_initializers(list(prepared.overrides), values)
     data = prepared.model.SerializeToString()
     return onnxruntime.InferenceSession(data, options, providers=list(providers))
+
+
+def _fuse_bf16(prepared: Prepared, chooser: Chooser, layers: list[FusedLayer], threads: int | None) -> list[FusedLayer]:
+    """Make one node of layers in bf16 and what surrounds them wherever that is faster; return the other layers."""
+    graph = prepared.model.graph
+    view = GraphView(prepared.model)
+    ours = [
+        layer
+        for layer in layers
+        if not isinstance(layer, FusedConv) and prepared.report[layer.name]["kernel"] != "dense"
+    ]
+    chosen = []
+    for unit in bf16_units(view, ours):
+        choice = chooser.choose_bf16(unit, view, unit.nodes(graph))
+        if choice is None:
+            return layers
+        if choice.kernel == "together":
+            chosen.append(unit)
+            for layer in unit.all_layers:
+                others = [other.name for other in unit.all_layers if other is not layer]
+                report = {"with": others, "chosen": "together", "milliseconds": choice.milliseconds}
+                prepared.report[layer.name] |= {"kernel": KERNELS[layer.is_sparse], "surroundings": report}
+    for unit in connect_bf16_attention(chosen, view):
+        put_layers_in_place(graph, unit.nodes(graph), unit.node(pool_size(threads)))
+    fused = {layer.name for unit in chosen for layer in unit.all_layers}
+    return [layer for layer in layers if layer.name not in fused]
 
 
 def _join_pairs(

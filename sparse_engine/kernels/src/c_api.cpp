@@ -14,6 +14,7 @@
 #include "dispatch.h"
 #include "error.h"
 #include "group_norm_loop.h"
+#include "layers_bf16.h"
 #include "product24.h"
 #include "product_int8.h"
 
@@ -72,11 +73,13 @@ const Conv24& as_conv(const void* conv) { return *static_cast<const Conv24*>(con
 
 const LayerInt8& as_layer(const void* layer) { return *static_cast<const LayerInt8*>(layer); }
 
+const LayerBf16& as_bf16(const void* layer) { return *static_cast<const LayerBf16*>(layer); }
+
 const MatMul24& as_product(const void* product) { return *static_cast<const MatMul24*>(product); }
 
 }  // namespace
 
-int sparse_engine_abi_version() { return 6; }
+int sparse_engine_abi_version() { return 7; }
 
 int sparse_engine_has_tier(const char* tier) {
   bool has = false;
@@ -165,6 +168,43 @@ const char* sparse_engine_int8_tier(const void* layer) { return tier_name(as_lay
 size_t sparse_engine_int8_packed_bytes(const void* layer) { return as_layer(layer).packed_bytes(); }
 
 void sparse_engine_int8_destroy(void* layer) { delete static_cast<LayerInt8*>(layer); }
+
+int sparse_engine_bf16_create(int64_t rows, int64_t depth, const float* values, const uint8_t* positions, void** layer,
+                              char* message, size_t message_size) {
+  return guarded(message, message_size,
+                 [&] { *layer = new LayerBf16({to_int(rows, "rows"), to_int(depth, "depth"), values, positions}); });
+}
+
+int sparse_engine_bf16_run(const void* front, const void* first, const void* second,
+                           const sparse_engine_bf16_call* call, char* message, size_t message_size) {
+  return guarded(message, message_size, [&] {
+    const LayerNorm norm = {call->gamma, call->beta, call->epsilon};
+    const int depths[2] = {to_int(call->depths[0], "depth"), to_int(call->depths[1], "depth")};
+    const InputBf16 input = {
+        call->halves, {call->parts[0], call->parts[1]}, {depths[0], depths[1]}, call->normalise ? &norm : nullptr};
+    const size_t tokens = size_t(to_int(call->tokens, "tokens"));
+    EpilogueBf16 epilogue = {call->bias, call->residual, Activation::kNone, parse_element(call->element)};
+    if (epilogue.element == Element::kCode) throw Error(Status::kInvalidInput, "layers in bf16 give no codes");
+    if (!second) {
+      epilogue.activation = parse_activation(call->activation);
+      as_bf16(first).run(input, tokens, call->output, epilogue, call->threads, parallel_for);
+      return;
+    }
+    FrontBf16 before;
+    if (front) {
+      before.layer = &as_bf16(front);
+      before.epilogue.bias = call->front_bias;
+      before.epilogue.residual = call->front_residual;
+    }
+    const EpilogueBf16 hidden = {call->first_bias, nullptr, parse_activation(call->activation), Element::kBfloat16};
+    LayerBf16::run_pair(before, as_bf16(first), hidden, as_bf16(second), input, tokens, call->output, epilogue,
+                        call->threads, parallel_for);
+  });
+}
+
+size_t sparse_engine_bf16_packed_bytes(const void* layer) { return as_bf16(layer).packed_bytes(); }
+
+void sparse_engine_bf16_destroy(void* layer) { delete static_cast<LayerBf16*>(layer); }
 
 int sparse_engine_conv24_create(int64_t rows, int64_t depth, const float* values, const uint8_t* positions,
                                 const int32_t* window, const char* tier, const char* lanes, void** conv, char* message,

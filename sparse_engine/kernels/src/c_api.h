@@ -79,6 +79,41 @@ SPARSE_ENGINE_API const char* sparse_engine_int8_tier(const void* layer);
 SPARSE_ENGINE_API size_t sparse_engine_int8_packed_bytes(const void* layer);
 SPARSE_ENGINE_API void sparse_engine_int8_destroy(void* layer);
 
+// A layer in bf16 with what surrounds it (layers_bf16.h): weights [rows, depth / 2] with positions, or [rows, depth]
+// and null.
+SPARSE_ENGINE_API int sparse_engine_bf16_create(int64_t rows, int64_t depth, const float* values,
+                                                const uint8_t* positions, void** layer, char* message,
+                                                size_t message_size);
+
+// What it, or layers in a row, are given and give. Pointers may be null unless said.
+struct sparse_engine_bf16_call {
+  const uint16_t* halves;  // [tokens, depth], bfloat16; or
+  const float* parts[2];   // [tokens, depths[i]] each, side by side; the second may be null
+  int64_t depths[2];
+  int normalise;       // 1: a layer normalisation comes first, or after the front
+  const float* gamma;  // [depth]
+  const float* beta;   // [depth]
+  float epsilon;
+  int64_t tokens;
+  const float* front_bias;
+  const float* front_residual;
+  const float* first_bias;  // of a pair's first layer, which the activation is of too
+  const float* bias;
+  const float* residual;   // [tokens, rows]; may be the output
+  const char* activation;  // not null
+  void* output;            // [tokens, rows], not null
+  const char* element;     // fp32, bf16: of the output
+  int threads;
+};
+
+// second(first(input)), or first(input) where the second is null; with a front, which may be null, what FrontBf16 says.
+// Starts threads - 1 threads and joins them.
+SPARSE_ENGINE_API int sparse_engine_bf16_run(const void* front, const void* first, const void* second,
+                                             const sparse_engine_bf16_call* call, char* message, size_t message_size);
+
+SPARSE_ENGINE_API size_t sparse_engine_bf16_packed_bytes(const void* layer);
+SPARSE_ENGINE_API void sparse_engine_bf16_destroy(void* layer);
+
 // A convolution: canonical weights [rows, depth], depth over (channels / 4, kernel_h, kernel_w, 4). window:
 // kernel_h, kernel_w, stride, pad_top, pad_left, pad_bottom, pad_right, upsample.
 SPARSE_ENGINE_API int sparse_engine_conv24_create(int64_t rows, int64_t depth, const float* values,

@@ -12,7 +12,7 @@
 // in the table alone.
 //
 // Bound: as many permutations as multiply-adds. A Zen 5 issues two 512-bit ones of each per cycle: 744 Gop/s from L1,
-// where its dense products have 510. Products of a matrix are as fast in N-lanes, whose weights are half as large.
+// where its dense products have 510. Products of a matrix have the form too (layers_avx512_bf16.cpp).
 //
 // Included by instruction-set files only. A Format says how operands lie and are multiplied: as conv_pixels.h, and
 //   Register, load(p), pick_and_add(sum, weights, indices, x), the indices in a Register too

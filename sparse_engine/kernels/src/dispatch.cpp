@@ -126,6 +126,15 @@ const Tactic& find_dense_tactic(Tier tier) {
   throw Error(Status::kUnsupported, std::string("dense products are computed in bf16 only, not on ") + tier_name(tier));
 }
 
+const TacticBf16& find_bf16_tactic() {
+  [[maybe_unused]] const Tier tier = best_tier(true);  // there is one
+#ifdef SPARSE_ENGINE_X86
+  return kAvx512Bf16Layers;
+#else
+  throw Error(Status::kUnsupported, std::string("layers in bf16 are not computed on ") + tier_name(tier));
+#endif
+}
+
 const ConvTactic& find_conv_tactic(Tier tier, Lanes lanes) {
   require_floats(tier);
 #ifdef SPARSE_ENGINE_X86

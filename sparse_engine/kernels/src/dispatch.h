@@ -5,6 +5,7 @@
 
 #include "conv24.h"
 #include "int8.h"
+#include "layers_bf16.h"
 #include "matmul24.h"
 
 namespace sparse_engine {
@@ -34,6 +35,9 @@ const Tactic& find_tactic(Tier tier, Lanes lanes);
 
 // For dense weights; there is one, in bf16. Throws Error(kUnsupported) for any other tier.
 const Tactic& find_dense_tactic(Tier tier);
+
+// For layers in bf16 with all that surrounds them. Throws as best_tier(true).
+const TacticBf16& find_bf16_tactic();
 
 // For 8-bit products. Throws Error(kUnsupported) where the machine lacks the tier, or the tier has none.
 const TacticInt8& find_int8_tactic(Tier tier);

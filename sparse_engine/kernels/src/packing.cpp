@@ -270,4 +270,32 @@ void pack_registers(const Weights24& weights, const RegisterWalk& walk, void* pa
   }
 }
 
+size_t register_panel_bytes(int rows, int depth) {
+  return size_t(round_up(rows, kRegisterPanelRows)) * (depth / 4) * 2 * sizeof(uint32_t);
+}
+
+void pack_register_panels(const Weights24& weights, void* packed) {
+  constexpr int kLanes = kRegisterPanelRows / 2, kGroupsOfRegister = 8;
+  std::memset(packed, 0, register_panel_bytes(weights.rows, weights.depth));
+  const size_t panel_words = size_t(weights.groups()) * kRegisterPanelRows * 2;
+  for (int row = 0; row < weights.rows; ++row) {
+    uint32_t* const panels = static_cast<uint32_t*>(packed) + row / kRegisterPanelRows * panel_words;
+    const int panel = row % kRegisterPanelRows / kLanes, lane = row % kLanes;
+    for (int index = 0; index < weights.groups(); ++index) {
+      uint32_t* const words = panels + size_t(index) * kRegisterPanelRows * 2;
+      if (weights.dense()) {
+        const float* const four = weights.values + size_t(row) * weights.depth + 4 * index;
+        words[panel * kLanes + lane] = bfloat16_pair(four);
+        words[(2 + panel) * kLanes + lane] = bfloat16_pair(four + 2);
+      } else {
+        const Group group = group_at(weights, row, index);
+        const int first = index % kGroupsOfRegister * 4;
+        words[2 * panel * kLanes + lane] = uint32_t(first + group.position[0]) | uint32_t(first + group.position[1])
+                                                                                     << 16;
+        words[(2 * panel + 1) * kLanes + lane] = bfloat16_pair(group.value);
+      }
+    }
+  }
+}
+
 }  // namespace sparse_engine

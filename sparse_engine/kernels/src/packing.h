@@ -112,4 +112,13 @@ constexpr int kBlockRegisters = 12;  // 12 KiB of a panel: two of them stay in L
 size_t register_bytes(int rows, const RegisterWalk& walk);
 void pack_registers(const Weights24& weights, const RegisterWalk& walk, void* packed);
 
+// R-lanes, of products in bf16: two panels of sixteen rows side by side, one pair of panels after the other. Of 2:4
+// weights a step is a group: for each panel the indices of the pair that each row keeps, among the 32 k of a register,
+// and the pair: 2 x (64 + 64) bytes. Of dense ones a step is a pair of k: 2 x 64 bytes, and as many bytes a group.
+// Missing rows have weights of 0.
+constexpr int kRegisterPanelRows = 32;
+
+size_t register_panel_bytes(int rows, int depth);
+void pack_register_panels(const Weights24& weights, void* packed);
+
 }  // namespace sparse_engine

@@ -17,6 +17,7 @@
 #include "codes_avx512.h"
 #include "epilogue.h"
 #include "int8.h"
+#include "layer_norm_avx512.h"
 #include "peak.h"
 #include "vector_avx512.h"
 #include "vnni_avx512.h"
@@ -190,18 +191,6 @@ Form form_of(const EpilogueInt8& epilogue) {
   return epilogue.codes.scale < kFinestStep ? Form::kFineCode : Form::kCode;
 }
 
-// x Phi(x) within 2e-4: Phi(x) = 1/2 + x P(x^2), |x| clamped to 4, where P is a minimax fit with Phi(4) = 1.
-SPARSE_ENGINE_INLINE __m512 gelu_for_codes(__m512 x) {
-  constexpr float kCoefficients[] = {0.397870272f,    -0.0645544156f,   0.00876369141f, -0.0008121875f,
-                                     4.77638896e-05f, -1.58882722e-06f, 2.25882089e-08f};
-  const __m512 near = V::min(V::max(x, V::set(-4.0f)), V::set(4.0f));
-  const __m512 square = near * near;
-  __m512 p = V::set(kCoefficients[6]);
-#pragma GCC unroll 6
-  for (int i = 5; i >= 0; --i) p = V::multiply_add(p, square, V::set(kCoefficients[i]));
-  return x * V::multiply_add(p, near, V::set(0.5f));
-}
-
 // One panel's part of a product: what its sums become, and where they go.
 template <Activation A, Form F>
 class Finish {
@@ -238,7 +227,7 @@ class Finish {
 
  private:
   static SPARSE_ENGINE_INLINE __m512 activate_sum(__m512 x) {
-    if constexpr (A == Activation::kGelu && F == Form::kCode) return gelu_for_codes(x);
+    if constexpr (A == Activation::kGelu && F == Form::kCode) return coarse_gelu<V>(x);
     constexpr bool kCoarse = F == Form::kBfloat16 || F == Form::kCode;
     return activate<V, kCoarse ? Operand::kBfloat16 : Operand::kFloat32, A>(x);
   }
@@ -346,24 +335,6 @@ void run(const ProductInt8& product, const uint8_t* x, size_t stride, size_t fir
   });
 }
 
-// The sum over a token of function(sixteen of its numbers, how many), in four parts.
-template <class Function>
-SPARSE_ENGINE_INLINE float sum_over(const float* x, int depth, const Function& function) {
-  __m512 parts[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-  int k = 0;
-  for (; k + 4 * V::kLanes <= depth; k += 4 * V::kLanes) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      parts[i] = parts[i] + function(V::load_unaligned(x + k + i * V::kLanes), __mmask16(0xffff));
-    }
-  }
-  for (; k < depth; k += V::kLanes) {
-    const int count = depth - k < V::kLanes ? depth - k : V::kLanes;
-    parts[0] = parts[0] + function(V::load_first(x + k, count), V::first(count));
-  }
-  return _mm512_reduce_add_ps((parts[0] + parts[1]) + (parts[2] + parts[3]));
-}
-
 // Codes of change(numbers, where they stand, how to load what stands there elsewhere).
 template <class Change>
 SPARSE_ENGINE_INLINE void write_codes(const float* x, int depth, const CodesOf& to_codes, uint8_t* out,
@@ -382,21 +353,6 @@ SPARSE_ENGINE_INLINE void write_codes(const float* x, int depth, const CodesOf& 
     _mm_mask_storeu_epi8(out + k, there, to_codes(change(some(x + k), k, some)));
   }
 }
-
-// Mean, and 1 / sqrt(variance + epsilon), of a token.
-struct Moments {
-  SPARSE_ENGINE_INLINE Moments() = default;
-  SPARSE_ENGINE_INLINE Moments(const float* x, int depth, float epsilon) {
-    mean = sum_over(x, depth, [](__m512 y, __mmask16) { return y; }) / float(depth);
-    const __m512 middle = V::set(mean);
-    const float squares = sum_over(x, depth, [&](__m512 y, __mmask16 there) {
-      const __m512 distance = _mm512_maskz_sub_ps(there, y, middle);
-      return distance * distance;
-    });
-    slope = 1.0f / __builtin_sqrtf(squares / float(depth) + epsilon);
-  }
-  float mean, slope;
-};
 
 void quantise(const float* x, size_t stride, size_t tokens, int depth, const LayerNorm* norm, Codes codes, uint8_t* out,
               size_t out_stride) {
