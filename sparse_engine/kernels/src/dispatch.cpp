@@ -98,6 +98,16 @@ const TacticInt8& find_int8_tactic(Tier tier) {
   throw Error(Status::kUnsupported, std::string("8-bit products are not computed on ") + tier_name(tier));
 }
 
+const ConvTacticInt8& find_conv_int8_tactic(Tier tier) {
+  require(tier, "the caller");
+#ifdef SPARSE_ENGINE_X86
+  if (tier == Tier::kAvx512Vnni) return kAvx512VnniConvInt8;
+
+#endif
+  if (tier == Tier::kScalar) return kScalarConvInt8;
+  throw Error(Status::kUnsupported, std::string("8-bit convolutions are not computed on ") + tier_name(tier));
+}
+
 const Tactic& find_tactic(Tier tier, Lanes lanes) {
   require_floats(tier);
   require_lanes("products", tier, lanes, lanes != Lanes::kRegisters);
