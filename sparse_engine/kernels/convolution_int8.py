@@ -68,7 +68,7 @@ class ConvInt8:
             ctypes.c_float(x.scale),
             ctypes.c_int(x.zero),
             (ctypes.c_int32 * 8)(*kernel, stride, *padding, upsample),
-            (tier or best_tier("int8")).encode(),
+            (tier or best_tier("int8 convolutions")).encode(),
             ctypes.byref(self._handle),
         )
         self.channels = depth // (kernel[0] * kernel[1])

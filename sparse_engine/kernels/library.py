@@ -43,8 +43,10 @@ def available_tiers(compute: Compute = "fp32") -> tuple[str, ...]:
     )
 
 
-def best_tier(compute: Compute = "fp32") -> str:
+def best_tier(compute: Compute | Literal["int8 convolutions"] = "fp32") -> str:
     """The tier that products of this precision run on; ``SPARSE_ENGINE_ISA`` sets the highest allowed.
+
+    Convolutions run where products of their precision do; those in 8 bits say for themselves where.
 
     Raises:
         UnsupportedError: bf16 on a machine without AVX512-BF16, or a forced tier which the machine lacks.
@@ -135,7 +137,7 @@ def group_norm(
         (tier or best_tier()).encode(),
         ctypes.c_int(threads),
         _address(out),
-        (codes_tier or best_tier("int8")).encode(),
+        (codes_tier or best_tier("int8 convolutions")).encode(),
         *((ctypes.c_float(codes[0]), ctypes.c_int(codes[1])) if codes else (ctypes.c_float(1.0), ctypes.c_int(0))),
         _address(coded),
     )

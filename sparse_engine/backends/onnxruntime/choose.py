@@ -129,13 +129,13 @@ class Chooser:
 
     def choose_int8_conv(self, conv: Int8Conv, view: GraphView) -> LayerChoice:
         """The same for a convolution."""
-        if not kernels.is_available() or kernels.best_tier("int8") == "scalar":
+        if not kernels.is_available() or kernels.best_tier("int8 convolutions") == "scalar":
             return LayerChoice(RUNTIME_INT8, f"no kernel of ours: {LACKING}", {})
         tokens = self._tokens(conv.conv)
         if not self._autotune:
             return LayerChoice(OWN_INT8, "not timed: ours by default", {})
         choice = self._cache.choose(
-            f"int8 {kernels.best_tier('int8')} {conv.words()} tokens {tokens}",
+            f"int8 {kernels.best_tier('int8 convolutions')} {conv.words()} tokens {tokens}",
             lambda: _int8_conv_candidates(conv, view, tokens, self._threads),
             (OWN_INT8, RUNTIME_INT8),
         )

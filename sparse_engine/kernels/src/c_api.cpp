@@ -93,8 +93,13 @@ int sparse_engine_has_tier(const char* tier) {
 
 int sparse_engine_best_tier(const char* compute, const char** tier, char* message, size_t message_size) {
   return guarded(message, message_size, [&] {
-    const bool int8 = std::strcmp(compute, "int8") == 0;
-    *tier = tier_name(int8 ? best_int8_tier() : best_tier(parse_compute_is_bfloat16(compute)));
+    if (std::strcmp(compute, "int8") == 0) {
+      *tier = tier_name(best_int8_tier());
+    } else if (std::strcmp(compute, "int8 convolutions") == 0) {
+      *tier = tier_name(best_conv_int8_tactic().tier);
+    } else {
+      *tier = tier_name(best_tier(parse_compute_is_bfloat16(compute)));
+    }
   });
 }
 

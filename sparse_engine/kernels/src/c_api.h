@@ -14,7 +14,8 @@ SPARSE_ENGINE_API int sparse_engine_abi_version();
 // 1 if this machine runs the tier (scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16, neon), else 0.
 SPARSE_ENGINE_API int sparse_engine_has_tier(const char* tier);
 
-// The tier used for a precision (fp32, bf16, int8), SPARSE_ENGINE_ISA respected. *tier is a static string.
+// The tier used for a precision (fp32, bf16, int8, or "int8 convolutions"), SPARSE_ENGINE_ISA respected. *tier is a
+// static string.
 SPARSE_ENGINE_API int sparse_engine_best_tier(const char* compute, const char** tier, char* message,
                                               size_t message_size);
 

@@ -45,7 +45,7 @@ struct ConvTacticInt8 {
 // Defined by one file each.
 extern const ConvTacticInt8 kScalarConvInt8;
 #ifdef SPARSE_ENGINE_X86
-extern const ConvTacticInt8 kAvx512VnniConvInt8;
+extern const ConvTacticInt8 kAvxVnniConvInt8, kAvx512VnniConvInt8;
 #endif
 
 }  // namespace sparse_engine

@@ -42,6 +42,9 @@ const TacticInt8& find_int8_tactic(Tier tier);
 // For 8-bit convolutions. Throws Error(kUnsupported) where the machine lacks the tier, or the tier has none.
 const ConvTacticInt8& find_conv_int8_tactic(Tier tier);
 
+// The fastest one; scalar where there is no other.
+const ConvTacticInt8& best_conv_int8_tactic();
+
 // For 2:4 convolutions. Throws Error(kUnsupported) where the machine lacks the tier, or the tier the lanes.
 const ConvTactic& find_conv_tactic(Tier tier, Lanes lanes);
 
