@@ -144,7 +144,7 @@ def _onnxruntime_call(
                 name = f"{y}.gelu"
         nodes[-1].output[0] = f"out.{copy}"
     if conv:
-        places = ("B", *conv.output_shape(len(x) * conv.size[0] * conv.size[1])[1:])
+        places: list[int | str] = ["B", *conv.output_shape(len(x) * conv.size[0] * conv.size[1])[1:]]
         session = _session(nodes, constants, ("B", *x.shape[1:]), places, threads)
         feed = {f"x.{copy}": x for copy in range(LAYERS_PER_CALL)}
     else:

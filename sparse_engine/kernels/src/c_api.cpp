@@ -245,8 +245,8 @@ void sparse_engine_conv_int8_destroy(void* conv) { delete static_cast<ConvInt8*>
 int sparse_engine_group_norm(const float* input, int64_t batch, int64_t channels, int64_t area, int64_t groups,
                              float epsilon, const float* gamma, const float* beta, const float* scale,
                              const float* shift, const char* activation, const char* tier, int threads, float* output,
-                             const char* codes_tier, float output_scale, int output_zero, uint8_t* codes,
-                             char* message, size_t message_size) {
+                             const char* codes_tier, float output_scale, int output_zero, uint8_t* codes, char* message,
+                             size_t message_size) {
   return guarded(message, message_size, [&] {
     const Tier parsed = parse_tier(tier);
     find_tactic(parsed, Lanes::kTokens);  // throws where the machine lacks the tier

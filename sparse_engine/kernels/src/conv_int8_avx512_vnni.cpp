@@ -50,8 +50,7 @@ struct Vnni {
     }
   }
 
-  static SPARSE_ENGINE_INLINE void add_step(__m512i (&sum)[kPixels], const __m512i (&x)[kPixels],
-                                            const uint8_t* step) {
+  static SPARSE_ENGINE_INLINE void add_step(__m512i (&sum)[kPixels], const __m512i (&x)[kPixels], const uint8_t* step) {
     const __m512i indices = _mm512_load_si512(step), weights = _mm512_load_si512(step + kRegister);
 #pragma GCC unroll 8
     for (int t = 0; t < kPixels; ++t) add_products(sum[t], _mm512_permutexvar_epi8(indices, x[t]), weights);
@@ -144,7 +143,8 @@ void code_with(const MapsToCodes& maps, size_t begin, size_t end) {
 }
 
 void code(const MapsToCodes& maps, size_t begin, size_t end) {
-  (maps.activation == Activation::kSilu ? code_with<Activation::kSilu> : code_with<Activation::kNone>)(maps, begin, end);
+  (maps.activation == Activation::kSilu ? code_with<Activation::kSilu> : code_with<Activation::kNone>)(maps, begin,
+                                                                                                       end);
 }
 
 }  // namespace

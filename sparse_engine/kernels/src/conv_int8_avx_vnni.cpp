@@ -53,8 +53,7 @@ struct Vnni {
     __builtin_memset(packed, 0, packed_bytes(weights.rows, channels, taps));
     for (int row = 0; row < weights.rows; ++row) {
       const int vector = row % kRows / V::kLanes, lane = row % V::kLanes * 4;
-      uint8_t* const out =
-          static_cast<uint8_t*>(packed) + row / kRows * panel_bytes + vector * 2 * kVectorBytes + lane;
+      uint8_t* const out = static_cast<uint8_t*>(packed) + row / kRows * panel_bytes + vector * 2 * kVectorBytes + lane;
       for (int group = 0; group < weights.groups(); ++group) {
         const size_t index = size_t(row) * weights.groups() + group;
         const int tap = group % taps, quad = group / taps, position = weights.positions[index];
@@ -138,7 +137,8 @@ void code_with(const MapsToCodes& maps, size_t begin, size_t end) {
 }
 
 void code(const MapsToCodes& maps, size_t begin, size_t end) {
-  (maps.activation == Activation::kSilu ? code_with<Activation::kSilu> : code_with<Activation::kNone>)(maps, begin, end);
+  (maps.activation == Activation::kSilu ? code_with<Activation::kSilu> : code_with<Activation::kNone>)(maps, begin,
+                                                                                                       end);
 }
 
 }  // namespace

@@ -39,8 +39,7 @@ int32_t dot(const ConvolutionInt8& convolution, int row, size_t image, int y, in
   const Product& product = convolution.conv.product;
   const int taps = convolution.conv.window.taps(), groups = product.depth / 4;
   const int8_t* const packed = static_cast<const int8_t*>(product.packed);
-  const uint8_t* const positions =
-      reinterpret_cast<const uint8_t*>(packed) + values_bytes(product.rows, product.depth);
+  const uint8_t* const positions = reinterpret_cast<const uint8_t*>(packed) + values_bytes(product.rows, product.depth);
   uint32_t sum = uint32_t(convolution.starts[row]);  // unsigned: it may wrap around on its way
   for (int group = 0; group < groups; ++group) {
     const size_t index = size_t(row) * groups + group;
@@ -85,7 +84,7 @@ void code(const MapsToCodes& maps, size_t begin, size_t end) {
 
 }  // namespace
 
-constexpr ConvTacticInt8 kScalarConvInt8 = {
-    Tier::kScalar, {1, 64, 1, 0.0}, packed_bytes, pack, scratch_bytes, run, code};
+constexpr ConvTacticInt8 kScalarConvInt8 = {Tier::kScalar, {1, 64, 1, 0.0}, packed_bytes, pack, scratch_bytes, run,
+                                            code};
 
 }  // namespace sparse_engine

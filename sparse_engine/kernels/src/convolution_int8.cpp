@@ -10,7 +10,7 @@
 namespace sparse_engine {
 namespace {
 
-constexpr size_t kPlaces = 64;           // of a map that a thread rounds at a time
+constexpr size_t kPlaces = 64;             // of a map that a thread rounds at a time
 constexpr size_t kThreadValues = 1 << 14;  // fewer are not worth another thread
 
 }  // namespace

@@ -111,9 +111,8 @@ void run_group_norm_to_codes(const GroupNorm& norm, Codes codes, uint8_t* output
   std::vector<Affine> affines(norm.batch * norm.channels);
   for_each_item(norm.batch * norm.groups, 0, workers_of(norm, threads), parallel_for, [&](size_t i, void*) {
     const size_t image = i / norm.groups;
-    for_each_channel(norm, kernel, image, i % norm.groups, [&](size_t channel, const Affine& affine) {
-      affines[image * norm.channels + channel] = affine;
-    });
+    for_each_channel(norm, kernel, image, i % norm.groups,
+                     [&](size_t channel, const Affine& affine) { affines[image * norm.channels + channel] = affine; });
   });
   const MapsToCodes maps = {norm.input, norm.area, int(norm.channels), affines.data(), norm.activation, codes, output};
   code_images(maps, norm.batch, tactic, threads, parallel_for);

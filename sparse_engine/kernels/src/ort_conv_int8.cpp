@@ -70,8 +70,7 @@ class Kernel {
     const Window window = window_attributes(api, info);
     const int64_t depth = int64_t(small_attribute(api, info, "C", 0)) * window.taps();
     const Int8Input given = int8_weights_input(api, info, int_attribute(api, info, "N"), depth, kValues);
-    ConvInt8 conv(given.weights, given.scales, window, codes_attribute(api, info, "x"),
-                  best_conv_int8_tactic().tier);
+    ConvInt8 conv(given.weights, given.scales, window, codes_attribute(api, info, "x"), best_conv_int8_tactic().tier);
     given.page_out();
     return conv;
   }

@@ -63,8 +63,7 @@ class GroupNormNode {
     Shape shape = x.shape;
     std::rotate(shape.begin() + 1, shape.begin() + 2, shape.end());
     uint8_t* const codes = static_cast<uint8_t*>(allocate_output(api_, context, shape, element_));
-    run_group_norm_to_codes(norm, codes_, codes, tier_, best_conv_int8_tactic(), threads_,
-                            parallel_for(api_, context));
+    run_group_norm_to_codes(norm, codes_, codes, tier_, best_conv_int8_tactic(), threads_, parallel_for(api_, context));
   }
 
  private:

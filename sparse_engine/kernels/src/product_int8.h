@@ -17,8 +17,8 @@ struct InputInt8 {
   const LayerNorm* norm = nullptr;  // of one part; null: none
 };
 
-// What layers and convolutions in 8 bits share. Throws Error(kInvalidInput) for weights that are not canonical, too deep,
-// or scales that are not above 0.
+// What layers and convolutions in 8 bits share. Throws Error(kInvalidInput) for weights that are not canonical, too
+// deep, or scales that are not above 0.
 void check_int8(const WeightsInt8& weights, const float* scales, Codes input);
 
 // Of each row: what its sums start at, and what they are multiplied with.
