@@ -203,7 +203,7 @@ bool run_group_norm_case(const char *tier, int channels, int groups, int area, b
   if (sparse_engine_group_norm(x.data(), batch, channels, area, groups, 1e-5f, modulated ? gamma.data() : nullptr,
                                modulated ? beta.data() : nullptr, modulated ? scale.data() : nullptr,
                                modulated ? shift.data() : nullptr, modulated ? "silu" : "none", tier, 2, y.data(),
-                               message, sizeof message)) {
+                               "scalar", 1.0f, 0, nullptr, message, sizeof message)) {
     std::printf("%s group norm: %s\n", tier, message);
     return false;
   }

@@ -66,8 +66,8 @@ struct ConvInt8InLanes {
       }
       Seen::turn(sums, kVectors, tokens, turned);
       const int left = block.row_end - row;
-      store_rows_of_pixels<V, Operand::kFloat32>(conv, segments, count, row, left < Format::kRows ? left : Format::kRows,
-                                                 turned, kPixelTile);
+      store_rows_of_pixels<V, Operand::kFloat32>(conv, segments, count, row,
+                                                 left < Format::kRows ? left : Format::kRows, turned, kPixelTile);
     }
   }
 
