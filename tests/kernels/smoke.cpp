@@ -29,7 +29,7 @@ struct ConvCase {
   sparse_engine::Window window;
 };
 
-double activate(double x, const std::string &activation) {
+double activate(double x, const std::string& activation) {
   const double cubic = x + 0.044715 * x * x * x;
   if (activation == "gelu") return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
   if (activation == "gelu-tanh") return 0.5 * x * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * cubic));
@@ -37,12 +37,12 @@ double activate(double x, const std::string &activation) {
 }
 
 // Positions and values are random; every seventh group keeps nothing.
-bool run_case(const Case &shape, const char *tier, const char *lanes, const char *activation, double tolerance) {
+bool run_case(const Case& shape, const char* tier, const char* lanes, const char* activation, double tolerance) {
   std::mt19937 random(shape.rows * 1000 + shape.tokens);
   std::normal_distribution<float> normal;
   const auto floats = [&](size_t count) {
     std::vector<float> values(count);
-    for (float &value : values) value = normal(random);
+    for (float& value : values) value = normal(random);
     return values;
   };
   const size_t groups = size_t(shape.rows) * shape.depth / 4;
@@ -59,7 +59,7 @@ bool run_case(const Case &shape, const char *tier, const char *lanes, const char
   std::vector<float> y(residual.size());
 
   char message[256] = "";
-  void *product = nullptr;
+  void* product = nullptr;
   if (sparse_engine_matmul24_create(shape.rows, shape.depth, values.data(), positions.data(), tier, lanes, &product,
                                     message, sizeof message) ||
       sparse_engine_matmul24_run(product, x.data(), shape.tokens, y.data(), bias.data(), residual.data(), activation, 2,
@@ -91,31 +91,31 @@ bool run_case(const Case &shape, const char *tier, const char *lanes, const char
 }
 
 // Two layers in a row, in one call and in two: the same bits.
-bool run_pair_case(const Case &shape, const char *tier, const char *lanes) {
+bool run_pair_case(const Case& shape, const char* tier, const char* lanes) {
   std::mt19937 random(shape.rows);
   std::normal_distribution<float> normal;
   const int hidden = shape.rows / 4 * 4 + 4;
   const int dims[2][2] = {{hidden, shape.depth}, {shape.rows, hidden}};
-  void *layers[2] = {nullptr, nullptr};
+  void* layers[2] = {nullptr, nullptr};
   char message[256] = "";
   bool good = true;
   for (int i = 0; i < 2; ++i) {
     std::vector<float> values(size_t(dims[i][0]) * dims[i][1] / 2);
-    for (float &value : values) value = normal(random);
+    for (float& value : values) value = normal(random);
     std::vector<uint8_t> positions(values.size() / 2, 1 | 3 << 2);
     good &= !sparse_engine_matmul24_create(dims[i][0], dims[i][1], values.data(), positions.data(), tier, lanes,
                                            &layers[i], message, sizeof message);
   }
   std::vector<float> x(size_t(shape.tokens) * shape.depth), h(size_t(shape.tokens) * hidden);
   std::vector<float> apart(size_t(shape.tokens) * shape.rows), together(apart.size());
-  for (float &value : x) value = normal(random);
+  for (float& value : x) value = normal(random);
   good &= !sparse_engine_matmul24_run(layers[0], x.data(), shape.tokens, h.data(), nullptr, nullptr, "gelu", 2, message,
                                       sizeof message);
   good &= !sparse_engine_matmul24_run(layers[1], h.data(), shape.tokens, apart.data(), nullptr, nullptr, "none", 2,
                                       message, sizeof message);
   good &= !sparse_engine_matmul24_run_pair(layers[0], nullptr, "gelu", layers[1], nullptr, nullptr, x.data(),
                                            shape.tokens, together.data(), 2, message, sizeof message);
-  for (void *layer : layers) sparse_engine_matmul24_destroy(layer);
+  for (void* layer : layers) sparse_engine_matmul24_destroy(layer);
   good &= apart == together;
   if (!good) std::printf("%s %s pair of rows %d depth %d: %s\n", tier, lanes, shape.rows, shape.depth, message);
   return good;
@@ -124,13 +124,13 @@ bool run_pair_case(const Case &shape, const char *tier, const char *lanes) {
 // Against the definition, in double: keys of another length, k with heads
 // outermost, and a bias of one row for all queries (bias_rows = 1), of a row
 // each, or none.
-bool run_attention_case(const char *tier, int queries, int keys, int head_dim, int bias_rows, double tolerance) {
+bool run_attention_case(const char* tier, int queries, int keys, int head_dim, int bias_rows, double tolerance) {
   const int batch = 2, heads = 3, width = heads * head_dim;
   std::mt19937 random(queries * 1000 + keys);
   std::normal_distribution<float> normal;
   const auto floats = [&](size_t count) {
     std::vector<float> values(count);
-    for (float &value : values) value = std::round(normal(random) * 16) / 16;  // exact in bfloat16
+    for (float& value : values) value = std::round(normal(random) * 16) / 16;  // exact in bfloat16
     return values;
   };
   const std::vector<float> q = floats(size_t(batch) * queries * width), k = floats(size_t(batch) * keys * width);
@@ -151,7 +151,7 @@ bool run_attention_case(const char *tier, int queries, int keys, int head_dim, i
   }
   attention.output = y.data();
   sparse_engine::run_attention(attention, sparse_engine::parse_tier(tier), 1,
-                               [](int, const std::function<void()> &work) { work(); });
+                               [](int, const std::function<void()>& work) { work(); });
   double error = 0;
   std::vector<double> weights(keys);
   for (int b = 0; b < batch; ++b) {
@@ -186,13 +186,13 @@ bool run_attention_case(const char *tier, int queries, int keys, int head_dim, i
 
 // Against the definition, in double, far from 0: with scale and shift of each
 // image and SiLU, or alone.
-bool run_group_norm_case(const char *tier, int channels, int groups, int area, bool modulated) {
+bool run_group_norm_case(const char* tier, int channels, int groups, int area, bool modulated) {
   const int batch = 2;
   std::mt19937 random(channels * 1000 + area);
   std::normal_distribution<float> normal;
   const auto floats = [&](size_t count, float mean) {
     std::vector<float> values(count);
-    for (float &value : values) value = mean + normal(random);
+    for (float& value : values) value = mean + normal(random);
     return values;
   };
   const std::vector<float> x = floats(size_t(batch) * channels * area, 1000.0f);
@@ -232,16 +232,16 @@ bool run_group_norm_case(const char *tier, int channels, int groups, int area, b
 
 // A heap block of exactly so many bytes.
 std::unique_ptr<void, decltype(&std::free)> exact_block(size_t bytes) {
-  void *block = nullptr;
+  void* block = nullptr;
   if (posix_memalign(&block, 64, bytes)) throw std::bad_alloc();
   return {block, std::free};
 }
 
 // The tactic alone: packed weights and scratch have a page's room to spare
 // otherwise, and scratch that of larger calls.
-void run_conv_in_exact_blocks(sparse_engine::Convolution conv, size_t pixels, const sparse_engine::Weights24 &weights,
+void run_conv_in_exact_blocks(sparse_engine::Convolution conv, size_t pixels, const sparse_engine::Weights24& weights,
                               sparse_engine::Tier tier, sparse_engine::Lanes lanes) {
-  const sparse_engine::ConvTactic &tactic = sparse_engine::find_conv_tactic(tier, lanes);
+  const sparse_engine::ConvTactic& tactic = sparse_engine::find_conv_tactic(tier, lanes);
   const int taps = conv.window.taps();
   const auto packed = exact_block(tactic.packed_bytes(weights.rows, weights.depth, taps));
   tactic.pack(weights, taps, packed.get());
@@ -252,26 +252,26 @@ void run_conv_in_exact_blocks(sparse_engine::Convolution conv, size_t pixels, co
 }
 
 // Against the definition, in double, of operands that are exact in bfloat16.
-bool run_conv_case(const ConvCase &shape, const char *tier, const char *lanes, const char *activation) {
-  const sparse_engine::Window &window = shape.window;
+bool run_conv_case(const ConvCase& shape, const char* tier, const char* lanes, const char* activation) {
+  const sparse_engine::Window& window = shape.window;
   std::mt19937 random(shape.rows * 1000 + shape.width);
   std::normal_distribution<float> normal;
   const auto floats = [&](size_t count) {
     std::vector<float> values(count);
-    for (float &value : values) value = std::round(normal(random) * 16) / 16;
+    for (float& value : values) value = std::round(normal(random) * 16) / 16;
     return values;
   };
   const int depth = shape.channels * window.taps();
   const std::vector<float> values = floats(size_t(shape.rows) * depth / 2);
   std::vector<uint8_t> positions(values.size() / 2);
   const uint8_t codes[6] = {0 | 1 << 2, 0 | 2 << 2, 0 | 3 << 2, 1 | 2 << 2, 1 | 3 << 2, 2 | 3 << 2};
-  for (uint8_t &code : positions) code = codes[random() % 6];
+  for (uint8_t& code : positions) code = codes[random() % 6];
   const std::vector<float> x = floats(size_t(shape.batch) * shape.channels * shape.height * shape.width);
   const std::vector<float> bias = floats(shape.rows), image_bias = floats(size_t(shape.batch) * shape.rows);
   const int32_t told[8] = {window.height,   window.width,      window.stride,    window.pad_top,
                            window.pad_left, window.pad_bottom, window.pad_right, window.upsample};
   char message[256] = "";
-  void *conv = nullptr;
+  void* conv = nullptr;
   int64_t height = 0, width = 0;
   std::vector<float> residual, y;
   bool good = !sparse_engine_conv24_create(shape.rows, depth, values.data(), positions.data(), told, tier, lanes, &conv,
@@ -363,12 +363,12 @@ const ConvCase kConvCases[] = {
     {1, 64, 65, 10, 16, {3, 3, 1, 1, 1, 1, 1, 1}},  // and of rows
 };
 
-bool run_conv_cases(const char *tier) {
+bool run_conv_cases(const char* tier) {
   bool good = true;
-  for (const char *lanes : {"t-lanes", "n-lanes", "r-lanes"}) {
+  for (const char* lanes : {"t-lanes", "n-lanes", "r-lanes"}) {
     if (std::string(lanes) == "r-lanes" && std::string(tier) != "avx512-bf16") continue;
-    for (const ConvCase &shape : kConvCases) {
-      for (const char *activation : {"none", "silu"}) good &= run_conv_case(shape, tier, lanes, activation);
+    for (const ConvCase& shape : kConvCases) {
+      for (const char* activation : {"none", "silu"}) good &= run_conv_case(shape, tier, lanes, activation);
     }
     // Every number of pixels in a tile's last vectors, of one image and of
     // three.
@@ -382,20 +382,20 @@ bool run_conv_cases(const char *tier) {
 
 // Exact sums, of floats that are rounded and normalised first; every kind of
 // output; two layers in a row.
-bool run_int8_case(const Case &shape, const char *tier, bool dense) {
+bool run_int8_case(const Case& shape, const char* tier, bool dense) {
   std::mt19937 random(shape.rows * 1000 + shape.tokens);
   const size_t kept = size_t(shape.rows) * shape.depth / (dense ? 1 : 2);
   std::vector<int8_t> values(kept);
-  for (int8_t &value : values) value = int8_t(int(random() % 255) - 127);
+  for (int8_t& value : values) value = int8_t(int(random() % 255) - 127);
   std::vector<uint8_t> positions(size_t(shape.rows) * shape.depth / 4), x(size_t(shape.tokens) * shape.depth);
   const uint8_t codes[6] = {0 | 1 << 2, 0 | 2 << 2, 0 | 3 << 2, 1 | 2 << 2, 1 | 3 << 2, 2 | 3 << 2};
-  for (uint8_t &position : positions) position = codes[random() % 6];
-  for (uint8_t &code : x) code = uint8_t(random());
+  for (uint8_t& position : positions) position = codes[random() % 6];
+  for (uint8_t& code : x) code = uint8_t(random());
   const std::vector<float> ones(std::max(shape.rows, shape.depth), 1.0f);
   std::vector<float> y(size_t(shape.tokens) * shape.rows), floats(x.begin(), x.end());
   char message[256] = "";
   void *layer = nullptr, *next = nullptr;
-  const uint8_t *const where = dense ? nullptr : positions.data();
+  const uint8_t* const where = dense ? nullptr : positions.data();
   bool good = !sparse_engine_int8_create(shape.rows, shape.depth, values.data(), where, ones.data(), 1.0f, 7, tier,
                                          &layer, message, sizeof message);
   sparse_engine_int8_call call = {};
@@ -453,18 +453,18 @@ bool run_int8_case(const Case &shape, const char *tier, bool dense) {
 
 // Exact sums of a convolution in 8 bits, of codes and of floats that are
 // rounded first; and a group norm's codes.
-bool run_conv_int8_case(const ConvCase &shape, const char *tier) {
-  const sparse_engine::Window &window = shape.window;
+bool run_conv_int8_case(const ConvCase& shape, const char* tier) {
+  const sparse_engine::Window& window = shape.window;
   std::mt19937 random(shape.rows * 1000 + shape.width);
   const int depth = shape.channels * window.taps(), zero = 77;
   std::vector<int8_t> values(size_t(shape.rows) * depth / 2);
-  for (int8_t &value : values) value = int8_t(int(random() % 255) - 127);
+  for (int8_t& value : values) value = int8_t(int(random() % 255) - 127);
   std::vector<uint8_t> positions(values.size() / 2);
   const uint8_t patterns[6] = {0 | 1 << 2, 0 | 2 << 2, 0 | 3 << 2, 1 | 2 << 2, 1 | 3 << 2, 2 | 3 << 2};
-  for (uint8_t &position : positions) position = patterns[random() % 6];
+  for (uint8_t& position : positions) position = patterns[random() % 6];
   const size_t area = size_t(shape.height) * shape.width;
   std::vector<uint8_t> codes(size_t(shape.batch) * area * shape.channels);
-  for (uint8_t &code : codes) code = uint8_t(random());
+  for (uint8_t& code : codes) code = uint8_t(random());
   std::vector<float> maps(codes.size());  // the same as floats, a map a channel
   for (size_t i = 0; i < codes.size(); ++i) {
     const size_t channel = i % shape.channels, place = i / shape.channels % area, image = i / shape.channels / area;
@@ -474,7 +474,7 @@ bool run_conv_int8_case(const ConvCase &shape, const char *tier) {
                            window.pad_left, window.pad_bottom, window.pad_right, window.upsample};
   const std::vector<float> ones(shape.rows, 1.0f);
   char message[256] = "";
-  void *conv = nullptr;
+  void* conv = nullptr;
   int64_t height = 0, width = 0;
   std::vector<float> y, again;
   bool good =
@@ -505,7 +505,7 @@ bool run_conv_int8_case(const ConvCase &shape, const char *tier) {
         continue;
       }
       const size_t place = image * area + size_t(down / window.upsample) * shape.width + right / window.upsample;
-      const uint8_t *const four = codes.data() + place * shape.channels + channel;
+      const uint8_t* const four = codes.data() + place * shape.channels + channel;
       sum += int64_t(values[2 * group]) * (four[positions[group] & 3] - zero);
       sum += int64_t(values[2 * group + 1]) * (four[positions[group] >> 2] - zero);
     }
@@ -530,18 +530,18 @@ bool run_conv_int8_case(const ConvCase &shape, const char *tier) {
 int main() {
   const Case cases[] = {{1, 4, 1}, {37, 76, 17}, {130, 260, 97}, {64, 512, 7}, {513, 320, 200}};
   bool good = true;
-  for (const char *tier : {"scalar", "avx2", "avx512", "avx512-bf16", "neon"}) {
+  for (const char* tier : {"scalar", "avx2", "avx512", "avx512-bf16", "neon"}) {
     if (!sparse_engine_has_tier(tier)) continue;
-    for (const char *lanes : {"t-lanes", "n-lanes"}) {
+    for (const char* lanes : {"t-lanes", "n-lanes"}) {
       const double tolerance = std::string(tier) == "avx512-bf16" ? 1e-2 : 4e-6;
-      for (const Case &shape : cases) good &= run_case(shape, tier, lanes, "silu", tolerance);
-      for (const char *activation : {"none", "gelu", "gelu-tanh"}) {
+      for (const Case& shape : cases) good &= run_case(shape, tier, lanes, "silu", tolerance);
+      for (const char* activation : {"none", "gelu", "gelu-tanh"}) {
         good &= run_case(cases[1], tier, lanes, activation, tolerance);
       }
       for (int tokens = 1; tokens <= 130; ++tokens) {
         good &= run_case({37, 140, tokens}, tier, lanes, "none", tolerance);
       }
-      for (const Case &shape : cases) good &= std::string(tier) == "scalar" || run_pair_case(shape, tier, lanes);
+      for (const Case& shape : cases) good &= std::string(tier) == "scalar" || run_pair_case(shape, tier, lanes);
     }
     const double tolerance = std::string(tier) == "avx512-bf16" ? 2e-2 : 1e-5;
     for (const int queries : {1, 5, 97}) {
@@ -561,13 +561,13 @@ int main() {
     good &= run_conv_cases(tier);
     std::printf("%s ran\n", tier);
   }
-  for (const char *tier : {"scalar", "avx-vnni", "avx512-vnni"}) {
+  for (const char* tier : {"scalar", "avx-vnni", "avx512-vnni"}) {
     if (!sparse_engine_has_tier(tier)) continue;
     for (const bool dense : {false, true}) {
-      for (const Case &shape : cases) good &= run_int8_case(shape, tier, dense);
+      for (const Case& shape : cases) good &= run_int8_case(shape, tier, dense);
       for (int tokens = 1; tokens <= 20; ++tokens) good &= run_int8_case({36, 140, tokens}, tier, dense);
     }
-    for (const ConvCase &shape : kConvCases) good &= run_conv_int8_case(shape, tier);
+    for (const ConvCase& shape : kConvCases) good &= run_conv_int8_case(shape, tier);
     for (int width = 1; width <= 100; ++width) {
       good &= run_conv_int8_case({3, 4, 5, 2, width, {2, 3, 1, 0, 1, 1, 1, 1}}, tier);
     }
