@@ -9,7 +9,7 @@ GPU_PYTHON ?= $(PYTHON)
 GPU_ARGS ?=
 JOBS ?= 2
 
-.PHONY: demo test gpu-check lint format docs clean
+.PHONY: demo test gpu-check lint format docs wheel clean
 
 demo: $(READY)
 	mkdir -p out
@@ -46,6 +46,12 @@ gpu-check:
 # The site, in out/site; a warning is an error, links included.
 docs: $(READY)
 	$(BIN)/python -m sphinx -q -W -E -b html docs out/site
+
+# What others install, in dist/: the sdist, and a wheel built out of it. Without the kernels that fails.
+wheel: $(READY)
+	rm -rf dist
+	$(BIN)/python -c "from scikit_build_core.build import build_sdist; build_sdist('dist')"
+	SPARSE_ENGINE_REQUIRE_KERNELS=1 $(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps -w dist dist/*.tar.gz
 
 format: $(READY)
 	$(BIN)/ruff check --fix

@@ -56,9 +56,10 @@ def profile_step(
     engine = EngineFile(path)
     if engine.manifest.backend["name"] != PROFILED_BACKEND:
         return None
-    from sparse_engine.backends.onnxruntime.session import create_session, prepare
+    from sparse_engine.backends.onnxruntime.session import create_session
+    from sparse_engine.backends.onnxruntime.step import fastest_step
 
-    prepared = prepare(engine, threads, autotune=True)
+    prepared = fastest_step(engine, threads, autotune=True)
     with scratch_folder() as folder:
         session = create_session(prepared, engine.path, threads, folder / "step")
         for _ in range(1 + RUNS):

@@ -126,7 +126,13 @@ def quantize_model(
             "the quantised network predicts NaN or infinite values",
             "keep the layers that 8 bits break in float with --keep-float, or have them found with --max-quality-loss",
         )
-    facts = {
+    facts = {**_facts(scheme, wanted, kept, quality), "samples": {"ranges": len(fitted), "quality": quality.samples}}
+    return Quantised(made, layers, quality, facts)
+
+
+def _facts(scheme: Scheme, wanted: Quantisation, kept: list[str], quality: Quality) -> dict[str, Any]:
+    """What was done, for the manifest."""
+    return {
         "weights": scheme.weights.name,
         "activations": scheme.activations.name,
         "ranges": wanted.ranges,
@@ -136,9 +142,7 @@ def quantize_model(
         "calibration_sha256": hashlib.sha256(wanted.calibration.read_bytes()).hexdigest(),
         "quality_loss": quality.loss,
         "quality_loss_by_time": quality.by_time,
-        "samples": {"ranges": len(fitted), "quality": quality.samples},
     }
-    return Quantised(made, layers, quality, facts)
 
 
 def _chosen_layers(layers: list[str], always_float: Sequence[str], keep_float: Sequence[str]) -> list[str]:

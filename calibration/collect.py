@@ -141,9 +141,7 @@ def collect(
             "calibrate the checkpoint, or an engine built in fp32",
         )
     images, steps, seed = check_amounts(images, steps, seed)
-    nulls = bool(manifest.conditions) and all(each.null is not None for each in manifest.conditions)
-    default = (1.0, 2.0) if nulls or negative else (1.0,)
-    weights = default if guidance is None else arguments.real_numbers("guidance", guidance)
+    weights = _weights(manifest, guidance, negative)
     unguided = all(weight == 1 for weight in weights)  # and then ``negative`` is refused
     told = dict(conditioning or {})
     if manifest.num_classes and LABELS not in told:
@@ -173,10 +171,23 @@ def collect(
         "steps": steps,
         "images": images,
     }
-    joined = {name: np.concatenate([getattr(part, name) for part in kept]) for name in ARRAYS}
-    names = kept[0].conditioning
-    both = {name: np.concatenate([part.conditioning[name] for part in kept]) for name in names}
-    data = CalibrationData(**joined, conditioning=both, facts=facts)
+    return _joined(kept, facts)
+
+
+def _weights(manifest: Manifest, guidance: Sequence[float] | None, negative: Any) -> Sequence[float]:
+    """Those asked for, or the default: a second pass where it can be told something."""
+    if guidance is not None:
+        return arguments.real_numbers("guidance", guidance)
+    nulls = bool(manifest.conditions) and all(each.null is not None for each in manifest.conditions)
+    return (1.0, 2.0) if nulls or negative else (1.0,)
+
+
+def _joined(parts: Sequence[CalibrationData], facts: dict[str, Any]) -> CalibrationData:
+    """All samples, latest first."""
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS}
+    names = parts[0].conditioning
+    told = {name: np.concatenate([part.conditioning[name] for part in parts]) for name in names}
+    data = CalibrationData(**arrays, conditioning=told, facts=facts)
     return data.take(np.argsort(-data.times, kind="stable"))
 
 

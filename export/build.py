@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sparse_engine import arguments
 from sparse_engine.artifact import SUFFIX
-from sparse_engine.backends import BuildOptions, TensorRTOptions, usable_backend
+from sparse_engine.backends import Backend, BuildOptions, TensorRTOptions, usable_backend
 from sparse_engine.backends.torch.plain import plain_defaults
 from sparse_engine.calibration.apply import Quantisation
 from sparse_engine.calibration.collect import CalibrationData
@@ -78,16 +78,7 @@ def build_engine(
     sparse, precision, progress = options.sparse, options.precision, options.progress
     check_writable(path)
     chosen = usable_backend(backend, to_build=True)
-    if precision != "auto":
-        chosen.check(options)
-    check_quantisation(precision, quantisation)
-    if options.tensorrt != TensorRTOptions() and not chosen.name.startswith("tensorrt"):
-        raise OptionError(
-            f"options of the TensorRT backends are given, and the {chosen.name} backend builds",
-            "leave them out, or build with --backend tensorrt or tensorrt-rtx",
-        )
-    if options.require_sparse and not sparse:
-        raise OptionError("--require-sparse is given without --sparse: no layer would be sparse", "give both")
+    _check_options(chosen, options, quantisation)
     progress("reading the checkpoint")
     loaded = load_model(checkpoint, model.family, **model.given())
     beside = asset_files(loaded, assets)
@@ -105,6 +96,20 @@ def build_engine(
     progress(f"building for {chosen.name}")
     progress("writing the engine file")
     return path, write_built(path, loaded, baked, graph, chosen, options, quantised, notes, beside)
+
+
+def _check_options(chosen: Backend, options: BuildOptions, quantisation: Quantisation | None) -> None:
+    """Raise OptionError or UnsupportedError on what does not go together, or not with the backend."""
+    if options.precision != "auto":
+        chosen.check(options)
+    check_quantisation(options.precision, quantisation)
+    if options.tensorrt != TensorRTOptions() and not chosen.name.startswith("tensorrt"):
+        raise OptionError(
+            f"options of the TensorRT backends are given, and the {chosen.name} backend builds",
+            "leave them out, or build with --backend tensorrt or tensorrt-rtx",
+        )
+    if options.require_sparse and not options.sparse:
+        raise OptionError("--require-sparse is given without --sparse: no layer would be sparse", "give both")
 
 
 def calibrated_otherwise(data: CalibrationData | None, baked: Baked) -> list[str]:

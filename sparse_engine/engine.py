@@ -15,24 +15,23 @@ from sparse_engine.artifact import EngineFile
 from sparse_engine.assets import Assets
 from sparse_engine.backends import StepRunner, backend_named
 from sparse_engine.backends.base import StepCallback, with_kernel
-from sparse_engine.backends.cuda.dlpack_in import DeviceArray, receive
 from sparse_engine.conditioning import Conditioning, Rows, zeros_for
-from sparse_engine.ending import callers_code, keep_until_the_end, library_call
+from sparse_engine.drawing import Drawing, given_images, trajectory_of
+from sparse_engine.ending import keep_until_the_end, library_call
 from sparse_engine.errors import EngineClosedError, OptionError, UnsupportedError
 from sparse_engine.manifest import Manifest
-from sparse_engine.results import Decoder, check_prediction, diverged, finisher, noise_seen, nonfinite_rows
-from sparse_engine.sampling.noise import SeededNoise
+from sparse_engine.results import Decoder, check_prediction, finisher, noise_seen
 
 Callback = StepCallback
 Labels = int | Sequence[int] | np.ndarray
 Seeds = int | Sequence[int] | np.ndarray
 Prompts = str | Sequence[str]
-FAR_OUT = 16  # times the model's range: what an image to start from holds beyond is in other units
-TRAJECTORY_OPTIONS = ("t_start", "t_end", "spacing", "eta", "variance", "order", "denoise_to_zero")
 
 
 class SparseEngine:
     """A loaded engine. Safe to use from several threads; not after ``close()``, nor in a forked process.
+
+    For example::
 
         with SparseEngine.load("model.sengine") as engine:
             images = engine.sample(16, steps=50, seed=0)  # uint8 [16, H, W, C]
@@ -158,30 +157,12 @@ class SparseEngine:
             SamplingCancelled: the callback returned False.
             EngineClosedError: after ``close()``, or in a forked process.
         """
-        batches = self.stream(
-            n,
-            steps=steps,
-            sampler=sampler,
-            seed=seed,
-            first=first,
-            images=images,
-            labels=labels,
-            conditioning=conditioning,
-            negative=negative,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            guidance=guidance,
-            batch_size=batch_size,
-            output=output,
-            noise=noise,
-            init=init,
-            t_start=t_start,
-            callback=callback,
-            callback_every=callback_every,
-            decoder=decoder,
-            allow_nonfinite=allow_nonfinite,
-            **options,
-        )
+        given: dict[str, Any] = {"steps": steps, "sampler": sampler, "seed": seed, "first": first, "images": images}
+        given |= {"labels": labels, "conditioning": conditioning, "negative": negative}
+        given |= {"prompt": prompt, "negative_prompt": negative_prompt, "guidance": guidance}
+        given |= {"batch_size": batch_size, "output": output, "noise": noise, "init": init, "t_start": t_start}
+        given |= {"callback": callback, "callback_every": callback_every, "decoder": decoder}
+        batches = self.stream(n, allow_nonfinite=allow_nonfinite, **given, **options)
         if output == "dlpack":
             n, size = self._amounts(n, batch_size)
             if n > size:
@@ -235,37 +216,13 @@ class SparseEngine:
             raise OptionError("init is given without t_start", "say how far to noise it, for example t_start=0.5")
         noise = self._checked_images("noise", noise, n, stays=init is None)
         init = self._checked_images("init", init, n)
-        told = self.told(
-            n,
-            labels=labels,
-            conditioning=conditioning,
-            negative=negative,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            guidance=guidance,
-            draw=(seeds, numbers),
-        )
-
-        def batches() -> Iterator[np.ndarray]:
-            for begin in range(0, n, size):
-                rows = np.arange(begin, min(begin + size, n))
-                drawn_from = SeededNoise(
-                    seeds if isinstance(seeds, int) else seeds[rows], numbers[rows], self.manifest.data_shape
-                )
-                x = self._start(trajectory, drawn_from, rows, noise, init)
-                part = told.of(rows)
-
-                def walk(
-                    told: Callback | None, every: int = 1, source: Any = drawn_from, x: Any = x, part: Rows = part
-                ) -> Any:
-                    return self._walk(trajectory, source, x, part, told, every, output == "dlpack")
-
-                drawn = walk(callback, every)
-                if not allow_nonfinite and len(broken := nonfinite_rows(drawn)):
-                    raise diverged(walk, trajectory, x, numbers[rows], broken, self.manifest.precision)
-                yield finish(drawn, numbers[rows])
-
-        return batches()
+        said: dict[str, Any] = {"labels": labels, "conditioning": conditioning, "negative": negative}
+        said |= {"prompt": prompt, "negative_prompt": negative_prompt, "guidance": guidance}
+        told = self.told(n, **said, draw=(seeds, numbers))
+        ends: dict[str, Any] = {"callback": callback, "callback_every": every, "allow_nonfinite": allow_nonfinite}
+        ends |= {"on_device": output == "dlpack", "finish": finish}
+        drawing = Drawing(self._live, self.manifest, trajectory, seeds, numbers, told, noise, init, **ends)
+        return drawing.batches(size)
 
     def denoise(
         self,
@@ -410,28 +367,7 @@ class SparseEngine:
         self, steps: int, sampler: str | None = None, *, clip: bool | None = None, **options: Any
     ) -> sampling.Trajectory:
         """The table of coefficients that ``sample`` would walk; arguments and errors as there."""
-        name = self.manifest.sampler if sampler is None else sampler
-        info = sampling.SAMPLERS.get(name) if isinstance(name, str) else None
-        if info is not None and name in self.manifest.excluded_samplers:
-            why = self.manifest.excluded_samplers[name]
-            raise OptionError(f"sampler {name} is not offered for this model: {why}", "see `sparse-engine samplers`")
-        pixels = self.manifest.value_range
-        clip = None if clip is None else arguments.truth("clip", clip)
-        if clip and (pixels is None or (info is not None and not info.clips)):
-            why = "latents have no range" if pixels is None else f"sampler {name} never forms x0"
-            raise OptionError(f"clip = True, but {why}", "leave clip out")
-        unknown = options.keys() - set(TRAJECTORY_OPTIONS)
-        if unknown:
-            raise OptionError(f"{', '.join(sorted(unknown))}: no such option; expected {', '.join(TRAJECTORY_OPTIONS)}")
-        clips = info is not None and info.clips_by_default if clip is None else clip
-        return sampling.make_trajectory(
-            name,
-            self._schedule,
-            steps,
-            prediction=self.manifest.prediction,
-            value_range=pixels if clips else None,
-            **options,
-        )
+        return trajectory_of(self.manifest, self._schedule, steps, sampler, clip, options)
 
     @property
     def schedule(self) -> sampling.Schedule:
@@ -480,42 +416,6 @@ class SparseEngine:
             )
         return runner
 
-    def _walk(
-        self,
-        trajectory: sampling.Trajectory,
-        noise: SeededNoise,
-        x: Any,
-        told: Rows,
-        callback: Callback | None,
-        callback_every: int,
-        on_device: bool,
-    ) -> Any:
-        def tell(step: int, t: float, state: np.ndarray) -> object:
-            with callers_code():
-                return callback(step, t, state) if callback is not None else None
-
-        options: dict[str, Any] = {"conditioning": told.arrays, "guidance": told.weights, "noise": noise}
-        with library_call():
-            told_to = None if callback is None else tell
-            return self._live().run(
-                trajectory, x, on_device=on_device, callback=told_to, callback_every=callback_every, **options
-            )
-
-    def _start(
-        self,
-        trajectory: sampling.Trajectory,
-        drawn: SeededNoise,
-        rows: np.ndarray,
-        noise: Any,
-        init: np.ndarray | None,
-    ) -> Any:
-        """x at the first time: noise, or ``init`` with noise on it."""
-        z = drawn(0) if noise is None else noise[rows]
-        if init is None:
-            return z
-        alpha, sigma = trajectory.init
-        return np.float32(alpha) * init[rows] + np.float32(sigma) * z
-
     def _amounts(self, n: Any, batch_size: Any) -> tuple[int, int]:
         """(images, images in a batch)."""
         size = self.manifest.batch[1] if batch_size is None else batch_size
@@ -526,26 +426,6 @@ class SparseEngine:
         return arguments.schedule_times(t, n, self._schedule.t_max)
 
     def _checked_images(self, name: str, images: Any, n: int | None, stays: bool = False) -> Any:
-        """float32 [n, C, H, W] of the host; where it lies on the runner's GPU and ``stays``, a ``DeviceArray``.
-
-        None stays None; without n any number of images will do.
-        """
-        if images is None and n is not None:
-            return None
-        shape = tuple(self.manifest.data_shape)
-        expected = f"[{', '.join(map(str, ('B' if n is None else n, *shape)))}]"
-        if hasattr(images, "__dlpack__") and not isinstance(images, np.ndarray):
-            images = receive(name, images, getattr(self._live(), "dlpack_device", None) if stays else None)
-        if not isinstance(images, DeviceArray):
-            images = arguments.floats(name, images, expected)
-        if images.shape[1:] != shape or n not in (None, len(images)):
-            raise OptionError(f"{name} has shape {list(images.shape)}; expected {expected}")
-        if not len(images):
-            raise OptionError(f"{name} is empty; expected at least one sample")
-        low, high = self.manifest.value_range or (-np.inf, np.inf)
-        if name == "init" and np.abs(images).max() > FAR_OUT * max(abs(low), abs(high)):
-            raise OptionError(
-                f"init goes up to {np.abs(images).max():g}; the model's range is {low:g}..{high:g}",
-                "of pixels in 0..255: x / 127.5 - 1 for the range -1..1",
-            )
-        return images
+        """``given_images``, which may stay on the runner's GPU where it lies there and ``stays``."""
+        device = getattr(self._live(), "dlpack_device", None) if stays else None
+        return given_images(name, images, n, self.manifest, device)

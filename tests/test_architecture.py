@@ -118,3 +118,36 @@ def test_only_the_program_itself_imports_the_command_line() -> None:
 @pytest.mark.parametrize("part", sorted(set(ARROWS) - {""}))
 def test_every_part_is_there(part: str) -> None:
     assert any(_part(name) == part for name in MODULES)
+
+
+LONGEST = 60  # lines of a function, its docstring aside
+LONGEST_FILE = 700
+LONGER = {"sparse_engine.kernels.int8.MatMulInt8.__call__"}  # the check of each argument, and one call of the library
+
+
+def _functions(tree: ast.AST, within: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Dotted name -> function, methods and functions within functions too."""
+    for node in ast.iter_child_nodes(tree):
+        name = (
+            f"{within}.{node.name}" if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) else ""
+        )
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield name, node
+        yield from _functions(node, name or within)
+
+
+def _length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines, from its name on."""
+    first = function.body[0]
+    documented = ast.get_docstring(function) is not None
+    return function.end_lineno - function.lineno + 1 - documented * (first.end_lineno - first.lineno + 1)
+
+
+@pytest.mark.parametrize("part", sorted(ARROWS))
+def test_functions_and_files_are_short(part: str) -> None:
+    for name, path in MODULES.items():
+        if _part(name) == part:
+            source = path.read_text()
+            assert source.count("\n") <= LONGEST_FILE, path
+            lengths = {each: _length(function) for each, function in _functions(ast.parse(source), name)}
+            assert {each for each, length in lengths.items() if length > LONGEST} <= LONGER

@@ -3,13 +3,21 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tarfile
+import tempfile
+import tomllib
 import urllib.request
 import zipfile
+from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
+
+from sparse_engine import __version__
+from tests.distributions import closure, expose
 
 REPOSITORY = Path(__file__).parents[1]
 HEAVY = (
@@ -90,6 +98,131 @@ def test_wheel_holds_the_one_package_and_nothing_else(wheel: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
     unwanted = ("tests/", "/test_", "bench/results/", "__pycache__")
     assert not [name for name in names if any(part in name for part in unwanted)]
+
+
+def test_wheel_is_for_any_python_and_brings_the_kernels(wheel: Path) -> None:
+    assert re.fullmatch(rf"sparse_engine-{re.escape(__version__)}-py3-none-\w+\.whl", wheel.name)
+    assert not wheel.name.endswith("-any.whl")  # what is built where there is no compiler
+    archive = zipfile.ZipFile(wheel)
+    library = archive.read("sparse_engine/kernels/libsparse_engine_kernels.so")
+    assert b"sparse_engine" in library
+    paths = [
+        str(folder).encode() for folder in (REPOSITORY, Path.home(), Path(tempfile.gettempdir()), Path(sys.prefix))
+    ]
+    for name in archive.namelist():
+        assert not [path for path in paths if len(path) > 4 and path in archive.read(name)], name
+
+
+def test_wheel_of_the_sdist_is_the_same(wheel: Path, tmp_path: Path) -> None:
+    """All that a machine with a compiler needs is in the sdist: the kernels' sources, and every file of the wheel."""
+    script = "import sys\nfrom scikit_build_core.build import build_sdist\nbuild_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", script, tmp_path], cwd=REPOSITORY, check=True, capture_output=True)
+    (source,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    kernels = REPOSITORY / "sparse_engine" / "kernels" / "src"
+    assert {
+        "CMakeLists.txt",
+        "pyproject.toml",
+        *(f"sparse_engine/kernels/src/{f.name}" for f in kernels.iterdir()),
+    } <= names
+    assert not [name for name in names if name.startswith(("tests", "examples", "bench/results/", "build", "out"))]
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path]
+    subprocess.run([*command, "-C", "wheel.cmake=false", source], check=True, timeout=300)
+    (made,) = tmp_path.glob("*.whl")
+    assert made.name.endswith("-py3-none-any.whl")
+    compiled = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")}
+    assert set(zipfile.ZipFile(made).namelist()) == set(zipfile.ZipFile(wheel).namelist()) - compiled
+
+
+@pytest.fixture(scope="module")
+def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the programs of a new environment that has the wheel in it, and nothing else: not even pip."""
+    programs = tmp_path_factory.mktemp("bare") / "bin"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", programs.parent], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", programs / "python", "install", "-q", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--no-compile", wheel], check=True, timeout=300)
+    return programs
+
+
+def with_extras(bare: Path, extras: str, folder: Path, *command: object) -> subprocess.CompletedProcess[str]:
+    """Run a program of the bare environment, where it sees what the wheel declares for these extras, and no more.
+
+    Where that is not here, the test is skipped, for the extras that ``make`` does not install.
+    """
+    (metadata,) = bare.parent.glob("lib/*/site-packages/sparse_engine-*.dist-info")
+    found, absent = closure(Distribution.at(metadata), extras.split(","))
+    if absent and ELSEWHERE.intersection(extras.split(",")):
+        pytest.skip(f"[{extras}] is not tried: {', '.join(sorted(absent))} is not here")
+    assert not absent
+    packages = folder / "packages"
+    for each in found:
+        expose(each, packages)
+    environment = {"PATH": f"{bare}:/usr/bin:/bin", "HOME": str(folder), "PYTHONPATH": str(packages)}
+    words = [str(bare / command[0]), *map(str, command[1:])]
+    return subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
+
+
+# What `make` does not install: it is large, for an NVIDIA GPU, or unpacks over what is there (onnxruntime-gpu).
+ELSEWHERE = {"cuda", "tensorrt", "quality", "fid-offline", "tensorboard", "peers", "replicas", "cluster"}
+EXPORTING = "sparse_engine.export.build", "sparse_engine.export.verify", "sparse_engine.pruning.finetune"
+MEASURING = "sparse_engine.bench.run", "sparse_engine.bench.evaluate", "sparse_engine.bench.report.page"
+# Extras, as the documentation and the errors name them together -> what is then there to import.
+PROMISED = {
+    "cpu": ("sparse_engine.backends.onnxruntime.runner", "sparse_engine.bulk", "sparse_engine.calibration.apply"),
+    "cuda": ("sparse_engine.backends.onnxruntime.cuda", "sparse_engine.backends.cuda.runner"),
+    "torch": ("sparse_engine.backends.torch.runner",),
+    "export": (*EXPORTING[:2], "sparse_engine.export.vae", "sparse_engine.export.text_encoder"),
+    "export,cpu": (*EXPORTING, "sparse_engine.pruning.write"),
+    "bench": ("sparse_engine.plots", "sparse_engine.calibration.plot", "matplotlib.figure"),
+    "bench,export,cpu": MEASURING,
+    "bench,export,cpu,quality": (*MEASURING, "sparse_engine.bench.inception", "torch_fidelity"),
+    "bench,export,cpu,fid-offline": (*MEASURING, "sparse_engine.bench.inception", "torch_fidelity"),
+    "export,cpu,tensorboard": (*EXPORTING, "torch.utils.tensorboard"),
+    "bench,export,cpu,peers": (*MEASURING, "sparse_engine.bench.peers.openvino", "openvino"),
+    "tensorrt": ("sparse_engine.backends.tensorrt.builder", "tensorrt", "sparse_engine.backends.cuda.nvrtc"),
+    "tensorrt-rtx": ("sparse_engine.backends.tensorrt.builder", "tensorrt_rtx", "sparse_engine.backends.cuda.nvrtc"),
+    "text": ("sparse_engine.text", "tokenizers"),
+    "diffusers": ("sparse_engine.diffusers", "sparse_engine.export.hub", "transformers", *EXPORTING[:2]),
+    "serve": ("sparse_engine.serve.app", "sparse_engine.serve.server"),
+    "replicas": ("sparse_engine.serve.app", "sparse_engine.serve.server", "sparse_engine.serve.replicas", "ray.serve"),
+    "cluster": ("sparse_engine.bulk.cluster", "ray"),
+    "parquet": ("sparse_engine.bulk.formats", "pyarrow.parquet"),
+    "examples": ("sklearn.datasets",),
+}
+
+
+def test_every_extra_promises_something() -> None:
+    declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {extra for extras in PROMISED for extra in extras.split(",")} == declared.keys() - {"dev"}
+
+
+@pytest.mark.parametrize("extras", PROMISED)
+def test_extras_bring_what_they_promise(bare: Path, extras: str, tmp_path: Path) -> None:
+    done = with_extras(bare, extras, tmp_path, "python", "-c", f"import {', '.join(PROMISED[extras])}")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_base_install_says_what_it_lacks(bare: Path, conditional_engine: Path, tmp_path: Path) -> None:
+    script = "import sys, importlib.util\nprint(*(name for name in sys.argv[1:] if importlib.util.find_spec(name)))"
+    seen = with_extras(bare, "", tmp_path, "python", "-c", script, *HEAVY, "pip", "pytest")
+    assert set(seen.stdout.split()) - {"pydantic"} == {"numpy", "onnx", "typer", "rich", "PIL"}, seen.stderr
+    helped = with_extras(bare, "", tmp_path, "sparse-engine", "--help")
+    assert (helped.returncode, "sample-many" in helped.stdout) == (0, True), helped.stderr
+    inspected = with_extras(bare, "", tmp_path, "sparse-engine", "inspect", conditional_engine)
+    assert (inspected.returncode, "uvit" in inspected.stdout) == (0, True), inspected.stderr
+    refused = with_extras(bare, "", tmp_path, "sparse-engine", "sample", conditional_engine)
+    assert (refused.returncode, "pip install 'sparse-engine[cpu]'" in refused.stderr) == (2, True), refused.stderr
+
+
+def test_cpu_install_passes_what_a_release_asks_of_its_wheels(bare: Path, tmp_path: Path) -> None:
+    release = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["cibuildwheel"]
+    assert release["test-extras"] == ["cpu"]
+    for command in release["test-command"]:
+        words = shlex.split(command.format(project=REPOSITORY))
+        done = with_extras(bare, "cpu", tmp_path, *words)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "digits.png").is_file()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from sparse_engine.errors import CheckpointError
 
 from .base import Shapes
-from .uvit import Attends, PublishedHeads, settle, timestep_embedding
+from .parts import Attends, timestep_embedding
+from .reading import PublishedHeads, settle
 
 TIME_DIM = 256  # sinusoids of a time, and of other numbers
 BLOCKS = "transformer_blocks"

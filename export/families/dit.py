@@ -23,7 +23,9 @@ from sparse_engine.errors import CheckpointError, OptionError
 
 from . import uvit
 from .base import Family, Recipe, Shapes, SquareConfig
-from .uvit import LATENT_CHANNELS, PublishedHeads, settle, shape_of, timestep_embedding, unpatchify
+from .parts import timestep_embedding, unpatchify
+from .reading import PublishedHeads, settle, shape_of
+from .uvit import LATENT_CHANNELS
 
 TIME_DIM = 256  # of the sinusoidal embedding, in every published size
 EPS = 1e-6  # of the normalisations, which have no weights

@@ -31,7 +31,8 @@ from .diffusers_parts import (
     side_of,
 )
 from .dit import DiTConfig, modulated, norm
-from .uvit import shape_of, unpatchify
+from .parts import unpatchify
+from .reading import shape_of
 
 KIND = "diffusers' DiT"
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")

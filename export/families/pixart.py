@@ -41,7 +41,8 @@ from .diffusers_parts import (
     side_of,
 )
 from .dit import modulated, norm
-from .uvit import PublishedHeads, shape_of, unpatchify
+from .parts import unpatchify
+from .reading import PublishedHeads, shape_of
 
 KIND = "PixArt"
 ALPHA_LENGTH, SIGMA_LENGTH = 120, 300  # vectors of T5

@@ -37,7 +37,8 @@ from .diffusers_parts import (
     side_of,
 )
 from .dit import modulated, norm
-from .uvit import PublishedHeads, shape_of, unpatchify
+from .parts import unpatchify
+from .reading import PublishedHeads, shape_of
 
 KIND = "SD3"
 CONTEXT_LENGTH = 333  # 77 vectors of CLIP and 256 of T5

@@ -19,6 +19,7 @@ from sparse_engine.errors import CheckpointError, OptionError
 
 from .base import Family, Layout, Recipe, Shapes
 from .diffusers_parts import BY_ANALOGY, check_fixed, today_named
+from .reading import agree
 from .unet_parts import MapAttention, positions_with, size_of
 from .unet_stages import (
     DEFAULTS,
@@ -33,7 +34,6 @@ from .unet_stages import (
     read_sizes,
     settled,
 )
-from .uvit import agree
 
 KIND = "UNet2DModel"
 NAMES = {**DIFFUSERS_NAMES, "attention_head_dim": "head_dim", "attn_norm_num_groups": "mid_groups"}

@@ -32,6 +32,7 @@ from .diffusers_parts import (
     check_fixed,
     positive,
 )
+from .reading import agree, shape_of
 from .unet_parts import as_map, as_tokens, positions_with, size_of
 from .unet_stages import (
     DEFAULTS,
@@ -47,7 +48,6 @@ from .unet_stages import (
     read_sizes,
     settled,
 )
-from .uvit import agree, shape_of
 
 KIND = "UNet2DConditionModel"
 NAMES = {

@@ -23,8 +23,9 @@ from sparse_engine.conditioning import Condition
 from sparse_engine.errors import CheckpointError
 
 from .base import Family, Recipe, Shapes, StoredConfig
+from .parts import Attends, sinusoids, whole_lanes
+from .reading import agree, shape_of
 from .unet_parts import PlainNorm, Residual, doubled, positions_with, size_of
-from .uvit import Attends, agree, shape_of, sinusoids, whole_lanes
 
 KIND = "DDPM U-Net"
 EPS = 1e-5

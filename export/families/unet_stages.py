@@ -21,8 +21,9 @@ from sparse_engine.errors import CheckpointError
 
 from .base import Shapes, StoredConfig
 from .diffusers_parts import TwoLinears, check_fixed, positive
+from .parts import timestep_embedding
+from .reading import shape_of
 from .unet_parts import Downsample, Resnet, Upsample
-from .uvit import shape_of, timestep_embedding
 
 TIME = "time_embedding.linear_1.weight"
 OWN_KEYS = frozenset(

@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_engine.conditioning import Condition, class_condition
-from sparse_engine.errors import CheckpointError, OptionError
+from sparse_engine.errors import CheckpointError
 
 from .base import Family, Recipe, Shapes, SquareConfig
+from .parts import Attends, timestep_embedding, unpatchify
+from .reading import PublishedHeads, settle, shape_of
 
 # embed_dim (and depth, where one size alone does not settle it) -> heads, from the authors' published configurations.
-PublishedHeads = Mapping[int | tuple[int, int], int]
 PUBLISHED_HEADS: PublishedHeads = {512: 8, 768: 12, 1024: 16, (1152, 28): 16}
 
 # embed_dim -> (schedule, sampler) of the authors' latent models, by the scripts that their README trains and evaluates
@@ -110,61 +111,6 @@ class UViTConfig(UViTSizes):
     def conditions(self) -> tuple[Condition, ...]:
         """See ``FamilyConfig``."""
         return class_condition(self.num_classes)
-
-
-# Sines at the end of an array that is no multiple of a vector are computed by another function, which rounds otherwise:
-# what a time is embedded as would depend on where in its batch it stands. Rows are filled up to the widest vector.
-SINE_LANES = 16
-
-
-def timestep_embedding(
-    t: Tensor, dim: int, max_period: float = 10000.0, freq_shift: int = 0, cos_first: bool = True
-) -> Tensor:
-    """Sinusoidal embedding of times: cosines, then sines, or the other way round. t: [B], in the network's units.
-
-    Returns [B, dim].
-
-    Frequency i is max_period^(-i / (dim/2 - freq_shift)): a shift of 0 in U-ViT and DiT, of 1 in diffusers' DiT. It is
-    worked out in float64 and rounded once: another last bit, as an exporter that folds it may have, is 6e-5 rad at t =
-    999.
-    """
-    half = dim // 2
-    exponents = torch.arange(whole_lanes(half), dtype=torch.float64, device=t.device) / (half - freq_shift)
-    freqs = torch.exp(-math.log(max_period) * exponents).float()
-    embedding = sinusoids(t, freqs, half, cos_first)
-    return F.pad(embedding, (0, 1)) if dim % 2 else embedding
-
-
-def whole_lanes(count: int) -> int:
-    """So many sines, filled up."""
-    return -(-count // SINE_LANES) * SINE_LANES
-
-
-def sinusoids(t: Tensor, freqs: Tensor, count: int, cos_first: bool = True) -> Tensor:
-    """Cosines and sines of times [B] at the first ``count`` of ``whole_lanes(count)`` frequencies -> [B, 2 count]."""
-    args = t[:, None].float() * freqs[None]
-    cosines, sines = torch.cos(args)[:, :count], torch.sin(args)[:, :count]
-    return torch.cat([cosines, sines] if cos_first else [sines, cosines], dim=-1)
-
-
-class Attends(nn.Module):
-    """What attention does between its projections.
-
-    ``fused`` may be unset where the products, one by one, are faster than ``scaled_dot_product_attention``.
-    """
-
-    fused = True
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
-        """softmax(scale q k^T + bias) v, [B, H, L, D]; plain in an exported graph: every runtime's matcher knows it.
-
-        ``scale`` None is 1 / sqrt(D); ``bias`` is float32 [B or 1, H or 1, L or 1, S].
-        """
-        if self.fused and not torch.compiler.is_exporting():
-            mask = None if bias is None else bias.to(q.dtype)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        scores = ((q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)).float()
-        return (scores if bias is None else scores + bias).softmax(dim=-1).to(v.dtype) @ v
 
 
 class Attention(Attends):
@@ -281,13 +227,6 @@ class UViTBase(nn.Module):
         return self.final_layer(unpatchify(h, self.config.channels, self.config.image_size, self.config.patch_size))
 
 
-def unpatchify(h: Tensor, channels: int, size: int, patch: int) -> Tensor:
-    """[B, (h w), (p1 p2 C)] -> [B, C, (h p1), (w p2)]."""
-    side = size // patch
-    h = h.reshape(-1, side, side, patch, patch, channels)
-    return h.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, size, size)
-
-
 class UViT(UViTBase):
     """The network: (x, t, y) -> prediction of x's shape."""
 
@@ -365,55 +304,6 @@ def refuse_unidiffuser(shapes: Shapes) -> None:
         )
 
 
-def settle(
-    given: dict[str, Any], read: Mapping[str, Any], published: PublishedHeads, kind: str = "U-ViT"
-) -> tuple[int, list[str]]:
-    """Hold a configuration's entries against what was read off the weights, and settle the number of heads.
-
-    Args:
-        given: by our names; what has been looked at is taken out.
-        read: name -> what the weights say.
-        published: embed_dim, or (embed_dim, depth) -> heads.
-        kind: the family's name, for sentences.
-
-    Returns:
-        (heads, notes).
-    """
-    _check_ratio(given.pop("mlp_ratio", None), read["embed_dim"], read["mlp_hidden"])
-    given.pop("qkv_bias", None)  # SparseDM's layers have a bias whatever its configuration says: the keys know
-    agree(given, read)
-    return _heads(read["embed_dim"], read["depth"], given.get("heads"), published, kind)
-
-
-def agree(given: Mapping[str, Any], read: Mapping[str, Any]) -> None:
-    """Hold a configuration's entries against what was read off the weights. Raises CheckpointError."""
-    for name, value in read.items():
-        if name in given and given[name] != value:
-            raise CheckpointError(
-                f"{name} is {given[name]!r} in the given configuration, but the weights have {value}",
-                "correct the configuration, or leave that entry out: it is read off the weights",
-            )
-
-
-MOST_RATIO = 1e6  # far beyond any network
-
-
-def _check_ratio(ratio: Any, embed_dim: int, hidden: int) -> None:
-    """A configuration's mlp_ratio has to be what the weights' widths are, or that rounded or cut as written."""
-    if ratio is None:
-        return
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= MOST_RATIO:
-        raise CheckpointError(f"mlp_ratio is {ratio!r} in the given configuration; expected a number")
-    product, decimals = ratio * embed_dim, len(repr(ratio).partition(".")[2])
-    rounded = isinstance(ratio, float) and not ratio.is_integer() and round(hidden / embed_dim, decimals) == ratio
-    if not rounded and hidden not in (int(product), round(product)):
-        raise CheckpointError(
-            f"mlp_ratio is {ratio!r} in the given configuration, {product:g} of embed_dim {embed_dim}, but the weights "
-            f"have {hidden} ({hidden / embed_dim:.6g})",
-            "correct the configuration, or leave that entry out: it is read off the weights",
-        )
-
-
 def read_sizes(shapes: Shapes, extras: int, fix: str | None = None) -> dict[str, Any]:
     """Everything of ``UViTSizes`` that a U-ViT's shapes say; heads are not among it.
 
@@ -447,36 +337,6 @@ def read_sizes(shapes: Shapes, extras: int, fix: str | None = None) -> dict[str,
         "final_conv": "final_layer.weight" in shapes,
         "skip": not in_blocks or "out_blocks.0.skip_linear.weight" in shapes,
     }
-
-
-def shape_of(shapes: Shapes, name: str, ndim: int, kind: str = "U-ViT") -> tuple[int, ...]:
-    """The shape of a key that has to be there. Raises CheckpointError."""
-    if name not in shapes:
-        raise CheckpointError(f"{name} is missing; a {kind} has it", "check that the checkpoint is complete")
-    if len(shapes[name]) != ndim:
-        raise CheckpointError(f"{name} has shape {list(shapes[name])}; expected {ndim} dimensions")
-    return shapes[name]
-
-
-def _heads(
-    embed_dim: int, depth: int, given: int | None, published: PublishedHeads, kind: str
-) -> tuple[int, list[str]]:
-    """The number of heads leaves no trace in the weights: taken from the user or from the published sizes."""
-    if given is not None:
-        if given < 1 or embed_dim % given:
-            raise OptionError(
-                f"heads = {given} does not divide embed_dim = {embed_dim}",
-                f"give the number the model was trained with, a divisor of {embed_dim}",
-            )
-        return given, []
-    heads = published.get(embed_dim) or published.get((embed_dim, depth))
-    if heads is None:
-        raise CheckpointError(
-            f"the number of attention heads cannot be read off the weights, and embed_dim {embed_dim} with depth "
-            f"{depth} is no published size",
-            "say it with --heads N, or in a configuration file beside the checkpoint",
-        )
-    return heads, [f"heads = {heads}: not in the weights; taken from the published {kind} of embed_dim {embed_dim}"]
 
 
 def _recipe(config: UViTConfig) -> Recipe:

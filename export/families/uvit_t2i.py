@@ -17,13 +17,13 @@ from sparse_engine.conditioning import Condition
 from sparse_engine.errors import CheckpointError
 
 from .base import Family, Recipe, Shapes
+from .reading import PublishedHeads, settle, shape_of
 from .uvit import (
     AUTHORS_NAMES,
     CONTEXT_KEY,
     FLOAT32_LAYERS,
     LATENT_CHANNELS,
     SPARSE_LAYERS,
-    PublishedHeads,
     UViTBase,
     UViTSizes,
     has_uvit_keys,
@@ -31,8 +31,6 @@ from .uvit import (
     read_sizes,
     refuse_unidiffuser,
     settings_of,
-    settle,
-    shape_of,
 )
 
 CONTEXT_LENGTH = 77  # CLIP's

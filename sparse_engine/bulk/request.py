@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,46 +17,37 @@ from .job import BALANCED, CHUNK, DRAWN, JOB, LISTED, REPEATED, Chunk, Job, Requ
 from .told import Told, sha256_of
 
 
-def request(
-    engine: str | Path,
-    out: str | Path,
-    n: int,
-    *,
-    chunk: int | None = None,
-    seed: int = 0,
-    steps: int = 50,
-    sampler: str | None = None,
-    labels: str | int | Sequence[int] | Path | None = None,
-    conditioning: str | Path | None = None,
-    prompt: str | None = None,
-    negative_prompt: str | None = None,
-    guidance: float | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> Request:
+def request(engine: str | Path, out: str | Path, n: int, given: Mapping[str, Any]) -> Request:
     """What ``sample_many`` is asked for, all of it checked; nothing is drawn or written.
 
-    Args and Raises: as ``sample_many``.
+    Args:
+        engine, out, n: as ``sample_many``.
+        given: its keywords from ``chunk`` to ``options``, all of them.
+
+    Raises:
+        As ``sample_many``.
     """
     out = arguments.path("out", out)
     n = arguments.whole_number("n", n, 1, arguments.MOST_IMAGES)
-    chunk = arguments.whole_number("chunk", _known_chunk(out) if chunk is None else chunk, 1)
+    chunk = arguments.whole_number("chunk", _known_chunk(out) if given["chunk"] is None else given["chunk"], 1)
     file = EngineFile(engine)
-    manifest, others = file.manifest, {key: value for key, value in (options or {}).items() if value is not None}
+    manifest, guidance, told = file.manifest, given["guidance"], given["conditioning"]
+    others = {key: arguments.plain(value) for key, value in (given["options"] or {}).items() if value is not None}
     latents = manifest.value_range is None and "vae" not in manifest.assets
     channels, *area = manifest.picture_shape
-    spec, label_file = _label_spec(labels, n)
+    spec, label_file = _label_spec(given["labels"], n)
     job = Job(
         engine=file.manifest_sha256,
         n=n,
-        seed=arguments.seed(seed),
-        steps=arguments.whole_number("steps", steps, 1),
-        sampler=manifest.sampler if sampler is None else sampler,
-        options={key: arguments.plain(value) for key, value in others.items()},
+        seed=arguments.seed(given["seed"]),
+        steps=arguments.whole_number("steps", given["steps"], 1),
+        sampler=manifest.sampler if given["sampler"] is None else given["sampler"],
+        options=others,
         guidance=None if guidance is None else arguments.real_number("guidance", guidance, arguments.MOST_GUIDANCE),
         labels=spec,
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        conditioning=None if conditioning is None else sha256_of(Path(conditioning)),
+        prompt=given["prompt"],
+        negative_prompt=given["negative_prompt"],
+        conditioning=None if told is None else sha256_of(Path(told)),
         output="float" if latents else "uint8",
         shape=list(manifest.data_shape) if latents else [*area, channels],
         chunk=chunk,
@@ -66,7 +57,7 @@ def request(
         str(Path(engine).absolute()),
         str(out.absolute()),
         label_file and str(Path(label_file).absolute()),
-        None if conditioning is None else str(Path(conditioning).absolute()),
+        None if told is None else str(Path(told).absolute()),
     )
     _check(asked, file)
     return asked

@@ -177,21 +177,15 @@ def sample_many(
         OutputError: the folder cannot be written, or the disk is full.
         SparseEngineError: chunks that failed three times, by name, or workers that do not come up; the rest is drawn.
     """
-    asked = request(
-        engine,
-        out,
-        n,
-        chunk=chunk,
-        seed=seed,
-        steps=steps,
-        sampler=sampler,
-        labels=labels,
-        conditioning=conditioning,
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        guidance=guidance,
-        options=options,
-    )
+    given: dict[str, Any] = {"chunk": chunk, "seed": seed, "steps": steps, "sampler": sampler, "labels": labels}
+    given |= {
+        "options": options,
+        "conditioning": conditioning,
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "guidance": guidance,
+    }
+    asked = request(engine, out, n, given)
     if format is not None and shard is None:
         check_format(asked.job, format)
     machines = machines or Machines()

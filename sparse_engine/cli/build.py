@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,18 +15,10 @@ from sparse_engine.backends.options import LINEAR_FORMS
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import EngineFileError, OptionError, UnsupportedError
 from sparse_engine.files import check_writable, kept_if_done
+from sparse_engine.manifest import Manifest
 
-from .options import (
-    ContextLength,
-    FamilyName,
-    GuidanceChannels,
-    Heads,
-    ImageSize,
-    NullClass,
-    Prediction,
-    ScheduleName,
-    model_options,
-)
+from .groups import grouped
+from .options import Autotune, MaskLayers, Model
 from .terminal import export_module, parse_globs, print_json, progress, tell
 
 if TYPE_CHECKING:
@@ -48,76 +42,144 @@ def _quantisation(text: str, *names: str) -> Any:
     return typer.Option(*names, help=text, rich_help_panel="Quantisation")
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What is put into the engine beside the network."""
+
+    null_context: Annotated[Path | None, _assets("A .npy that guidance takes for 'no context'.")] = None
+    bundle: Annotated[bool, _assets("The text encoder and the decoder of the pipeline's own folder.", "--bundle")] = (
+        False
+    )
+    text_encoder: Annotated[Path | None, _assets("A CLIP folder (transformers): prompts become contexts.")] = None
+    vae: Annotated[Path | None, _assets("An AutoencoderKL folder (diffusers): latents become pictures.")] = None
+    vae_scale: Annotated[float | None, _assets("What latents were multiplied by (default: the folder's).")] = None
+
+
+@dataclass(frozen=True)
+class TensorRT:
+    """What the TensorRT backends alone are asked for."""
+
+    linear: Annotated[str, _tensorrt("What a Linear becomes: auto, matmul, gemm or conv1x1.")] = "auto"
+    static_batch: Annotated[bool, _tensorrt("Fix the batch at the usual one.", "--static-batch")] = False
+    workspace: Annotated[float | None, _tensorrt("GiB that kernels may use (default: all there is).")] = None
+    optimization_level: Annotated[int, _tensorrt("0 builds fast, 5 searches longest.")] = 3
+    cache: Annotated[bool, _tensorrt("Keep timings and engines for the next build.", "--cache/--no-cache")] = True
+    hardware_compatible: Annotated[bool, _tensorrt("Run on every GPU since Ampere.", "--hardware-compatible")] = False
+    version_compatible: Annotated[bool, _tensorrt("Run on later TensorRT too.", "--version-compatible")] = False
+    strip_weights: Annotated[bool, _tensorrt("Keep the weights beside the plan.", "--strip-weights")] = False
+    compute_capabilities: Annotated[str | None, _tensorrt("GPUs a TensorRT for RTX plan is for: 8.6,12.0.")] = None
+
+    def options(self) -> TensorRTOptions:
+        """The same for a backend. Raises OptionError."""
+        if self.linear not in LINEAR_FORMS:
+            raise OptionError(f"--linear {self.linear!r} is not known; expected one of {', '.join(LINEAR_FORMS)}")
+        if not 0 <= self.optimization_level <= 5:
+            raise OptionError(f"--optimization-level {self.optimization_level}: expected 0 to 5")
+        settled = {
+            "workspace": _bytes(self.workspace),
+            "compute_capabilities": tuple(parse_globs(self.compute_capabilities) or ()),
+        }
+        return TensorRTOptions(**{**vars(self), **settled})
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """How to quantise."""
+
+    calib: Annotated[Path | None, _quantisation("What `sparse-engine calibrate` wrote; for int8, fp8 and auto.")] = None
+    ranges: Annotated[str, _quantisation("How ranges are found: mse, max, percentile or entropy.")] = "mse"
+    smooth: Annotated[float | None, _quantisation("SmoothQuant's strength, such as 0.5 (default: without).")] = None
+    keep_float: Annotated[str | None, _quantisation("Layers to leave in float: globs, comma-separated.")] = None
+    max_quality_loss: Annotated[
+        float | None, _quantisation("Leave as many layers in float as keep the prediction within this, such as 0.02.")
+    ] = None
+
+    def options(self) -> Quantisation | None:
+        """The same for a build. Raises OptionError where that is said, but not with what calibration data."""
+        from sparse_engine.calibration.apply import Quantisation  # which loads onnx
+
+        if self.calib is not None:
+            kept = tuple(parse_globs(self.keep_float) or ())
+            return Quantisation(self.calib, self.ranges, self.smooth, kept, self.max_quality_loss)
+        if self != Quantised():
+            raise OptionError(
+                "--ranges, --smooth, --keep-float and --max-quality-loss need --calib",
+                "sparse-engine calibrate CHECKPOINT",
+            )
+        return None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a backend is asked for."""
+
+    sparse: Annotated[bool, typer.Option("--sparse", help="Bake 2:4 masks and use sparse kernels.")] = False
+    precision: Annotated[
+        str, typer.Option(help="Of the network's products: fp32, tf32, bf16, fp16, int8, fp8 or auto.")
+    ] = "fp32"
+    batch: Annotated[str, typer.Option(help="MIN,USUAL,MAX batch.")] = "1,16,64"
+    device: Annotated[str | None, typer.Option(help="Where it will run: cpu, cuda, cuda:1.")] = None
+    require_sparse: Annotated[
+        bool, typer.Option("--require-sparse", help="Fail where a masked layer gets no sparse kernel.")
+    ] = False
+
+    def options(self, tensorrt: TensorRTOptions, progress: Callable[[str], None]) -> BuildOptions:
+        """The same for a backend, which tells ``progress`` each stage. Raises OptionError."""
+        return BuildOptions(
+            sparse=self.sparse,
+            precision=self.precision,
+            batch=_batch(self.batch),
+            device=self.device,
+            require_sparse=self.require_sparse,
+            tensorrt=tensorrt,
+            progress=progress,
+        )
+
+
+@dataclass(frozen=True)
+class Masks:
+    """How weights are masked."""
+
+    mask: Annotated[
+        str | None,
+        typer.Option(help="auto, explicit, zeros, magnitude or none.", show_default="auto with --sparse, else none"),
+    ] = None
+    mask_layers: MaskLayers = None
+    pattern: Annotated[str, typer.Option(help="N:M for the magnitude rule.")] = "2:4"
+
+    def options(self) -> Any:
+        """The same for ``export``. Raises OptionError."""
+        pattern = export_module("masks").Pattern.parse(self.pattern)
+        return export_module("options").MaskOptions(self.mask, pattern, parse_globs(self.mask_layers))
+
+
+@grouped
 def command(
     checkpoint: Annotated[
         Path,
         typer.Argument(help=".pth, .pt, .safetensors, a SparseDM N.ckpt or diffusers folder, or a name on the Hub."),
     ],
+    *,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Engine file, or its folder.", show_default="NAME.sengine"),
     ] = None,
-    sparse: Annotated[bool, typer.Option("--sparse", help="Bake 2:4 masks and use sparse kernels.")] = False,
-    mask: Annotated[
-        str | None,
-        typer.Option(help="auto, explicit, zeros, magnitude or none.", show_default="auto with --sparse, else none"),
-    ] = None,
-    mask_layers: Annotated[str | None, typer.Option(help="Globs over layer names, comma-separated.")] = None,
-    pattern: Annotated[str, typer.Option(help="N:M for the magnitude rule.")] = "2:4",
+    wanted: Wanted,
+    masks: Masks,
     backend: Annotated[str, typer.Option(help="auto or a backend's name (see `sparse-engine doctor`).")] = "auto",
-    precision: Annotated[
-        str, typer.Option(help="Of the network's products: fp32, tf32, bf16, fp16, int8, fp8 or auto.")
-    ] = "fp32",
-    batch: Annotated[str, typer.Option(help="MIN,USUAL,MAX batch.")] = "1,16,64",
     download: Annotated[
         bool, typer.Option("--download", help="Fetch a name on the Hub (default: its local cache alone).")
     ] = False,
-    family: FamilyName = None,
-    heads: Heads = None,
-    null_class: NullClass = None,
-    schedule: ScheduleName = None,
-    prediction: Prediction = None,
-    image_size: ImageSize = None,
-    context_length: ContextLength = None,
-    guidance_channels: GuidanceChannels = None,
-    null_context: Annotated[Path | None, _assets("A .npy that guidance takes for 'no context'.")] = None,
-    bundle: Annotated[
-        bool, _assets("The text encoder and the decoder of the pipeline's own folder.", "--bundle")
-    ] = False,
-    text_encoder: Annotated[Path | None, _assets("A CLIP folder (transformers): prompts become contexts.")] = None,
-    vae: Annotated[Path | None, _assets("An AutoencoderKL folder (diffusers): latents become pictures.")] = None,
-    vae_scale: Annotated[float | None, _assets("What latents were multiplied by (default: the folder's).")] = None,
-    autotune: Annotated[
-        bool, typer.Option("--autotune/--no-autotune", help="Time the kernels on this machine.")
-    ] = True,
-    device: Annotated[str | None, typer.Option(help="Where it will run: cpu, cuda, cuda:1.")] = None,
-    require_sparse: Annotated[
-        bool, typer.Option("--require-sparse", help="Fail where a masked layer gets no sparse kernel.")
-    ] = False,
-    linear: Annotated[str, _tensorrt("What a Linear becomes: auto, matmul, gemm or conv1x1.")] = "auto",
-    static_batch: Annotated[bool, _tensorrt("Fix the batch at the usual one.", "--static-batch")] = False,
-    workspace: Annotated[float | None, _tensorrt("GiB that kernels may use (default: all there is).")] = None,
-    optimization_level: Annotated[int, _tensorrt("0 builds fast, 5 searches longest.")] = 3,
-    cache: Annotated[bool, _tensorrt("Keep timings and engines for the next build.", "--cache/--no-cache")] = True,
-    hardware_compatible: Annotated[bool, _tensorrt("Run on every GPU since Ampere.", "--hardware-compatible")] = False,
-    version_compatible: Annotated[bool, _tensorrt("Run on later TensorRT too.", "--version-compatible")] = False,
-    strip_weights: Annotated[bool, _tensorrt("Keep the weights beside the plan.", "--strip-weights")] = False,
-    compute_capabilities: Annotated[str | None, _tensorrt("GPUs a TensorRT for RTX plan is for: 8.6,12.0.")] = None,
-    calib: Annotated[
-        Path | None, _quantisation("What `sparse-engine calibrate` wrote; for int8, fp8 and auto.")
-    ] = None,
-    ranges: Annotated[str, _quantisation("How ranges are found: mse, max, percentile or entropy.")] = "mse",
-    smooth: Annotated[float | None, _quantisation("SmoothQuant's strength, such as 0.5 (default: without).")] = None,
-    keep_float: Annotated[str | None, _quantisation("Layers to leave in float: globs, comma-separated.")] = None,
-    max_quality_loss: Annotated[
-        float | None, _quantisation("Leave as many layers in float as keep the prediction within this, such as 0.02.")
-    ] = None,
+    model: Model,
+    beside: Beside,
+    autotune: Autotune = True,
+    tensorrt: TensorRT,
+    quantised: Quantised,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest.")] = False,
 ) -> None:
     """Build an engine from a checkpoint."""
-    model = model_options(locals())
+    given = model.options()
     builder = export_module("build")
-    told = export_module("options")
     path = builder.output_for(checkpoint, output)
     check_writable(path, SUFFIX)
     with progress() as display, kept_if_done(path) as built:
@@ -128,38 +190,24 @@ def command(
         _, manifest = builder.build_engine(
             checkpoint,
             built,
-            model=model,
-            masks=told.MaskOptions(mask, export_module("masks").Pattern.parse(pattern), parse_globs(mask_layers)),
+            model=given,
+            masks=masks.options(),
             backend=backend,
-            options=BuildOptions(
-                sparse=sparse,
-                precision=precision,
-                batch=_batch(batch),
-                device=device,
-                require_sparse=require_sparse,
-                tensorrt=TensorRTOptions(
-                    linear=_linear(linear),
-                    static_batch=static_batch,
-                    workspace=_bytes(workspace),
-                    optimization_level=_level(optimization_level),
-                    cache=cache,
-                    hardware_compatible=hardware_compatible,
-                    version_compatible=version_compatible,
-                    strip_weights=strip_weights,
-                    compute_capabilities=tuple(parse_globs(compute_capabilities) or ()),
-                ),
-                progress=lambda stage: display.update(task, description=stage),
-            ),
-            quantisation=_wanted(calib, ranges, smooth, keep_float, max_quality_loss),
-            assets=export_module("assets").AssetOptions(null_context, text_encoder, vae, vae_scale, bundle),
+            options=wanted.options(tensorrt.options(), lambda stage: display.update(task, description=stage)),
+            quantisation=quantised.options(),
+            assets=export_module("assets").AssetOptions(**vars(beside)),
         )
         display.update(task, description="choosing kernels")
-        info = _report(built, manifest, device, autotune)
-        if require_sparse:
+        info = _report(built, manifest, wanted.device, autotune)
+        if wanted.require_sparse:
             export_module("write").check_all_sparse(info["layers"])
     if as_json:
         print_json({"path": str(path), "bytes": path.stat().st_size, **info})
-        return
+    else:
+        _tell_built(path, manifest, info)
+
+
+def _tell_built(path: Path, manifest: Manifest, info: dict[str, Any]) -> None:
     for note in manifest.notes:
         tell(f"note: {note}")
     masked = [layer for layer in info["layers"] if layer["masked"]]
@@ -183,34 +231,7 @@ def _bytes(workspace: float | None) -> int | None:
     return int(workspace * 2**30)
 
 
-def _linear(form: str) -> str:
-    if form not in LINEAR_FORMS:
-        raise OptionError(f"--linear {form!r} is not known; expected one of {', '.join(LINEAR_FORMS)}")
-    return form
-
-
-def _level(level: int) -> int:
-    if not 0 <= level <= 5:
-        raise OptionError(f"--optimization-level {level}: expected 0 to 5")
-    return level
-
-
-def _wanted(
-    calib: Path | None, ranges: str, smooth: float | None, keep_float: str | None, max_quality_loss: float | None
-) -> Quantisation | None:
-    """How to quantise. Raises OptionError where that is said, but not with what calibration data."""
-    from sparse_engine.calibration.apply import Quantisation  # which loads onnx
-
-    if calib is not None:
-        return Quantisation(calib, ranges, smooth, tuple(parse_globs(keep_float) or ()), max_quality_loss)
-    if ranges != "mse" or smooth is not None or keep_float is not None or max_quality_loss is not None:
-        raise OptionError(
-            "--ranges, --smooth, --keep-float and --max-quality-loss need --calib", "sparse-engine calibrate CHECKPOINT"
-        )
-    return None
-
-
-def _report(path: Path, manifest: Any, device: str | None, autotune: bool) -> dict[str, Any]:
+def _report(path: Path, manifest: Manifest, device: str | None, autotune: bool) -> dict[str, Any]:
     """What each layer runs here; where the engine is for another machine, what its builder said."""
     if not backend_named(manifest.backend["name"]).availability().usable:
         return manifest.to_dict()

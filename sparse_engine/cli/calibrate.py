@@ -17,29 +17,19 @@ from sparse_engine.errors import OptionError
 from sparse_engine.files import check_writable, in_folder, scratch_folder
 from sparse_engine.plots import check_plot
 
-from .options import (
-    ConditioningFile,
-    ContextLength,
-    FamilyName,
-    GuidanceChannels,
-    Heads,
-    ImageSize,
-    NullClass,
-    Prediction,
-    ScheduleName,
-    model_options,
-)
+from .groups import grouped
+from .options import ConditioningFile, Model, Trajectories
 from .terminal import errors, export_module, progress
 
 CALIBRATION = "calib.npz"
 
 
+@grouped
 def command(
     model: Annotated[Path, typer.Argument(help="A checkpoint, or an engine built in a float precision.")],
+    *,
     output: Annotated[Path, typer.Option("-o", "--output", help="File, or its folder.")] = Path(CALIBRATION),
-    images: Annotated[int, typer.Option(help="Trajectories; of every four steps one is kept.")] = 64,
-    steps: Annotated[int, typer.Option(help="Network evaluations of each.")] = 20,
-    sampler: Annotated[str | None, typer.Option(help="Sampler.", show_default="the model's own")] = None,
+    trajectories: Trajectories,
     guidance: Annotated[
         str | None, typer.Option(help="Guidance weights, taken in turn.", show_default="1, and 2 with a null class")
     ] = None,
@@ -48,26 +38,21 @@ def command(
     sparse: Annotated[
         bool, typer.Option("--sparse", help="Of a checkpoint: with its 2:4 masks, as build does.")
     ] = False,
-    family: FamilyName = None,
-    heads: Heads = None,
-    null_class: NullClass = None,
-    schedule: ScheduleName = None,
-    prediction: Prediction = None,
-    image_size: ImageSize = None,
-    context_length: ContextLength = None,
-    guidance_channels: GuidanceChannels = None,
+    of_model: Model,
     plot: Annotated[Path | None, typer.Option(help="Draw what layers are given against time: PNG, SVG or PDF.")] = None,
 ) -> None:
     """Collect what the network is given along its own sampling trajectories."""
-    given = model_options({**locals(), "sampler": None})  # ``sampler`` is the trajectories', not the model's
+    given = of_model.options()
     weights = _weights(guidance)
     output = in_folder(output, CALIBRATION)
     check_writable(output, ".npz")
     if plot is not None:
         plot = in_folder(plot, f"{model.stem}.png")
         check_plot(plot)
-    check_amounts(images, steps, seed)
-    of_a_checkpoint = [*given.given(), *(["family"] if family else []), *(["sparse"] if sparse else [])]
+    check_amounts(trajectories.images, trajectories.steps, seed)
+    of_a_checkpoint = [
+        name for name, value in {**vars(of_model), "sparse": sparse or None}.items() if value is not None
+    ]
     if model.suffix.lower() == SUFFIX and of_a_checkpoint:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in of_a_checkpoint)
         raise OptionError(f"{model} is an engine: {names} is for a checkpoint", "leave it out")
@@ -87,9 +72,7 @@ def command(
         with SparseEngine.load(engine_file) as engine:
             data = collect(
                 engine,
-                images=images,
-                steps=steps,
-                sampler=sampler,
+                **vars(trajectories),
                 conditioning=told,
                 negative=negative,
                 guidance=weights,

@@ -15,46 +15,30 @@ from sparse_engine.errors import EngineFileError, OptionError, UnsupportedError
 from sparse_engine.files import in_folder
 from sparse_engine.plots import check_plot
 
-from .options import (
-    ContextLength,
-    FamilyName,
-    GuidanceChannels,
-    Heads,
-    ImageSize,
-    NullClass,
-    Prediction,
-    ScheduleName,
-    model_options,
-)
+from .groups import grouped
+from .options import MaskLayers, Model
 from .terminal import console, export_module, human, make_table, parse_globs, print_json, tell
 
 
+@grouped
 def command(
     path: Annotated[Path, typer.Argument(help="A checkpoint or a .sengine file.")],
+    *,
     mask: Annotated[str, typer.Option(help="Mask rule: auto, explicit, zeros, magnitude or none.")] = "auto",
-    mask_layers: Annotated[str | None, typer.Option(help="Globs over layer names, comma-separated.")] = None,
+    mask_layers: MaskLayers = None,
     pattern: Annotated[str, typer.Option(help="N:M for the magnitude rule.")] = "2:4",
-    family: FamilyName = None,
-    heads: Heads = None,
-    null_class: NullClass = None,
-    schedule: ScheduleName = None,
-    prediction: Prediction = None,
-    image_size: ImageSize = None,
-    context_length: ContextLength = None,
-    guidance_channels: GuidanceChannels = None,
+    model: Model,
     plot: Annotated[Path | None, typer.Option(help="Draw parameters per layer: PNG, SVG or PDF.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Of an engine, hash everything by sha256 too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a checkpoint's or an engine's layers: masked, 2:4, parameters and MACs before and after."""
-    given = model_options(locals())
+    given = model.options()
     if plot is not None:
         plot = in_folder(plot, f"{path.stem}.png")
         check_plot(plot)
     if path.suffix.lower() == SUFFIX:
-        if (mask, pattern) != ("auto", "2:4") or any(
-            each is not None for each in (mask_layers, family, *given.given().values())
-        ):
+        if (mask, pattern) != ("auto", "2:4") or any(each is not None for each in (mask_layers, *vars(model).values())):
             raise OptionError(
                 f"{path} is an engine: its masks and its network are settled",
                 "leave out all options but --check and --plot",
@@ -119,10 +103,19 @@ def _print_summary(path: Path, report: dict[str, Any]) -> None:
     tell(line)
     if "profile" in report.get("backend", {}):
         tell(_plan_line(report["backend"]))
+    if "step" in report.get("runtime", {}):
+        tell(_step_line(report["runtime"]["step"]))
     dense = [layer for layer in report["layers"] if layer["masked"] and not layer.get("chosen", True)]
     for why, count in Counter(layer["why"] for layer in dense if layer.get("why")).most_common():
         line = f"no sparse kernel in {count} masked layers: {why}"
         tell(line)
+
+
+def _step_line(step: dict[str, Any]) -> str:
+    """In what an int8 engine's layers run here."""
+    timed = ", ".join(f"{name} {value:.3g} ms" for name, value in step.get("milliseconds", {}).items())
+    doubt = ", within the noise" if step.get("within_noise") else ""
+    return f"a step runs in {step['precision']} here: {step['why']}{f' ({timed}{doubt})' if timed else ''}"
 
 
 def _told(condition: dict[str, Any]) -> str:
@@ -148,8 +141,8 @@ def _plan_line(backend: dict[str, Any]) -> str:
 def _layer_table(report: dict[str, Any]) -> Table:
     layers = report["layers"]
     # ONNX Runtime has no dense bf16 product on a CPU: what a layer was timed against is float32 there.
-    built_for = (report.get("backend", {}).get("name"), report.get("precision"))
-    against = " fp32" if built_for == ("onnxruntime", "bf16") else ""
+    precision = report.get("runtime", {}).get("step", {}).get("precision", report.get("precision"))
+    against = " fp32" if (report.get("backend", {}).get("name"), precision) == ("onnxruntime", "bf16") else ""
     built = any("kernel" in layer for layer in layers)
     totals = {key: sum(layer[key] for layer in layers) for key in ("parameters", "nonzeros", "macs", "macs_nonzero")}
     masked = sum(layer["masked"] for layer in layers)

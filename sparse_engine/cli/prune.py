@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,18 +16,8 @@ from sparse_engine.errors import OptionError
 from sparse_engine.files import in_folder, scratch_folder
 from sparse_engine.plots import check_plot
 
-from .options import (
-    ConditioningFile,
-    ContextLength,
-    FamilyName,
-    GuidanceChannels,
-    Heads,
-    ImageSize,
-    NullClass,
-    Prediction,
-    ScheduleName,
-    model_options,
-)
+from .groups import grouped
+from .options import ConditioningFile, MaskLayers, Model, Trajectories
 from .terminal import (
     console,
     errors,
@@ -46,54 +37,60 @@ MEMORY = (0.001, 1e6)  # GiB
 SHOWN = 12  # layers in the table: those that pruning damaged most
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What is pruned, and how."""
+
+    method: Annotated[str, typer.Option(help="full, sparsegpt, wanda or magnitude.")] = "full"
+    mask_layers: MaskLayers = None
+    dense_layers: Annotated[int, typer.Option(help="Leave so many layers dense: those damaged most.")] = 0
+    pattern: Annotated[str, typer.Option(help="N:M; only 2:4 has sparse kernels.")] = "2:4"
+    max_memory: Annotated[
+        float | None,
+        typer.Option(help="GiB for states between layers; the others go to disk.", show_default="half of the memory"),
+    ] = None
+    force: Annotated[bool, typer.Option("--force", help="Prune layers that are pruned already, too.")] = False
+
+    def options(self) -> Any:
+        """The same for ``pruning``. Raises OptionError."""
+        return pruning_module("oneshot").PruneOptions(
+            self.method,
+            export_module("masks").Pattern.parse(self.pattern),
+            parse_globs(self.mask_layers),
+            self.dense_layers,
+            _memory(self.max_memory),
+            self.force,
+        )
+
+
+@grouped
 def command(
     checkpoint: Annotated[Path, typer.Argument(help="A dense checkpoint, or a folder of diffusers'.")],
+    *,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="A .safetensors file; of a folder of diffusers', a new folder.")
     ],
-    method: Annotated[str, typer.Option(help="full, sparsegpt, wanda or magnitude.")] = "full",
-    mask_layers: Annotated[str | None, typer.Option(help="Globs over layer names, comma-separated.")] = None,
-    dense_layers: Annotated[int, typer.Option(help="Leave so many layers dense: those damaged most.")] = 0,
-    pattern: Annotated[str, typer.Option(help="N:M; only 2:4 has sparse kernels.")] = "2:4",
+    choices: Choices,
     calib: Annotated[Path | None, typer.Option(help="States that `sparse-engine calibrate` wrote.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="Images to put noise on, in place of trajectories: a folder, or an .npz.")
     ] = None,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out pictures that cannot be read.")] = False,
-    images: Annotated[int, typer.Option(help="Trajectories; of every four steps one is kept.")] = 64,
-    steps: Annotated[int, typer.Option(help="Network evaluations of each.")] = 20,
-    sampler: Annotated[str | None, typer.Option(help="Sampler.", show_default="the model's own")] = None,
+    trajectories: Trajectories,
     conditioning: ConditioningFile = None,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
-    max_memory: Annotated[
-        float | None,
-        typer.Option(help="GiB for states between layers; the others go to disk.", show_default="half of the memory"),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Prune layers that are pruned already, too.")] = False,
-    family: FamilyName = None,
-    heads: Heads = None,
-    null_class: NullClass = None,
-    schedule: ScheduleName = None,
-    prediction: Prediction = None,
-    image_size: ImageSize = None,
-    context_length: ContextLength = None,
-    guidance_channels: GuidanceChannels = None,
+    model: Model,
     plot: Annotated[Path | None, typer.Option(help="Draw each layer's error: PNG, SVG or PDF.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report of all layers.")] = False,
 ) -> None:
     """Make a dense checkpoint 2:4 in one shot, without training."""
-    given = model_options({**locals(), "sampler": None})  # ``sampler`` is the trajectories', not the model's
-    writer, oneshot, source = (pruning_module(name) for name in ("write", "oneshot", "states"))
+    given = model.options()
+    writer, source = pruning_module("write"), pruning_module("states")
     told, negative = read_conditioning(conditioning)
-    states = source.StateOptions(calib, data, skip_broken, images, steps, sampler, told, negative, seed)
-    options = oneshot.PruneOptions(
-        method,
-        export_module("masks").Pattern.parse(pattern),
-        parse_globs(mask_layers),
-        dense_layers,
-        _memory(max_memory),
-        force,
+    states = source.StateOptions(
+        calib, data, skip_broken, conditioning=told, negative=negative, seed=seed, **vars(trajectories)
     )
+    options = choices.options()
     if plot is not None:
         plot = in_folder(plot, f"{checkpoint.stem}.png")
         check_plot(plot)
@@ -110,7 +107,7 @@ def command(
             errors.print(f"{partial} has what is done: the same command goes on with it", markup=False)
         raise
     if plot is not None:
-        pruning_module("plot").plot_errors(pruned.layers, method, plot)
+        pruning_module("plot").plot_errors(pruned.layers, choices.method, plot)
     if as_json:
         print_json(pruned.report(path))
     else:

@@ -14,31 +14,17 @@ from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import OptionError
 from sparse_engine.images import check_output, check_place, write_samples
 
-from .options import (
-    Autotune,
-    BatchSize,
-    Clip,
-    ConditioningFile,
-    DenoiseToZero,
-    Eta,
-    Guidance,
-    NegativePrompt,
-    Order,
-    Prompt,
-    SamplerName,
-    Spacing,
-    Steps,
-    TEnd,
-    TStart,
-    Variance,
-)
+from .groups import grouped
+from .options import Autotune, BatchSize, Device, SamplerName, SamplerOptions, Steps, Threads, Told
 from .terminal import errors, progress
 
 MOST_LABELS = 2**31
 
 
+@grouped
 def command(
     engine: Annotated[Path, typer.Argument(help="A .sengine file.")],
+    *,
     n: Annotated[int, typer.Option("-n", "--count", help="How many samples.")] = 16,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="X.png for one picture of all, X.npz, or a folder for PNGs.")
@@ -51,27 +37,17 @@ def command(
         str | None,
         typer.Option(help="Classes such as 3, 0,1,2 or 0-9, repeated to fill the count.", show_default="drawn"),
     ] = None,
-    conditioning: ConditioningFile = None,
-    prompt: Prompt = None,
-    negative_prompt: NegativePrompt = None,
-    guidance: Guidance = None,
+    told: Told,
     batch_size: BatchSize = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one per core")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.", show_default="the backend's own")] = None,
+    threads: Threads = None,
+    device: Device = None,
     check: Annotated[bool, typer.Option("--check", help="Hash the engine by sha256 first.")] = False,
     autotune: Autotune = True,
-    t_start: TStart = None,
-    t_end: TEnd = None,
-    spacing: Spacing = None,
-    denoise_to_zero: DenoiseToZero = None,
-    eta: Eta = None,
-    variance: Variance = None,
-    order: Order = None,
-    clip: Clip = None,
+    own: SamplerOptions,
 ) -> None:
     """Draw samples and write them to a picture, a folder or an array."""
     check_place(output)
-    told, negative = read_conditioning(conditioning)
+    conditioning, negative = read_conditioning(told.conditioning)
     with (
         SparseEngine.load(engine, threads=threads, device=device, check=check, autotune=autotune) as loaded,
         progress() as display,
@@ -87,21 +63,10 @@ def command(
             seed=seed,
             first=first,
             labels=filling_labels(labels, n),
-            conditioning=told,
-            negative=negative,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            guidance=guidance,
             batch_size=batch_size,
             output="float" if latents else "uint8",
-            t_start=t_start,
-            t_end=t_end,
-            denoise_to_zero=denoise_to_zero,
-            spacing=spacing,
-            eta=eta,
-            variance=variance,
-            order=order,
-            clip=clip,
+            **{**vars(told), "conditioning": conditioning, "negative": negative},
+            **vars(own),
             callback=(lambda *_: display.advance(task)) if errors.is_terminal else None,  # it costs a GPU its pace
         )
         check_output(output, n, manifest.picture_shape, latents=latents)  # nothing has been drawn yet

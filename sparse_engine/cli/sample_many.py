@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,34 +14,51 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from sparse_engine.errors import OptionError
 
-from .options import (
-    Autotune,
-    BatchSize,
-    Clip,
-    ConditioningFile,
-    DenoiseToZero,
-    Eta,
-    Guidance,
-    NegativePrompt,
-    Order,
-    Prompt,
-    SamplerName,
-    Spacing,
-    Steps,
-    TEnd,
-    TStart,
-    Variance,
-)
+from .groups import grouped
+from .options import Autotune, BatchSize, SamplerName, SamplerOptions, Steps, Told
 from .sample import class_list
 from .terminal import errors
 
 FINISH = "sample-many finish"
 BETWEEN_LINES = 30.0  # seconds, where no terminal shows a bar: a job's log
-OPTIONS = ("t_start", "t_end", "spacing", "denoise_to_zero", "eta", "variance", "order", "clip")
 
 
+@dataclass(frozen=True)
+class Machines:
+    """Who draws, and how."""
+
+    workers: Annotated[int | None, typer.Option(help="Processes of this machine.", show_default="this one alone")] = (
+        None
+    )
+    cluster: Annotated[str | None, typer.Option(help="Address of a Ray cluster, or local.")] = None
+    batch_size: BatchSize = None
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of each worker.", show_default="the cores, shared; 1 on a cluster")
+    ] = None
+    device: Annotated[
+        str | None, typer.Option(help="cuda:0, or cuda:0,cuda:1 for workers.", show_default="the backend's own")
+    ] = None
+    autotune: Autotune = True
+    timeout: Annotated[float, typer.Option(help="Seconds without a batch after which a worker counts as hung.")] = 600
+    mixed_machines: Annotated[
+        bool, typer.Option("--mixed-machines", help="Go on with other kernels than the job was begun with.")
+    ] = False
+    steal_lock: Annotated[
+        bool, typer.Option("--steal-lock", help="Take the lock of a process on another host for left behind.")
+    ] = False
+
+    def options(self) -> Any:
+        """The same for ``bulk``."""
+        from sparse_engine import bulk
+
+        given = dict(vars(self))
+        return bulk.Machines(mixed=given.pop("mixed_machines"), **given)
+
+
+@grouped
 def command(
     engine: Annotated[Path, typer.Argument(help="A .sengine file.")],
+    *,
     n: Annotated[int, typer.Option("-n", "--count", help="How many images, numbered from 0.")] = 50_000,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="A folder: new, or of the same job, which is then gone on with.")
@@ -49,10 +67,6 @@ def command(
     format: Annotated[
         str, typer.Option(help="What the end makes of the chunks: npz, png, webdataset, parquet or none.")
     ] = "npz",
-    workers: Annotated[
-        int | None, typer.Option(help="Processes of this machine.", show_default="this one alone")
-    ] = None,
-    cluster: Annotated[str | None, typer.Option(help="Address of a Ray cluster, or local.")] = None,
     shard: Annotated[
         str | None, typer.Option(help="i/N: every N-th chunk from i (0 to N - 1) on; finish it by itself later.")
     ] = None,
@@ -66,41 +80,14 @@ def command(
             show_default="drawn",
         ),
     ] = None,
-    conditioning: ConditioningFile = None,
-    prompt: Prompt = None,
-    negative_prompt: NegativePrompt = None,
-    guidance: Guidance = None,
-    batch_size: BatchSize = None,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads of each worker.", show_default="the cores, shared; 1 on a cluster")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cuda:0, or cuda:0,cuda:1 for workers.", show_default="the backend's own")
-    ] = None,
-    autotune: Autotune = True,
-    timeout: Annotated[float, typer.Option(help="Seconds without a batch after which a worker counts as hung.")] = 600,
-    mixed_machines: Annotated[
-        bool, typer.Option("--mixed-machines", help="Go on with other kernels than the job was begun with.")
-    ] = False,
-    steal_lock: Annotated[
-        bool, typer.Option("--steal-lock", help="Take the lock of a process on another host for left behind.")
-    ] = False,
-    t_start: TStart = None,
-    t_end: TEnd = None,
-    spacing: Spacing = None,
-    denoise_to_zero: DenoiseToZero = None,
-    eta: Eta = None,
-    variance: Variance = None,
-    order: Order = None,
-    clip: Clip = None,
+    told: Told,
+    machines: Machines,
+    own: SamplerOptions,
 ) -> None:
     """Draw tens of thousands of samples into a folder, by one process or many; run again to go on."""
-    given = locals()
     from sparse_engine import bulk
 
-    machines = bulk.Machines(
-        workers, cluster, threads, device, batch_size, autotune, timeout, mixed_machines, steal_lock
-    )
+    crew = machines.options()
     with _display(n) as tell:
         summary = bulk.sample_many(
             engine,
@@ -111,12 +98,9 @@ def command(
             steps=steps,
             sampler=sampler,
             labels=_labels(labels, n),
-            conditioning=conditioning,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            guidance=guidance,
-            options={name: given[name] for name in OPTIONS},
-            machines=machines,
+            **vars(told),
+            options=vars(own),
+            machines=crew,
             shard=None if shard is None else _shard(shard),
             format=None if format == "none" else format,
             tell=tell,

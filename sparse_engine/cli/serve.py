@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,37 +18,52 @@ from sparse_engine.cores import usable_cores
 from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import MissingDependencyError, OptionError
 
+from .groups import grouped
+from .options import Autotune, Device, Threads
 from .terminal import errors
 
 KEY_VARIABLE = "SPARSE_ENGINE_API_KEY"
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Sizes and times of a service."""
+
+    max_batch: Annotated[
+        int | None, typer.Option(help="Images that are drawn together.", show_default="twice the build's usual")
+    ] = None
+    batch_sizes: Annotated[
+        str | None,
+        typer.Option(help="Sizes that batches are filled up to, as 1,4,16.", show_default="on a GPU powers of 2"),
+    ] = None
+    max_wait_ms: Annotated[float, typer.Option(help="Wait for company while the engine is idle.")] = 2.0
+    max_images: Annotated[int, typer.Option(help="Most images of a request.")] = 64
+    max_steps: Annotated[int, typer.Option(help="Most steps of a request.")] = 1000
+    max_body: Annotated[int, typer.Option(help="Most bytes of a request.")] = 64 << 10
+    queue_images: Annotated[int, typer.Option(help="Most images that wait; then 429.")] = 256
+    queue_seconds: Annotated[float, typer.Option(help="Most seconds of work that wait; then 429.")] = 300.0
+    deadline: Annotated[float, typer.Option(help="Seconds until a request is given up with 504.")] = 600.0
+
+    def settings(self, api_key: str | None) -> Any:
+        """The same for ``serve``. Raises OptionError, MissingDependencyError."""
+        given = {**vars(self), "batch_sizes": _sizes(self.batch_sizes), "max_wait": self.max_wait_ms / 1000}
+        del given["max_wait_ms"]
+        return _serving("settings").Settings(**given, api_key=api_key)
+
+
+@grouped
 def command(
     engine: Annotated[list[Path], typer.Argument(help="One .sengine file or more; served by their names.")],
+    *,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 is a free one.")] = 8000,
     api_key: Annotated[
         str | None, typer.Option(envvar=KEY_VARIABLE, help="Clients have to show it; best in the variable.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one per core")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.", show_default="the backend's own")] = None,
-    autotune: Annotated[
-        bool, typer.Option("--autotune/--no-autotune", help="Time the kernels on this machine.")
-    ] = True,
-    max_batch: Annotated[
-        int | None, typer.Option(help="Images that are drawn together.", show_default="twice the build's usual")
-    ] = None,
-    batch_sizes: Annotated[
-        str | None,
-        typer.Option(help="Sizes that batches are filled up to, as 1,4,16.", show_default="on a GPU powers of 2"),
-    ] = None,
-    max_wait_ms: Annotated[float, typer.Option(help="Wait for company while the engine is idle.")] = 2.0,
-    max_images: Annotated[int, typer.Option(help="Most images of a request.")] = 64,
-    max_steps: Annotated[int, typer.Option(help="Most steps of a request.")] = 1000,
-    max_body: Annotated[int, typer.Option(help="Most bytes of a request.")] = 64 << 10,
-    queue_images: Annotated[int, typer.Option(help="Most images that wait; then 429.")] = 256,
-    queue_seconds: Annotated[float, typer.Option(help="Most seconds of work that wait; then 429.")] = 300.0,
-    deadline: Annotated[float, typer.Option(help="Seconds until a request is given up with 504.")] = 600.0,
+    threads: Threads = None,
+    device: Device = None,
+    autotune: Autotune = True,
+    limits: Limits,
     grace: Annotated[float, typer.Option(help="Seconds to answer what was accepted, after SIGTERM.")] = 30.0,
     replicas: Annotated[int, typer.Option(min=0, help="So many processes through Ray Serve; 0 is this one alone.")] = 0,
     cluster: Annotated[
@@ -55,19 +71,8 @@ def command(
     ] = None,
 ) -> None:
     """Serve engines over HTTP until SIGTERM or Ctrl-C, then answer what was accepted and end."""
-    settings_module, service_module = _serving("settings"), _serving("service")
-    settings = settings_module.Settings(
-        max_images=max_images,
-        max_steps=max_steps,
-        max_body=max_body,
-        max_batch=max_batch,
-        batch_sizes=_sizes(batch_sizes),
-        max_wait=max_wait_ms / 1000,
-        queue_images=queue_images,
-        queue_seconds=queue_seconds,
-        deadline=deadline,
-        api_key=api_key,
-    )
+    service_module = _serving("service")
+    settings = limits.settings(api_key)
     paths = service_module.named(engine)
     if threads is None and replicas and cluster is None:
         threads = max(1, usable_cores() // replicas)

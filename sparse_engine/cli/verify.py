@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .options import Threads
 from .terminal import console, export_module, make_table, print_json, progress, tell
 
 
@@ -16,7 +17,7 @@ def command(
     tolerance: Annotated[
         float | None, typer.Option(help="For the relative error of eps.", show_default="by precision: fp32 1e-4")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one per core")] = None,
+    threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare eps and a short trajectory with the torch network; exit 1 past the tolerance."""

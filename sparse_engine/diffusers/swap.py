@@ -59,15 +59,7 @@ def use_engine(
     name = _component(pipe, component)
     held = getattr(pipe, name)
     original = held.original if isinstance(held, EngineDenoiser) else Original(held)
-    if (engine is None) is not build:
-        raise OptionError(
-            "engine= and build=True are given" if build else "neither engine= nor build=True is given",
-            "name an engine file, or have one built",
-        )
-    if options and not build:
-        raise OptionError(
-            f"{', '.join(options)}: of a build, and build is not asked for", "leave it out, or build=True"
-        )
+    _check_asked(engine, build, options)
     if build:
         from .building import built_engine, request_of
 
@@ -113,6 +105,19 @@ def restore(pipe: Any) -> Any:
         setattr(pipe, name, module)
         _let_go(denoiser)
     return pipe
+
+
+def _check_asked(engine: Any, build: bool, options: dict[str, Any]) -> None:
+    """Raise OptionError where both or neither of an engine and a build is given, or options without a build."""
+    if (engine is None) is not build:
+        raise OptionError(
+            "engine= and build=True are given" if build else "neither engine= nor build=True is given",
+            "name an engine file, or have one built",
+        )
+    if options and not build:
+        raise OptionError(
+            f"{', '.join(options)}: of a build, and build is not asked for", "leave it out, or build=True"
+        )
 
 
 def _component(pipe: Any, component: str | None) -> str:

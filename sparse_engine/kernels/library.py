@@ -20,7 +20,7 @@ from sparse_engine.kernels.packing import Positions, Values, validate
 
 LIBRARY_PATH = Path(__file__).with_name("libsparse_engine_kernels.so")
 TIERS = ("scalar", "avx2", "avx512", "avx512-bf16", "neon")
-INT8_TIERS = ("scalar", "avx-vnni", "avx512-vnni")  # of products in 8 bits, which compute nothing else
+INT8_TIERS = ("scalar", "avx-vnni", "avx512-vnni", "neon-dot")  # of products in 8 bits, which compute nothing else
 ISA_VARIABLE = "SPARSE_ENGINE_ISA"
 _ABI_VERSION = 7
 _MESSAGE_BYTES = 512

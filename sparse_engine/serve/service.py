@@ -15,7 +15,8 @@ import numpy as np
 
 from sparse_engine import arguments
 from sparse_engine.arguments import SHOWN
-from sparse_engine.engine import TRAJECTORY_OPTIONS, SparseEngine
+from sparse_engine.drawing import TRAJECTORY_OPTIONS
+from sparse_engine.engine import SparseEngine
 from sparse_engine.errors import OptionError
 
 from . import refusals

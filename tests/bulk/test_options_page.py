@@ -1,5 +1,6 @@
 """docs/bulk.md: the options that it names are the command's. What it shows is run by tests/test_docs.py."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "bulk.md").read_text()
 
 
 def test_options_and_formats_of_the_page_are_there() -> None:
-    source = Path(sample_many.__file__).read_text()
+    source = Path(sample_many.__file__).read_text() + str(inspect.signature(sample_many.command))
     ours = re.sub(r"#SBATCH.*|`python [^`]*`", "", PAGE)
     named = set(re.findall(r"--([a-z][a-z-]+)", ours)) - {"sparse"}
     assert {"workers", "cluster", "shard", "labels", "mixed-machines", "steal-lock", "timeout"} <= named

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparse_engine import SparseEngine
 from sparse_engine.artifact import EngineFile
 from sparse_engine.cli.main import run
+from sparse_engine.drawing import Drawing
 from sparse_engine.errors import OutputError
 from sparse_engine.export.families.uvit import UViTConfig
 from sparse_engine.images import check_output, grid, sheet_size
@@ -26,7 +26,7 @@ def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     def drawn(*_: Any, **__: Any) -> None:
         raise AssertionError("it was drawn before it was said")
 
-    monkeypatch.setattr(SparseEngine, "_walk", drawn)
+    monkeypatch.setattr(Drawing, "_walk", drawn)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
-// Every tactic of this machine over awkward shapes, in heap blocks of exactly
-// the right size: a program for the sanitizers (cmake
-// -DSPARSE_ENGINE_SANITIZE=ON), and for processors that are only emulated
-// (-DSPARSE_ENGINE_SMOKE=ON). Exits with 1 where a result is wrong.
+// Every tactic of this machine over awkward shapes, in heap blocks of exactly the right size: a program for the
+// sanitizers (cmake -DSPARSE_ENGINE_SANITIZE=ON), and for processors that are only emulated (-DSPARSE_ENGINE_SMOKE=ON).
+// Exits with 1 where a result is wrong.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -10,6 +9,7 @@
 #include <new>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../../sparse_engine/kernels/src/attention_loop.h"
@@ -121,9 +121,8 @@ bool run_pair_case(const Case& shape, const char* tier, const char* lanes) {
   return good;
 }
 
-// Against the definition, in double: keys of another length, k with heads
-// outermost, and a bias of one row for all queries (bias_rows = 1), of a row
-// each, or none.
+// Against the definition, in double: keys of another length, k with heads outermost, and a bias of one row for all
+// queries (bias_rows = 1), of a row each, or none.
 bool run_attention_case(const char* tier, int queries, int keys, int head_dim, int bias_rows, double tolerance) {
   const int batch = 2, heads = 3, width = heads * head_dim;
   std::mt19937 random(queries * 1000 + keys);
@@ -177,15 +176,12 @@ bool run_attention_case(const char* tier, int queries, int keys, int head_dim, i
     }
   }
   if (error <= tolerance) return true;
-  std::printf(
-      "%s attention of %d tokens to %d, heads of %d, %d rows of bias: "
-      "error %g\n",
-      tier, queries, keys, head_dim, bias_rows, error);
+  std::printf("%s attention of %d tokens to %d, heads of %d, %d rows of bias: error %g\n", tier, queries, keys,
+              head_dim, bias_rows, error);
   return false;
 }
 
-// Against the definition, in double, far from 0: with scale and shift of each
-// image and SiLU, or alone.
+// Against the definition, in double, far from 0: with scale and shift of each image and SiLU, or alone.
 bool run_group_norm_case(const char* tier, int channels, int groups, int area, bool modulated) {
   const int batch = 2;
   std::mt19937 random(channels * 1000 + area);
@@ -237,8 +233,7 @@ std::unique_ptr<void, decltype(&std::free)> exact_block(size_t bytes) {
   return {block, std::free};
 }
 
-// The tactic alone: packed weights and scratch have a page's room to spare
-// otherwise, and scratch that of larger calls.
+// The tactic alone: packed weights and scratch have a page's room to spare otherwise, and scratch that of larger calls.
 void run_conv_in_exact_blocks(sparse_engine::Convolution conv, size_t pixels, const sparse_engine::Weights24& weights,
                               sparse_engine::Tier tier, sparse_engine::Lanes lanes) {
   const sparse_engine::ConvTactic& tactic = sparse_engine::find_conv_tactic(tier, lanes);
@@ -326,11 +321,9 @@ bool run_conv_case(const ConvCase& shape, const char* tier, const char* lanes, c
     error = std::fmax(error, std::fabs(y[i] - expected));
   }
   if (error <= 4e-6 * largest && again == y) return true;
-  std::printf(
-      "%s %s convolution %d x %d x %d x %d to %d, window %d x %d, "
-      "stride %d, enlarged %d: error %g of %g\n",
-      tier, lanes, shape.batch, shape.channels, shape.height, shape.width, shape.rows, window.height, window.width,
-      window.stride, window.upsample, error, largest);
+  std::printf("%s %s convolution %d x %d x %d x %d to %d, window %d x %d, stride %d, enlarged %d: error %g of %g\n",
+              tier, lanes, shape.batch, shape.channels, shape.height, shape.width, shape.rows, window.height,
+              window.width, window.stride, window.upsample, error, largest);
   return false;
 }
 
@@ -370,8 +363,7 @@ bool run_conv_cases(const char* tier) {
     for (const ConvCase& shape : kConvCases) {
       for (const char* activation : {"none", "silu"}) good &= run_conv_case(shape, tier, lanes, activation);
     }
-    // Every number of pixels in a tile's last vectors, of one image and of
-    // three.
+    // Every number of pixels in a tile's last vectors, of one image and of three.
     for (int width = 1; width <= 100; ++width) {
       good &= run_conv_case({1, 4, 5, 1, width, {1, 3, 1, 0, 1, 0, 1, 1}}, tier, lanes, "none");
       good &= run_conv_case({3, 4, 5, 2, width, {2, 3, 1, 0, 1, 1, 1, 1}}, tier, lanes, "none");
@@ -380,8 +372,7 @@ bool run_conv_cases(const char* tier) {
   return good;
 }
 
-// Exact sums, of floats that are rounded and normalised first; every kind of
-// output; two layers in a row.
+// Exact sums, of floats that are rounded and normalised first; every kind of output; two layers in a row.
 bool run_int8_case(const Case& shape, const char* tier, bool dense) {
   std::mt19937 random(shape.rows * 1000 + shape.tokens);
   const size_t kept = size_t(shape.rows) * shape.depth / (dense ? 1 : 2);
@@ -448,6 +439,80 @@ bool run_int8_case(const Case& shape, const char* tier, bool dense) {
   sparse_engine_int8_destroy(next);
   if (!good)
     std::printf("%s int8 rows %d depth %d tokens %d: %s\n", tier, shape.rows, shape.depth, shape.tokens, message);
+  return good;
+}
+
+// What is done to exact sums, against the reference: floats to 1e-5, bfloat16 to its last bit or two, codes to one.
+bool run_int8_epilogue_case(const Case& shape, const char* tier, const char* activation, bool with_residual) {
+  std::mt19937 random(shape.rows);
+  std::normal_distribution<float> normal;
+  const auto floats = [&](size_t count) {
+    std::vector<float> values(count);
+    for (float& value : values) value = normal(random);
+    return values;
+  };
+  std::vector<int8_t> values(size_t(shape.rows) * shape.depth / 2);
+  for (int8_t& value : values) value = int8_t(int(random() % 255) - 127);
+  const std::vector<uint8_t> positions(values.size() / 2, 1 | 2 << 2);
+  const std::vector<float> scales(shape.rows, 2e-3f), bias = floats(shape.rows), gamma = floats(shape.depth);
+  const std::vector<float> x = floats(size_t(shape.tokens) * shape.depth);
+  const std::vector<float> residual = floats(size_t(shape.tokens) * shape.rows);
+  std::vector<float> y[2];
+  std::vector<uint16_t> halves[2];
+  std::vector<uint8_t> codes[2];
+  const char* const tiers[2] = {"scalar", tier};
+  char message[256] = "";
+  bool good = true;
+  for (int i = 0; i < 2; ++i) {
+    y[i].resize(residual.size()), halves[i].resize(residual.size()), codes[i].resize(residual.size());
+    void* layer = nullptr;
+    good &= !sparse_engine_int8_create(shape.rows, shape.depth, values.data(), positions.data(), scales.data(), 0.03f,
+                                       131, tiers[i], &layer, message, sizeof message);
+    sparse_engine_int8_call call = {};
+    call.parts[0] = x.data(), call.depths[0] = shape.depth, call.tokens = shape.tokens;
+    call.normalise = 1, call.gamma = call.beta = gamma.data(), call.epsilon = 1e-5f;
+    call.bias = bias.data(), call.residual = with_residual ? residual.data() : nullptr, call.activation = activation;
+    call.output_scale = 0.02f, call.output_zero = 30, call.threads = 2;
+    const std::pair<const char*, void*> outputs[] = {
+        {"fp32", y[i].data()}, {"bf16", halves[i].data()}, {"codes", codes[i].data()}};
+    for (const auto& [element, output] : outputs) {
+      call.element = element, call.output = output;
+      good &= !sparse_engine_int8_run(layer, nullptr, &call, message, sizeof message);
+    }
+    sparse_engine_int8_destroy(layer);
+  }
+  // A code of X that is rounded the other way moves a few sums: of those there may be some.
+  size_t moved = 0;
+  for (size_t i = 0; i < residual.size(); ++i) {
+    const float error = std::fabs(y[0][i] - y[1][i]);
+    moved += error > 1e-5f;
+    good &= error <= 0.03f && std::abs(int(codes[0][i]) - int(codes[1][i])) <= 2;
+    good &= error > 1e-5f || std::abs(int(halves[0][i]) - int(halves[1][i])) <= 2 || std::fabs(y[0][i]) < 1e-3f;
+  }
+  good &= moved * 50 <= residual.size() * 2;
+  if (!good) std::printf("%s int8 %s: %zu of %zu differ %s\n", tier, activation, moved, residual.size(), message);
+  return good;
+}
+
+// The largest sums there can be, of either sign.
+bool run_int8_extreme_case(const char* tier, bool dense, int weight, int code, int zero) {
+  const int rows = 3, depth = 65536, tokens = 5;
+  const std::vector<int8_t> values(size_t(rows) * depth / (dense ? 1 : 2), int8_t(weight));
+  const std::vector<uint8_t> positions(size_t(rows) * depth / 4, 0 | 3 << 2), x(size_t(tokens) * depth, uint8_t(code));
+  const std::vector<float> ones(rows, 1.0f);
+  std::vector<float> y(tokens * rows);
+  void* layer = nullptr;
+  char message[256] = "";
+  sparse_engine_int8_call call = {};
+  call.codes = x.data(), call.tokens = tokens, call.output = y.data(), call.output_scale = 1.0f, call.threads = 1;
+  call.activation = "none", call.element = "fp32";
+  bool good = !sparse_engine_int8_create(rows, depth, values.data(), dense ? nullptr : positions.data(), ones.data(),
+                                         1.0f, zero, tier, &layer, message, sizeof message) &&
+              !sparse_engine_int8_run(layer, nullptr, &call, message, sizeof message);
+  sparse_engine_int8_destroy(layer);
+  const int64_t expected = int64_t(weight) * (code - zero) * depth / (dense ? 1 : 2);
+  for (const float sum : y) good &= sum == float(expected);
+  if (!good) std::printf("%s int8 of %d and %d less %d: %s\n", tier, weight, code, zero, message);
   return good;
 }
 
@@ -525,9 +590,42 @@ bool run_conv_int8_case(const ConvCase& shape, const char* tier) {
   return good;
 }
 
+bool run_int8_cases(const char* tier) {
+  bool good = true;
+  for (const bool dense : {false, true}) {
+    for (const Case& shape : {Case{1, 4, 1}, {37, 76, 17}, {130, 260, 97}, {64, 512, 7}, {513, 320, 200}}) {
+      good &= run_int8_case(shape, tier, dense);
+    }
+    for (int tokens = 1; tokens <= 130; ++tokens) good &= run_int8_case({37, 140, tokens}, tier, dense);
+    for (int depth = 4; depth <= 76; depth += 4) good &= run_int8_case({19, depth, 5}, tier, dense);
+    for (int rows = 1; rows <= 35; ++rows) good &= run_int8_case({rows, 20, 6}, tier, dense);
+    for (const int weight : {127, -127}) {
+      for (const int code : {0, 255}) good &= run_int8_extreme_case(tier, dense, weight, code, 255 - code);
+    }
+  }
+  for (const char* activation : {"none", "gelu", "gelu-tanh", "silu"}) {
+    for (const bool residual : {false, true}) good &= run_int8_epilogue_case({53, 196, 29}, tier, activation, residual);
+  }
+  return good;
+}
+
+// "fp32 avx512", "int8 avx512-vnni": what would be chosen.
+bool print_best_tiers() {
+  bool good = true;
+  for (const char* compute : {"fp32", "int8"}) {
+    const char* tier = "";
+    char message[256] = "";
+    good &= !sparse_engine_best_tier(compute, &tier, message, sizeof message);
+    std::printf("%s %s%s\n", compute, tier, message);
+  }
+  return good;
+}
+
 }  // namespace
 
-int main() {
+// With "best", says what would be chosen and computes nothing.
+int main(int count, char** arguments) {
+  if (count > 1) return std::string(arguments[1]) == "best" && print_best_tiers() ? 0 : 1;
   const Case cases[] = {{1, 4, 1}, {37, 76, 17}, {130, 260, 97}, {64, 512, 7}, {513, 320, 200}};
   bool good = true;
   for (const char* tier : {"scalar", "avx2", "avx512", "avx512-bf16", "neon"}) {
@@ -561,15 +659,14 @@ int main() {
     good &= run_conv_cases(tier);
     std::printf("%s ran\n", tier);
   }
-  for (const char* tier : {"scalar", "avx-vnni", "avx512-vnni"}) {
+  for (const char* tier : {"scalar", "avx-vnni", "avx512-vnni", "neon-dot"}) {
     if (!sparse_engine_has_tier(tier)) continue;
-    for (const bool dense : {false, true}) {
-      for (const Case& shape : cases) good &= run_int8_case(shape, tier, dense);
-      for (int tokens = 1; tokens <= 20; ++tokens) good &= run_int8_case({36, 140, tokens}, tier, dense);
-    }
-    for (const ConvCase& shape : kConvCases) good &= run_conv_int8_case(shape, tier);
-    for (int width = 1; width <= 100; ++width) {
-      good &= run_conv_int8_case({3, 4, 5, 2, width, {2, 3, 1, 0, 1, 1, 1, 1}}, tier);
+    good &= run_int8_cases(tier);
+    if (std::string(tier) != "neon-dot") {
+      for (const ConvCase& shape : kConvCases) good &= run_conv_int8_case(shape, tier);
+      for (int width = 1; width <= 100; ++width) {
+        good &= run_conv_int8_case({3, 4, 5, 2, width, {2, 3, 1, 0, 1, 1, 1, 1}}, tier);
+      }
     }
     std::printf("%s in int8 ran\n", tier);
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -249,6 +250,4 @@ def test_only_this_machine_is_listened_to_unless_asked(client: Client) -> None:
     assert serve._is_local("::1")
     assert serve._is_local("localhost")
     assert not serve._is_local("0.0.0.0")
-    defaults = serve.command.__defaults__
-    assert defaults is not None
-    assert defaults[0] == "127.0.0.1"
+    assert inspect.signature(serve.command).parameters["host"].default == "127.0.0.1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,10 +35,11 @@ log = logging.getLogger(__name__)
 # multiplies.
 N_LANES_UP_TO = {"fp32": 64, "bf16": 1 << 30}
 ENOUGH_TOKENS = 2048  # more of them take longer and change nothing
+ENOUGH_OF_STEPS = 1024  # tokens; the same of whole steps, which take long enough
 DENSE = ("dense", "dense-bf16")
 OWN_INT8, RUNTIME_INT8 = "own", "dense int8"  # candidates for layers in 8 bits
 SPARSE_INT8 = "r-lanes int8"  # what reports call ours over 2:4 weights
-LACKING = "this processor has neither AVX512-VNNI and AVX512-VBMI nor AVX-VNNI"
+LACKING = "this processor has neither AVX512-VNNI and AVX512-VBMI, nor AVX-VNNI, nor Arm's dot products"
 PAIRED = ("t-lanes", "n-lanes", "dense-bf16")  # kernels that compute two layers in a row
 ATTENTION_RULE = {"fp32": "onnxruntime", "bf16": "own", "int8": "own"}  # without timing
 # Without timing: ours, its lanes by the tokens of the usual batch. Where T-lanes overtake N-lanes on a Zen 4: below it
@@ -77,15 +79,18 @@ def find_obstacle(compute: Compute) -> str | None:
 
 
 class Chooser:
-    """Chooses for the layers of one engine."""
+    """Chooses for the layers of one engine, which runs in its own precision or in another."""
 
-    def __init__(self, manifest: Manifest, threads: int | None, autotune: bool) -> None:
+    def __init__(self, manifest: Manifest, threads: int | None, autotune: bool, precision: str | None = None) -> None:
         onnxruntime = load_onnxruntime()
 
         self._threads, self._autotune = threads, autotune
-        self._compute, self._attention_compute = products_in(manifest.precision), attention_in(manifest.precision)
+        precision = precision or manifest.precision
+        self._compute, self._attention_compute = products_in(precision), attention_in(precision)
         self._batch = manifest.batch[1]
         self._positions = {layer["name"]: layer["macs"] // layer["parameters"] for layer in manifest.layers}
+        of_layers = (sum(layer[key] for layer in manifest.layers) for key in ("macs", "parameters"))
+        self._tokens_of_an_image = max(1, next(of_layers) // max(1, next(of_layers)))  # on average
         self._obstacle = find_obstacle(self._compute)
         if self._obstacle and manifest.sparse:
             log.warning("sparse layers run dense: %s", self._obstacle)
@@ -112,6 +117,20 @@ class Chooser:
             names,
         )
         return LayerChoice(choice.kernel, "faster at the usual batch", {tokens: choice})
+
+    def step(self, graph: bytes, candidates: Mapping[str, Callable[[], Callable[[], object]]], tuned: bool) -> Choice:
+        """In what precision a whole step is fastest. Each candidate makes what runs one step of ``step_batch``.
+
+        ``graph``: the engine's, which its time depends on. ``tuned``: float layers have the kernels that won.
+        """
+        name, how = hashlib.sha256(graph).hexdigest()[:16], "timed" if tuned else "by the rule"
+        key = f"step {name} int8 {kernels.best_tier('int8')} floats {how} batch {self.step_batch}"
+        return self._cache.choose(key, lambda: {name: make() for name, make in candidates.items()}, list(candidates))
+
+    @property
+    def step_batch(self) -> int:
+        """The usual batch, but no more than it takes."""
+        return max(1, min(self._batch, ENOUGH_OF_STEPS // self._tokens_of_an_image))
 
     def choose_int8(self, unit: Int8Unit, view: GraphView) -> LayerChoice:
         """``OWN_INT8`` or ``RUNTIME_INT8`` for layers in 8 bits that one node of ours would compute."""

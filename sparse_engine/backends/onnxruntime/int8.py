@@ -259,10 +259,15 @@ def codes_as(prefix: str, codes: Codes) -> dict[str, float | int]:
     return {f"{prefix}_scale": codes.scale, f"{prefix}_zero": codes.zero}
 
 
+def int8_layers(view: GraphView, graph: GraphProto) -> list[Int8Layer]:
+    """The layers in 8 bits of a graph, in its order."""
+    packed = packed_codes(graph)
+    return [layer for node in graph.node if (layer := _layer(view, node, packed)) is not None]
+
+
 def int8_units(view: GraphView, graph: GraphProto) -> list[Int8Unit]:
     """What of a graph our operator may compute, in the graph's order; layers in a row are one unit."""
-    packed = packed_codes(graph)
-    found = [layer for node in graph.node if (layer := _layer(view, node, packed)) is not None]
+    found = int8_layers(view, graph)
     by_input = {layer.quantised: layer for layer in found}
     units, seconds = [], set[str]()
     for first in found:

@@ -16,7 +16,8 @@ from sparse_engine.sampling import StepFunction, Trajectory, walk
 
 from .forks import outlive_forks
 from .library import load_onnxruntime
-from .session import create_session, prepare
+from .session import create_session
+from .step import fastest_step
 
 TYPES = {"int64": "int64", "float32": "float"}  # NumPy's name -> ONNX Runtime's
 
@@ -28,7 +29,7 @@ class OnnxRuntimeRunner:
         onnxruntime = load_onnxruntime()
 
         try:
-            prepared = prepare(engine, threads, autotune)
+            prepared = fastest_step(engine, threads, autotune)
             self._session: Any = create_session(prepared, engine.path, threads)
         except SparseEngineError:
             raise
@@ -47,6 +48,7 @@ class OnnxRuntimeRunner:
             "group_norm": prepared.group_norm,
             "batch_invariant": True,  # one kernel a layer, and each adds up in an order of its own: tested to the bit
             "layers": prepared.report,
+            **({"step": prepared.step} if prepared.step else {}),
         }
         self._kept = prepared.overrides  # the session reads these arrays in place
 

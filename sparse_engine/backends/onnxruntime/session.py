@@ -17,6 +17,7 @@ from sparse_engine.backends.attention import Attention, fuse_attention
 from sparse_engine.backends.base import GRAPH_FILE, WEIGHTS_FILE
 from sparse_engine.backends.onnx_graph import GraphView, only_consumer
 from sparse_engine.cores import pool_size
+from sparse_engine.kernels.library import Compute
 
 from .attention import own_nodes, runtime_nodes
 from .choose import OWN_INT8, SPARSE_INT8, Chooser, LayerChoice, own_int8_kernel, shape_of
@@ -25,6 +26,7 @@ from .compute import EXACT_PRODUCTS, attention_in, products_in
 from .group_norm import GroupNorm, fuse_group_norms
 from .int8 import Int8Layer, PackedCodes, connect_attention, int8_units, packed_codes, put_in_place
 from .int8_convolutions import connect_group_norms, int8_convs, put_conv_in_place
+from .int8_in_floats import put_in_floats
 from .layers import DOMAIN, FusedLayer, from_nibbles
 from .library import load_onnxruntime
 
@@ -39,6 +41,7 @@ class Prepared:
         report: layer -> what was chosen.
         attention: how many attentions were fused, and into what; of each shape too.
         group_norm: the same of group norms: those that run as they were written are not fused.
+        step: of an int8 engine, in what its layers run here, and why (see ``fastest_step``).
     """
 
     model: ModelProto
@@ -46,6 +49,7 @@ class Prepared:
     report: dict[str, dict[str, Any]] = field(default_factory=dict)
     attention: dict[str, Any] = field(default_factory=dict)
     group_norm: dict[str, Any] = field(default_factory=dict)
+    step: dict[str, Any] = field(default_factory=dict)
 
     @property
     def has_own_nodes(self) -> bool:
@@ -53,38 +57,58 @@ class Prepared:
         return any(node.domain == DOMAIN for node in self.model.graph.node)
 
 
-def prepare(engine: EngineFile, threads: int | None, autotune: bool) -> Prepared:
+def prepare(engine: EngineFile, threads: int | None, autotune: bool, precision: str | None = None) -> Prepared:
     """Read an engine's graph and choose a kernel for each 2:4 layer.
 
     Args:
         engine: of this backend.
         threads: that the session will have.
         autotune: time the candidates; otherwise the stated default: sparse wherever a vector kernel runs.
+        precision: that it runs in; None is the engine's own. An int8 engine runs in bf16 and fp32 too.
     """
+    precision = precision or engine.manifest.precision
     model = onnx.load_model_from_string(engine.read(GRAPH_FILE))
     spans = weights_in_place(model, engine)
     prepared = Prepared(model)
-    chooser = Chooser(engine.manifest, threads, autotune)
-    _fuse_attentions(prepared, chooser, threads, attention_in(engine.manifest.precision))
+    if precision != engine.manifest.precision:
+        _leave_codes(prepared, engine.path, spans, products_in(precision))
+    chooser = Chooser(engine.manifest, threads, autotune, precision)
+    _fuse_attentions(prepared, chooser, threads, attention_in(precision))
     _fuse_group_norms(prepared, chooser, threads)
     layers = layers_in(model)
     for layer in layers:
         choice = chooser.choose(layer)
-        values = _mapped(engine.path, spans[layer.values], np.float32).reshape(layer.rows, -1)
-        positions = None
-        if layer.is_sparse:
-            packed = _mapped(engine.path, spans[layer.positions], np.uint8).reshape(layer.rows, -1)
-            positions = from_nibbles(packed, layer.depth)
+        values, positions = _weights_of(prepared, engine.path, spans, layer)
         if choice.kernel == "dense":
             _make_plain(
                 prepared, engine.path, layer, values if positions is None else kernels.unpack(values, positions)
             )
         else:
-            _make_own(prepared, layer, positions, choice, threads, products_in(engine.manifest.precision))
+            _make_own(prepared, layer, positions, choice, threads, products_in(precision))
         prepared.report[layer.name] = choice.to_dict()
-    _join_pairs(prepared, chooser, layers, products_in(engine.manifest.precision), threads)
+    _join_pairs(prepared, chooser, layers, products_in(precision), threads)
     _fuse_int8(prepared, engine.path, spans, chooser, threads)
     return prepared
+
+
+def _leave_codes(prepared: Prepared, path: Path, spans: dict[str, tuple[int, int]], compute: Compute) -> None:
+    """Make float layers of those in 8 bits, their weights in memory."""
+    weights, unread = put_in_floats(prepared.model, lambda name, kind: _mapped(path, spans[name], kind), compute)
+    for name, array in weights.items():
+        _in_memory(prepared, path, name, array)
+    _forget(prepared, *unread)
+
+
+def _weights_of(
+    prepared: Prepared, path: Path, spans: dict[str, tuple[int, int]], layer: FusedLayer
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """A float layer's values and positions, out of the engine file or out of memory; a dense one has no positions."""
+    if layer.values in prepared.overrides:
+        return prepared.overrides[layer.values], prepared.overrides.get(layer.positions)
+    values = _mapped_rows(path, spans, layer.values, np.float32, layer.rows)
+    if not layer.is_sparse:
+        return values, None
+    return values, from_nibbles(_mapped_rows(path, spans, layer.positions, np.uint8, layer.rows), layer.depth)
 
 
 def create_session(
@@ -316,6 +340,7 @@ def _forget(prepared: Prepared, *names: str) -> None:
     for name in names:
         graph = prepared.model.graph
         graph.initializer.remove(next(tensor for tensor in graph.initializer if tensor.name == name))
+        prepared.overrides.pop(name, None)
 
 
 def _index_of(prepared: Prepared, layer: FusedLayer) -> int:

@@ -93,17 +93,10 @@ class _OverRows:
         return x
 
 
-@dataclass(frozen=True)
-class FloatLayer(_OverRows):
-    """A 2:4 layer in a float type."""
+class _Float:
+    """What there is to say of a weight that stands in the type which it is computed in."""
 
     weight: Tensor
-    bias: Tensor | None
-
-    @property
-    def shape(self) -> torch.Size:
-        """See ``Layer``."""
-        return self.weight.shape
 
     @property
     def device(self) -> torch.device:
@@ -114,6 +107,19 @@ class FloatLayer(_OverRows):
     def dtype(self) -> torch.dtype:
         """See ``Layer``."""
         return self.weight.dtype
+
+
+@dataclass(frozen=True)
+class FloatLayer(_Float, _OverRows):
+    """A 2:4 layer in a float type."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def shape(self) -> torch.Size:
+        """See ``Layer``."""
+        return self.weight.shape
 
     @property
     def weights(self) -> str:
@@ -137,7 +143,7 @@ class FloatLayer(_OverRows):
 
 
 @dataclass(frozen=True)
-class ConvolutionLayer:
+class ConvolutionLayer(_Float):
     """A 2:4 convolution in a float type, its weight [N, C, kh, kw], over maps of one size [H, W].
 
     Its sparse products are those of a linear layer over its window's patches, which are laid out first: an
@@ -154,16 +160,6 @@ class ConvolutionLayer:
     def shape(self) -> torch.Size:
         """See ``Layer``."""
         return torch.Size((len(self.weight), self.weight[0].numel()))
-
-    @property
-    def device(self) -> torch.device:
-        """See ``Layer``."""
-        return self.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """See ``Layer``."""
-        return self.weight.dtype
 
     @property
     def weights(self) -> str:

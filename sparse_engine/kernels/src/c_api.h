@@ -11,7 +11,7 @@
 // Incremented when a function below changes.
 SPARSE_ENGINE_API int sparse_engine_abi_version();
 
-// 1 if this machine runs the tier (scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16, neon), else 0.
+// 1 if this machine runs the tier (scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16, neon, neon-dot), else 0.
 SPARSE_ENGINE_API int sparse_engine_has_tier(const char* tier);
 
 // The tier used for a precision (fp32, bf16, int8, or "int8 convolutions"), SPARSE_ENGINE_ISA respected. *tier is a

@@ -39,7 +39,7 @@ ConvInt8::ConvInt8(const WeightsInt8& weights, const float* scales, const Window
   tactic_->pack(weights, window.taps(), packed_.data());
   starts_.resize(size_t(rows_ + kRowPaddingInt8 - 1));
   scales_.resize(starts_.size());
-  fill_starts_and_scales(weights, scales, input, starts_.data(), scales_.data());
+  fill_starts_and_scales(weights, scales, input, 0, starts_.data(), scales_.data());
 }
 
 void ConvInt8::run(const ImagesInt8& input, size_t batch, const ImageSizes& sizes, float* output,

@@ -2,6 +2,10 @@
 
 #ifdef SPARSE_ENGINE_X86
 #include <cpuid.h>
+#elif defined(SPARSE_ENGINE_NEON) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(SPARSE_ENGINE_NEON) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace sparse_engine {
@@ -72,6 +76,7 @@ bool machine_has(Tier tier) {
     case Tier::kAvx512Bf16:
       return features.avx512_bf16;
     case Tier::kNeon:
+    case Tier::kNeonDot:
       return false;
   }
   return false;
@@ -79,9 +84,31 @@ bool machine_has(Tier tier) {
 
 #else
 
+#ifdef SPARSE_ENGINE_NEON
+namespace {
+
+// Dot products of bytes (FEAT_DotProd), as the operating system tells: a program may not ask the processor.
+bool has_dot_products() {
+#ifdef __linux__
+  constexpr unsigned long kAsimdDotProducts = 1ul << 20;  // of AT_HWCAP
+  return (getauxval(AT_HWCAP) & kAsimdDotProducts) != 0;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has != 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+#endif
+
 bool machine_has(Tier tier) {
 #ifdef SPARSE_ENGINE_NEON
+  static const bool dot_products = has_dot_products();
   if (tier == Tier::kNeon) return true;  // 64-bit Arm has no processor without it
+  if (tier == Tier::kNeonDot) return dot_products;
 #endif
   return tier == Tier::kScalar;
 }

@@ -9,7 +9,7 @@ namespace sparse_engine {
 namespace {
 
 constexpr const char* kTierNames[kTierCount] = {"scalar",      "avx2",        "avx-vnni", "avx512",
-                                                "avx512-vnni", "avx512-bf16", "neon"};
+                                                "avx512-vnni", "avx512-bf16", "neon",     "neon-dot"};
 constexpr const char* kLanesNames[] = {"t-lanes", "n-lanes", "r-lanes"};
 constexpr const char* kActivationNames[] = {"none", "gelu", "gelu-tanh", "silu"};
 constexpr const char* kComputeNames[] = {"fp32", "bf16"};
@@ -33,7 +33,7 @@ void require(Tier tier, const std::string& asked_by) {
 
 void require_floats(Tier tier) {
   require(tier, "the caller");
-  if (tier != Tier::kAvx512Vnni && tier != Tier::kAvxVnni) return;
+  if (tier != Tier::kAvx512Vnni && tier != Tier::kAvxVnni && tier != Tier::kNeonDot) return;
   throw Error(Status::kUnsupported, std::string(tier_name(tier)) + " computes 8-bit products, and nothing else");
 }
 
@@ -74,6 +74,7 @@ Tier highest_tier() {
 Tier best_tier(bool bfloat16) {
   const Tier highest = highest_tier();
   const bool wider = highest == Tier::kAvx512Bf16 || highest == Tier::kAvx512Vnni;
+  if (!bfloat16 && highest == Tier::kNeonDot) return Tier::kNeon;
   if (!bfloat16) return wider ? Tier::kAvx512 : highest == Tier::kAvxVnni ? Tier::kAvx2 : highest;
   if (highest == Tier::kAvx512Bf16) return highest;
   throw Error(Status::kUnsupported,
@@ -82,6 +83,7 @@ Tier best_tier(bool bfloat16) {
 
 Tier best_int8_tier() {
   const Tier highest = highest_tier();
+  if (highest == Tier::kNeonDot) return highest;
   const bool wider = highest == Tier::kAvx512Bf16 || highest == Tier::kAvx512Vnni;
   if (wider && machine_has(Tier::kAvx512Vnni)) return Tier::kAvx512Vnni;
   const bool allowed = wider || highest == Tier::kAvx512 || highest == Tier::kAvxVnni;
@@ -93,6 +95,9 @@ const TacticInt8& find_int8_tactic(Tier tier) {
 #ifdef SPARSE_ENGINE_X86
   if (tier == Tier::kAvx512Vnni) return kAvx512VnniInt8;
   if (tier == Tier::kAvxVnni) return kAvxVnniInt8;
+#endif
+#ifdef SPARSE_ENGINE_NEON
+  if (tier == Tier::kNeonDot) return kNeonDotInt8;
 #endif
   if (tier == Tier::kScalar) return kScalarInt8;
   throw Error(Status::kUnsupported, std::string("8-bit products are not computed on ") + tier_name(tier));

@@ -51,7 +51,7 @@ struct ProductInt8 {
   int depth = 0;
   bool dense = false;
   const void* packed = nullptr;     // written by the same tactic's pack()
-  const int32_t* starts = nullptr;  // [rows, padded]: -zero times the sum of a row's codes
+  const int32_t* starts = nullptr;  // [rows, padded]: the tactic's offset less zero, times the sum of a row's codes
   const float* scales = nullptr;    // [rows, padded]: what a sum is multiplied with
   void* output = nullptr;           // [tokens, rows] of the epilogue's element
   EpilogueInt8 epilogue;
@@ -74,12 +74,17 @@ struct TacticInt8 {
   // `first`.
   void (*run)(const ProductInt8& product, const uint8_t* x, size_t stride, size_t first, size_t tokens, int row_begin,
               int row_end);
+
+  int offset = 0;  // what it takes off each code of X before the product, 0..255
 };
 
 extern const TacticInt8 kScalarInt8;
 #ifdef SPARSE_ENGINE_X86
 extern const TacticInt8 kAvxVnniInt8, kAvx512VnniInt8;
 extern const PeakLoop kAvx512VnniPeak;
+#endif
+#ifdef SPARSE_ENGINE_NEON
+extern const TacticInt8 kNeonDotInt8;
 #endif
 
 }  // namespace sparse_engine

@@ -23,9 +23,10 @@ enum class Tier : int {
   kAvx512 = 3,
   kAvx512Vnni = 4,
   kAvx512Bf16 = 5,
-  kNeon = 6
+  kNeon = 6,
+  kNeonDot = 7
 };
-constexpr int kTierCount = 7;
+constexpr int kTierCount = 8;
 
 // What lies in the lanes of a vector: tokens, or output rows (kRegisters: of a convolution, each picking its x out of a
 // whole register of them). They add an element's products up in different orders,

@@ -9,16 +9,12 @@ namespace sparse_engine::ort {
 namespace {
 
 // The two operators differ in how their weights are given.
-struct Sparse {
+struct Sparse : SparseForm {
   static constexpr const char* kName = "MatMul24";
-  static constexpr bool kIsSparse = true;
-  static constexpr const char* kDefaultCompute = "fp32";
   enum Input : size_t { kX = 0, kValues = 1, kBias = 3, kResidual = 4, kInputCount = 5 };
 };
-struct Dense {
+struct Dense : DenseForm {
   static constexpr const char* kName = "MatMulBf16";
-  static constexpr bool kIsSparse = false;
-  static constexpr const char* kDefaultCompute = "bf16";
   enum Input : size_t { kX = 0, kValues = 1, kBias = 2, kResidual = 3, kInputCount = 4 };
 };
 
@@ -28,12 +24,10 @@ class Kernel : public Form {
  public:
   Kernel(const Api& api, const KernelInfo* info)
       : api_(api),
-        activation_(parse_activation(string_attribute(api, info, "activation", "none"))),
-        threads_(threads_attribute(api, info)),
+        attributes_(api, info, Form::kDefaultCompute),
         product_(weights_input(api, info, int_attribute(api, info, "N"), int_attribute(api, info, "K"), Form::kValues,
                                Form::kIsSparse),
-                 best_tier(parse_compute_is_bfloat16(string_attribute(api, info, "compute", Form::kDefaultCompute))),
-                 parse_lanes(string_attribute(api, info, "tactic", "t-lanes"))) {
+                 attributes_.tier, attributes_.lanes) {
     product_.page_out_weights();
   }
 
@@ -45,26 +39,36 @@ class Kernel : public Form {
   const Api& api() const { return api_; }
 
   void compute(KernelContext* context) const {
-    const Tensor x = input(api_, context, Form::kX);
-    const size_t tokens = tokens_of(x.shape, product_.depth());
-    Shape shape = x.shape;
-    shape.back() = product_.rows();
+    const Given given(api_, context, product_.depth(), product_.rows());
     Epilogue epilogue;
-    epilogue.activation = activation_;
+    epilogue.activation = attributes_.activation;
     epilogue.bias = bias_input(api_, context, Form::kBias, "bias", product_.rows());
-    epilogue.residual = residual_input(api_, context, Form::kResidual, shape);
-    float* const y = allocate_output(api_, context, shape);
-    product_.run(x.floats(), tokens, y, epilogue, threads_, parallel_for(api_, context));
+    epilogue.residual = residual_input(api_, context, Form::kResidual, given.shape);
+    float* const y = allocate_output(api_, context, given.shape);
+    product_.run(given.x, given.tokens, y, epilogue, attributes_.threads, parallel_for(api_, context));
   }
 
  private:
   const Api api_;
-  Activation activation_;
-  int threads_;
+  ProductAttributes attributes_;
   MatMul24 product_;
 };
 
 }  // namespace
+
+ProductAttributes::ProductAttributes(const Api& api, const KernelInfo* info, const char* default_compute)
+    : activation(parse_activation(string_attribute(api, info, "activation", "none"))),
+      threads(threads_attribute(api, info)),
+      tier(best_tier(parse_compute_is_bfloat16(string_attribute(api, info, "compute", default_compute)))),
+      lanes(parse_lanes(string_attribute(api, info, "tactic", "t-lanes"))) {}
+
+Given::Given(const Api& api, KernelContext* context, int depth, int rows) {
+  const Tensor given = input(api, context, 0);
+  x = given.floats();
+  tokens = tokens_of(given.shape, depth);
+  shape = given.shape;
+  shape.back() = rows;
+}
 
 Weights24 weights_input(const Api& api, const KernelInfo* info, int64_t rows, int64_t depth, size_t index,
                         bool is_sparse) {

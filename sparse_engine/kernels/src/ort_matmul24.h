@@ -26,7 +26,35 @@ namespace sparse_engine::ort {
 Operator matmul24(FunctionTable table);
 Operator matmul_bf16(FunctionTable table);
 
-// What the operators of two layers (ort_mlp.h) share with these. Weights [rows, depth] from input `index` on: values
+// What the operators of two layers (ort_mlp.h) share with these. How a node's weights are given, and what its products
+// are computed in unless it says so.
+struct SparseForm {
+  static constexpr bool kIsSparse = true;
+  static constexpr const char* kDefaultCompute = "fp32";
+};
+struct DenseForm {
+  static constexpr bool kIsSparse = false;
+  static constexpr const char* kDefaultCompute = "bf16";
+};
+
+// What a node says of its products.
+struct ProductAttributes {
+  ProductAttributes(const Api& api, const KernelInfo* info, const char* default_compute);
+  Activation activation;
+  int threads;
+  Tier tier;
+  Lanes lanes;
+};
+
+// What a node is given, and the shape of Y.
+struct Given {
+  Given(const Api& api, KernelContext* context, int depth, int rows);  // K of X, which is input 0, and N
+  const float* x;
+  size_t tokens;
+  Shape shape;
+};
+
+// Weights [rows, depth] from input `index` on: values
 // and positions, or one dense weight. Others are null where the node does not have them.
 Weights24 weights_input(const Api& api, const KernelInfo* info, int64_t rows, int64_t depth, size_t index,
                         bool is_sparse);

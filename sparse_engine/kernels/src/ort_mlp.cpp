@@ -1,6 +1,5 @@
 #include "ort_mlp.h"
 
-#include "dispatch.h"
 #include "ort_matmul24.h"
 #include "ort_support.h"
 
@@ -8,16 +7,12 @@ namespace sparse_engine::ort {
 namespace {
 
 // The two operators differ in how their weights are given.
-struct Sparse {
+struct Sparse : SparseForm {
   static constexpr const char* kName = "Mlp24";
-  static constexpr bool kIsSparse = true;
-  static constexpr const char* kDefaultCompute = "fp32";
   enum Input : size_t { kX, kFirst, kFirstBias = 3, kSecond, kSecondBias = 6, kResidual, kInputCount };
 };
-struct Dense {
+struct Dense : DenseForm {
   static constexpr const char* kName = "MlpBf16";
-  static constexpr bool kIsSparse = false;
-  static constexpr const char* kDefaultCompute = "bf16";
   enum Input : size_t { kX, kFirst, kFirstBias, kSecond, kSecondBias, kResidual, kInputCount };
 };
 
@@ -27,12 +22,9 @@ class Kernel : public Form {
  public:
   Kernel(const Api& api, const KernelInfo* info)
       : api_(api),
-        activation_(parse_activation(string_attribute(api, info, "activation", "none"))),
-        threads_(threads_attribute(api, info)),
-        tier_(best_tier(parse_compute_is_bfloat16(string_attribute(api, info, "compute", Form::kDefaultCompute)))),
-        lanes_(parse_lanes(string_attribute(api, info, "tactic", "t-lanes"))),
-        first_(weights(info, "H", "K", Form::kFirst), tier_, lanes_),
-        second_(weights(info, "N", "H", Form::kSecond), tier_, lanes_) {
+        attributes_(api, info, Form::kDefaultCompute),
+        first_(weights(info, "H", "K", Form::kFirst), attributes_.tier, attributes_.lanes),
+        second_(weights(info, "N", "H", Form::kSecond), attributes_.tier, attributes_.lanes) {
     first_.page_out_weights();
     second_.page_out_weights();
   }
@@ -45,17 +37,15 @@ class Kernel : public Form {
   const Api& api() const { return api_; }
 
   void compute(KernelContext* context) const {
-    const Tensor x = input(api_, context, Form::kX);
-    const size_t tokens = tokens_of(x.shape, first_.depth());
-    Shape shape = x.shape;
-    shape.back() = second_.rows();
+    const Given given(api_, context, first_.depth(), second_.rows());
     Epilogue hidden, epilogue;
-    hidden.activation = activation_;
+    hidden.activation = attributes_.activation;
     hidden.bias = bias_input(api_, context, Form::kFirstBias, "bias1", first_.rows());
     epilogue.bias = bias_input(api_, context, Form::kSecondBias, "bias2", second_.rows());
-    epilogue.residual = residual_input(api_, context, Form::kResidual, shape);
-    float* const y = allocate_output(api_, context, shape);
-    MatMul24::run_pair(first_, hidden, second_, epilogue, x.floats(), tokens, y, threads_, parallel_for(api_, context));
+    epilogue.residual = residual_input(api_, context, Form::kResidual, given.shape);
+    float* const y = allocate_output(api_, context, given.shape);
+    MatMul24::run_pair(first_, hidden, second_, epilogue, given.x, given.tokens, y, attributes_.threads,
+                       parallel_for(api_, context));
   }
 
  private:
@@ -65,10 +55,7 @@ class Kernel : public Form {
   }
 
   const Api api_;
-  Activation activation_;
-  int threads_;
-  Tier tier_;
-  Lanes lanes_;
+  ProductAttributes attributes_;
   MatMul24 first_, second_;
 };
 

@@ -42,13 +42,13 @@ void check_int8(const WeightsInt8& weights, const float* scales, Codes input) {
   }
 }
 
-void fill_starts_and_scales(const WeightsInt8& weights, const float* scales, Codes input, int32_t* starts,
+void fill_starts_and_scales(const WeightsInt8& weights, const float* scales, Codes input, int offset, int32_t* starts,
                             float* products) {
   const size_t kept = size_t(weights.depth) / (weights.dense() ? 1 : 2);
   for (int row = 0; row < weights.rows; ++row) {
     int32_t sum = 0;
     for (size_t i = 0; i < kept; ++i) sum += weights.values[row * kept + i];
-    starts[row] = -input.zero * sum;  // at most 255 * 127 * depth
+    starts[row] = (offset - input.zero) * sum;  // within 255 * 127 * depth
     products[row] = scales[row] * input.scale;
   }
 }
@@ -65,7 +65,7 @@ LayerInt8::LayerInt8(const WeightsInt8& weights, const float* scales, Codes inpu
   const size_t padded = size_t(rows_ + tactic_->row_multiple + kRowPaddingInt8 - 1);
   starts_.resize(padded);
   scales_.resize(padded);
-  fill_starts_and_scales(weights, scales, input, starts_.data(), scales_.data());
+  fill_starts_and_scales(weights, scales, input, tactic_->offset, starts_.data(), scales_.data());
 }
 
 ProductInt8 LayerInt8::product(void* output, const EpilogueInt8& epilogue) const {

@@ -21,8 +21,8 @@ struct InputInt8 {
 // deep, or scales that are not above 0.
 void check_int8(const WeightsInt8& weights, const float* scales, Codes input);
 
-// Of each row: what its sums start at, and what they are multiplied with.
-void fill_starts_and_scales(const WeightsInt8& weights, const float* scales, Codes input, int32_t* starts,
+// Of each row: what its sums start at, of codes less `offset`, and what they are multiplied with.
+void fill_starts_and_scales(const WeightsInt8& weights, const float* scales, Codes input, int offset, int32_t* starts,
                             float* products);
 
 class LayerInt8;
