@@ -1,4 +1,4 @@
-"""The layers of the kernels' tables in 8 bits: ours against ONNX Runtime's dense products, floats in and floats out."""
+"""The layers of the kernels' tables in 8 bits: ours against ONNX Runtime's dense ones, floats in and floats out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from sparse_engine import kernels
+from sparse_engine.backends.onnxruntime.convolutions import FusedConv
 from sparse_engine.backends.onnxruntime.library import load_onnxruntime
+from sparse_engine.kernels.convolution_int8 import ConvInt8
 from sparse_engine.kernels.int8 import Codes, MatMulInt8
 
 from .contenders import LAYERS_PER_CALL, ONE_NODE, ORT, Layer, session_options
@@ -25,6 +27,8 @@ def make_int8_contenders(
 ) -> dict[str, Callable[[], object]]:
     """A call of each kernel that computes one layer, or two in a row, from float32 x [M, K] to float32 [M, N].
 
+    Or a convolution, from maps to maps, of which x are those.
+
     Rounding x to codes, scales, bias and activation are inside. Each is called ``LAYERS_PER_CALL`` times in a row: ours
     from Python, ONNX Runtime's in one session.
     """
@@ -33,6 +37,13 @@ def make_int8_contenders(
     codes = [
         np.round(layer.weight / scale[:, None]).astype(np.int8) for layer, scale in zip(stack, scales, strict=True)
     ]
+    first = stack[0].node
+    if isinstance(first, FusedConv):
+        conv = ConvInt8(*_packed(codes[0], scales[0]), x=given[0], kernel=first.kernel, padding=first.pads)
+        return {
+            R_LANES: _our_convolution(conv, stack[0].bias, x, threads),
+            ORT: _onnxruntime_call(stack, x, codes, scales, given, threads),
+        }
     layers = [
         MatMulInt8(*_packed(each, scale), x=codes_of_x)
         for each, scale, codes_of_x in zip(codes, scales, given, strict=True)
@@ -77,6 +88,19 @@ def _ours(
     return {ONE_NODE: one, R_LANES: apart} if len(layers) == 2 else {R_LANES: apart}
 
 
+def _our_convolution(
+    conv: ConvInt8, bias: NDArray[np.float32], x: NDArray[np.float32], threads: int
+) -> Callable[[], object]:
+    out = conv(x)
+
+    def call() -> object:
+        for _ in range(LAYERS_PER_CALL):
+            conv(x, bias=bias, threads=threads, out=out)
+        return out
+
+    return call
+
+
 def _onnxruntime_call(
     stack: Sequence[Layer],
     x: NDArray[np.float32],
@@ -88,9 +112,10 @@ def _onnxruntime_call(
     """The standard Q/DQ form. As in a network x has a dynamic batch, or it makes product and bias a Gemm, in floats."""
     nodes: list[NodeProto] = []
     constants: dict[str, NDArray[Any]] = {}
+    conv = stack[0].node if isinstance(stack[0].node, FusedConv) else None
     for index, layer in enumerate(stack):
         constants |= {
-            f"w{index}": np.ascontiguousarray(codes[index].T),
+            f"w{index}": conv.plain_weight(codes[index]) if conv else np.ascontiguousarray(codes[index].T),
             f"ws{index}": scales[index],
             f"wz{index}": np.zeros(len(scales[index]), np.int8),
             f"xs{index}": np.array(given[index].scale, np.float32),
@@ -104,17 +129,27 @@ def _onnxruntime_call(
             nodes += [
                 helper.make_node("QuantizeLinear", [name, f"xs{index}", f"xz{index}"], [q]),
                 helper.make_node("DequantizeLinear", [q, f"xs{index}", f"xz{index}"], [d]),
-                helper.make_node("DequantizeLinear", [f"w{index}", f"ws{index}", f"wz{index}"], [w], axis=1),
-                helper.make_node("MatMul", [d, w], [f"{y}.product"]),
-                helper.make_node("Add", [f"{y}.product", f"b{index}"], [y]),
+                helper.make_node(
+                    "DequantizeLinear", [f"w{index}", f"ws{index}", f"wz{index}"], [w], axis=0 if conv else 1
+                ),
             ]
+            if conv:
+                nodes.append(helper.make_node("Conv", [d, w, f"b{index}"], [y], pads=conv.pads))
+            else:
+                nodes.append(helper.make_node("MatMul", [d, w], [f"{y}.product"]))
+                nodes.append(helper.make_node("Add", [f"{y}.product", f"b{index}"], [y]))
             name = y
             if index + 1 < len(stack):
                 nodes.append(helper.make_node("Gelu", [y], [f"{y}.gelu"]))
                 name = f"{y}.gelu"
         nodes[-1].output[0] = f"out.{copy}"
-    session = _session(nodes, constants, ("B", *x.shape), ("B", len(x), stack[-1].node.rows), threads)
-    feed = {f"x.{copy}": x[None] for copy in range(LAYERS_PER_CALL)}
+    if conv:
+        places: list[int | str] = ["B", *conv.output_shape(len(x) * conv.size[0] * conv.size[1])[1:]]
+        session = _session(nodes, constants, ("B", *x.shape[1:]), places, threads)
+        feed = {f"x.{copy}": x for copy in range(LAYERS_PER_CALL)}
+    else:
+        session = _session(nodes, constants, ("B", *x.shape), ("B", len(x), stack[-1].node.rows), threads)
+        feed = {f"x.{copy}": x[None] for copy in range(LAYERS_PER_CALL)}
     return lambda: session.run(None, feed)
 
 

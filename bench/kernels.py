@@ -2,7 +2,7 @@
 
     sparse-engine bench --kernels                     # layers of U-ViT-S and of U-Nets, one thread and two
     sparse-engine bench --kernels --precision bf16
-    sparse-engine bench --kernels --precision int8  # products, floats in and floats out
+    sparse-engine bench --kernels --precision int8  # floats in and floats out
 
 All contenders of a cell compute the same with the same numbers, in one process, interleaved: ``x @ weight.T + bias``,
 two of those with a GELU between (an MLP), or ``conv(x, weight) + bias``. Of every contender the fastest form counts:
@@ -132,7 +132,7 @@ def measure(
         batches: numbers of images, of convolutions.
         threads: numbers of threads, on no more than the cores that this process may use.
         compute: ``fp32``, ``bf16`` or ``int8``, the precision of the products. ONNX Runtime has no dense bf16 product
-            on CPUs and is timed in fp32 then. In int8 convolutions are dense, and left out.
+            on CPUs and is timed in fp32 then.
         seconds_per_cell: time spent on each cell, over all contenders.
 
     Raises:
@@ -141,7 +141,7 @@ def measure(
     tier = kernels.best_tier(compute)
     peak = kernels.peak_flops(tier) / 1e9
     rng = np.random.default_rng(0)
-    for shape in (each for each in shapes if compute != "int8" or each.side is None):
+    for shape in shapes:
         stack = random_layers(rng, shape)
         for count in tokens if shape.side is None else batches:
             x = random_input(rng, stack, shape.rows_of_x(count))

@@ -1,4 +1,4 @@
-"""Q/DQ into a step graph: 8-bit weights, and a quantise-dequantise pair before each quantised layer.
+"""Q/DQ into a step graph: 8-bit weights, and a quantise-dequantise pair before each quantised layer, and for it alone.
 
 Weights are quantised here, because ONNX Runtime's quantiser wants them inside the protobuf (2 GiB at most) and scales
 float8 by standard deviation; the pairs on activations are its work. Nothing is done to biases, and nothing to residual
@@ -7,7 +7,7 @@ adds, which stay float: both of their sides are in one scale.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,6 +114,8 @@ def quantize(
     tensors = observed_tensors(graph, layers, sparse, scheme)
     refer_to_weights(proto, weights)
     proto = _with_activation_pairs(proto, {tensor: ranges[key] for key, tensor in tensors.items()}, scheme.activations)
+    outputs = {tensor for key, tensor in tensors.items() if key not in places}
+    _float_elsewhere(proto, layers, {tensor for tensor in tensors.values() if tensor not in outputs})
     return StepGraph(proto, weights, places, graph.state)
 
 
@@ -185,6 +187,20 @@ def _with_activation_pairs(proto: ModelProto, ranges: Mapping[str, Range], form:
     del model.metadata_props[:]
     model.producer_name, model.producer_version = proto.producer_name, proto.producer_version
     return model
+
+
+def _float_elsewhere(proto: ModelProto, layers: Sequence[str], inputs: Collection[str]) -> None:
+    """Let whatever else reads layers' inputs, a norm beside a convolution or a residual add, read them unrounded."""
+    wanted = set(layers)
+    quantised = {node.output[0]: node.input[0] for node in proto.graph.node if node.op_type == "QuantizeLinear"}
+    floats = {
+        node.output[0]: quantised[node.input[0]]
+        for node in proto.graph.node
+        if node.op_type == "DequantizeLinear" and quantised.get(node.input[0]) in inputs
+    }
+    for node in proto.graph.node:
+        if node.name not in wanted:
+            node.input[:] = [floats.get(name, name) for name in node.input]
 
 
 def _element_types(proto: ModelProto) -> dict[str, int]:

@@ -135,11 +135,12 @@ def replace_patterns(
                 model.opset_import.append(helper.make_opsetid(node.domain, 1))
         for node in inner:
             model.graph.node.remove(node)
-        _drop_unread(model.graph, before)
+        drop_unread(model.graph, before)
     return replaced
 
 
-def _drop_unread(graph: GraphProto, nodes: Sequence[NodeProto]) -> None:
+def drop_unread(graph: GraphProto, nodes: Sequence[NodeProto]) -> None:
+    """Take out those of some nodes, each after those that read it, that nobody reads any more."""
     outputs = {value.name for value in graph.output}
     for node in nodes:
         read = outputs.union(*(each.input for each in graph.node))

@@ -22,7 +22,7 @@ LIBRARY_PATH = Path(__file__).with_name("libsparse_engine_kernels.so")
 TIERS = ("scalar", "avx2", "avx512", "avx512-bf16", "neon")
 INT8_TIERS = ("scalar", "avx-vnni", "avx512-vnni", "neon-dot")  # of products in 8 bits, which compute nothing else
 ISA_VARIABLE = "SPARSE_ENGINE_ISA"
-_ABI_VERSION = 7
+_ABI_VERSION = 8
 _MESSAGE_BYTES = 512
 
 Lanes = Literal["t-lanes", "n-lanes", "r-lanes"]  # the last of convolutions in bf16 alone
@@ -43,8 +43,10 @@ def available_tiers(compute: Compute = "fp32") -> tuple[str, ...]:
     )
 
 
-def best_tier(compute: Compute = "fp32") -> str:
+def best_tier(compute: Compute | Literal["int8 convolutions"] = "fp32") -> str:
     """The tier that products of this precision run on; ``SPARSE_ENGINE_ISA`` sets the highest allowed.
+
+    Convolutions run where products of their precision do; those in 8 bits say for themselves where.
 
     Raises:
         UnsupportedError: bf16 on a machine without AVX512-BF16, or a forced tier which the machine lacks.
@@ -84,7 +86,9 @@ def group_norm(
     tier: str | None = None,
     threads: int = 1,
     out: NDArray[np.float32] | None = None,
-) -> NDArray[np.float32]:
+    codes: tuple[float, int] | None = None,
+    codes_tier: str | None = None,
+) -> NDArray[Any]:
     """Group normalisation: ``activation((norm(x) * gamma + beta) * (1 + scale) + shift)``, of ``x``'s shape.
 
     Source: Wu and He, "Group Normalization", ECCV 2018 (arXiv 1803.08494); scale and shift of each image as in Dhariwal
@@ -100,6 +104,8 @@ def group_norm(
         tier: one of ``TIERS``, or None for the best.
         threads: the result does not depend on it.
         out: where to write, which may be ``x``; allocated if None.
+        codes: scale and zero point of codes to give instead, uint8 ``[B, ..., C]``, and not into ``out``.
+        codes_tier: one of ``INT8_TIERS``, which writes them; None is the best.
 
     Raises:
         InputError: an array of another shape, dtype or layout, groups that do not divide C, or a name that does not
@@ -110,6 +116,7 @@ def group_norm(
         raise InputError(f"x is of shape {list(x.shape)}, expected [B, C, L] or [B, C, H, W]")
     out = np.empty(x.shape, np.float32) if out is None else out
     batch, channels = x.shape[:2]
+    coded = np.empty((batch, *x.shape[2:], channels), np.uint8) if codes else None
     for name, array, shape in (
         ("x", x, x.shape),
         ("out", out, x.shape),
@@ -130,8 +137,11 @@ def group_norm(
         (tier or best_tier()).encode(),
         ctypes.c_int(threads),
         _address(out),
+        (codes_tier or best_tier("int8 convolutions")).encode(),
+        *((ctypes.c_float(codes[0]), ctypes.c_int(codes[1])) if codes else (ctypes.c_float(1.0), ctypes.c_int(0))),
+        _address(coded),
     )
-    return out
+    return out if coded is None else coded
 
 
 class MatMul24:
@@ -307,6 +317,8 @@ def _library() -> ctypes.CDLL:
     library.sparse_engine_int8_destroy.restype = None
     library.sparse_engine_bf16_packed_bytes.restype = ctypes.c_size_t
     library.sparse_engine_bf16_destroy.restype = None
+    library.sparse_engine_conv_int8_tier.restype = ctypes.c_char_p
+    library.sparse_engine_conv_int8_destroy.restype = None
     return library
 
 

@@ -128,24 +128,25 @@ def validate(values: NDArray[Any], positions: Positions, dtype: npt.DTypeLike = 
         )
 
 
-def conv_as_matrix(weight: NDArray[np.float32]) -> NDArray[np.float32]:
+def conv_as_matrix(weight: NDArray[Any]) -> NDArray[Any]:
     """A convolution's weight ``[N, C, kh, kw]`` as the matrix ``[N, K]`` whose rows :func:`pack` takes.
 
     K runs over (C / 4, kh, kw, 4): four neighbouring input channels of one tap side by side.
 
     Raises:
-        InputError: not float32 ``[N, C, kh, kw]`` with C a multiple of 4.
+        InputError: not float32, or codes int8, ``[N, C, kh, kw]`` with C a multiple of 4.
     """
-    if weight.ndim != 4 or weight.dtype != np.float32 or 0 in weight.shape or weight.shape[1] % 4:
+    if weight.ndim != 4 or weight.dtype not in (np.float32, np.int8) or 0 in weight.shape or weight.shape[1] % 4:
         raise InputError(
-            f"weight is {weight.dtype} {list(weight.shape)}, expected float32 [N, C, kh, kw] with C a multiple of 4"
+            f"weight is {weight.dtype} {list(weight.shape)}, expected float32 or int8 [N, C, kh, kw] with C a multiple "
+            f"of 4"
         )
     rows, channels, *taps = weight.shape
     quads = weight.reshape(rows, channels // 4, 4, -1).swapaxes(2, 3)
     return np.ascontiguousarray(quads.reshape(rows, channels * taps[0] * taps[1]))
 
 
-def matrix_as_conv(matrix: NDArray[np.float32], kernel: tuple[int, int]) -> NDArray[np.float32]:
+def matrix_as_conv(matrix: NDArray[Any], kernel: tuple[int, int]) -> NDArray[Any]:
     """What :func:`conv_as_matrix` was given, of a kernel of ``(kh, kw)`` taps."""
     rows, taps = len(matrix), kernel[0] * kernel[1]
     quads = matrix.reshape(rows, -1, taps, 4).swapaxes(2, 3)

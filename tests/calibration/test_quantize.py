@@ -27,6 +27,7 @@ from sparse_engine.export.bake import bake
 from sparse_engine.export.graphs import export_baked
 from sparse_engine.export.masks import is_n_of_m
 from sparse_engine.export.model import load_model
+from tests.backends.convolutions import CONVOLUTIONS, graph_of
 
 Made = dict[tuple[str, str], StepGraph]
 
@@ -182,3 +183,15 @@ def test_a_backend_without_the_precision() -> None:
         scheme_for("onnxruntime", "fp8")
     with pytest.raises(UnsupportedError, match="the abacus backend has no int8 products"):
         scheme_for("abacus", "int8")
+
+
+def test_what_else_reads_a_layers_input_reads_it_unrounded() -> None:
+    graph = graph_of("fp32")
+    layers = list(CONVOLUTIONS)
+    ranges = dict.fromkeys(layers, (-3.0, 3.0))
+    quantised = quantize(graph, ranges, layers, layers, SCHEMES["onnxruntime", "int8"]).proto.graph
+    of_pairs = {node.output[0] for node in quantised.node if node.op_type == "DequantizeLinear"}
+    readers = {node.name for node in quantised.node if of_pairs & set(node.input)}
+    assert readers == set(layers)  # not the norm beside block.skip, nor the sums beside down and mid.out
+    rounded = {node.input[0] for node in quantised.node if node.op_type == "QuantizeLinear"}
+    assert any(rounded & set(node.input) for node in quantised.node if node.op_type == "Reshape")

@@ -199,7 +199,7 @@ bool run_group_norm_case(const char* tier, int channels, int groups, int area, b
   if (sparse_engine_group_norm(x.data(), batch, channels, area, groups, 1e-5f, modulated ? gamma.data() : nullptr,
                                modulated ? beta.data() : nullptr, modulated ? scale.data() : nullptr,
                                modulated ? shift.data() : nullptr, modulated ? "silu" : "none", tier, 2, y.data(),
-                               message, sizeof message)) {
+                               "scalar", 1.0f, 0, nullptr, message, sizeof message)) {
     std::printf("%s group norm: %s\n", tier, message);
     return false;
   }
@@ -327,36 +327,40 @@ bool run_conv_case(const ConvCase& shape, const char* tier, const char* lanes, c
   return false;
 }
 
+// Windows: height, width, stride, pads (top, left, bottom, right), enlarged.
+const ConvCase kConvCases[] = {
+    {2, 8, 21, 5, 32, {3, 3, 1, 1, 1, 1, 1, 1}},    // rows of whole vectors
+    {3, 12, 37, 8, 8, {3, 3, 1, 1, 1, 1, 1, 1}},    // several rows a vector
+    {9, 8, 20, 2, 2, {3, 3, 1, 1, 1, 1, 1, 1}},     // several images a vector
+    {3, 4, 8, 1, 1, {3, 3, 1, 1, 1, 1, 1, 1}},      // nothing but border
+    {2, 8, 16, 7, 13, {3, 3, 1, 1, 1, 1, 1, 1}},    // odd sizes
+    {1, 4, 3, 3, 200, {3, 3, 1, 1, 1, 1, 1, 1}},    // rows wider than a tile
+    {3, 4, 5, 1, 97, {1, 3, 1, 0, 1, 0, 1, 1}},     // one row, wider than a tile
+    {2, 8, 8, 6, 3, {3, 3, 1, 2, 2, 2, 4, 1}},      // narrower than its padding
+    {1, 8, 8, 17, 18, {3, 3, 1, 0, 0, 0, 0, 1}},    // no padding
+    {2, 8, 16, 17, 33, {3, 3, 2, 0, 0, 1, 1, 1}},   // stride 2, padded below and
+                                                    // right
+    {2, 8, 16, 16, 16, {3, 3, 2, 1, 1, 1, 1, 1}},   // stride 2, padded all around
+    {2, 4, 5, 9, 130, {3, 3, 2, 1, 0, 0, 1, 1}},    // stride 2, two pads, rows of
+                                                    // 65
+    {2, 8, 66, 8, 8, {3, 3, 1, 1, 1, 1, 1, 2}},     // enlarged
+    {1, 4, 9, 5, 7, {3, 3, 1, 1, 1, 1, 1, 2}},      // enlarged, odd
+    {1, 4, 5, 3, 51, {3, 3, 1, 1, 1, 1, 1, 2}},     // enlarged to rows wider than a
+                                                    // tile
+    {3, 36, 20, 9, 5, {1, 1, 1, 0, 0, 0, 0, 1}},    // one tap
+    {2, 32, 20, 16, 16, {1, 1, 1, 0, 0, 0, 0, 1}},  // one tap, whole vectors
+    {2, 8, 7, 6, 5, {1, 1, 2, 0, 0, 0, 0, 1}},      // one tap, stride 2
+    {2, 4, 24, 8, 12, {2, 2, 2, 0, 0, 0, 0, 1}},    // patches
+    {1, 8, 16, 11, 10, {5, 4, 3, 2, 1, 0, 3, 2}},   // anything
+    {1, 132, 17, 6, 6, {3, 3, 1, 1, 1, 1, 1, 1}},   // several blocks of the depth
+    {1, 64, 65, 10, 16, {3, 3, 1, 1, 1, 1, 1, 1}},  // and of rows
+};
+
 bool run_conv_cases(const char* tier) {
-  // Windows: height, width, stride, pads (top, left, bottom, right), enlarged.
-  const ConvCase cases[] = {
-      {2, 8, 21, 5, 32, {3, 3, 1, 1, 1, 1, 1, 1}},    // rows of whole vectors
-      {3, 12, 37, 8, 8, {3, 3, 1, 1, 1, 1, 1, 1}},    // several rows a vector
-      {9, 8, 20, 2, 2, {3, 3, 1, 1, 1, 1, 1, 1}},     // several images a vector
-      {3, 4, 8, 1, 1, {3, 3, 1, 1, 1, 1, 1, 1}},      // nothing but border
-      {2, 8, 16, 7, 13, {3, 3, 1, 1, 1, 1, 1, 1}},    // odd sizes
-      {1, 4, 3, 3, 200, {3, 3, 1, 1, 1, 1, 1, 1}},    // rows wider than a tile
-      {3, 4, 5, 1, 97, {1, 3, 1, 0, 1, 0, 1, 1}},     // one row, wider than a tile
-      {2, 8, 8, 6, 3, {3, 3, 1, 2, 2, 2, 4, 1}},      // narrower than its padding
-      {1, 8, 8, 17, 18, {3, 3, 1, 0, 0, 0, 0, 1}},    // no padding
-      {2, 8, 16, 17, 33, {3, 3, 2, 0, 0, 1, 1, 1}},   // stride 2, padded below and right
-      {2, 8, 16, 16, 16, {3, 3, 2, 1, 1, 1, 1, 1}},   // stride 2, padded all around
-      {2, 4, 5, 9, 130, {3, 3, 2, 1, 0, 0, 1, 1}},    // stride 2, two pads, rows of 65
-      {2, 8, 66, 8, 8, {3, 3, 1, 1, 1, 1, 1, 2}},     // enlarged
-      {1, 4, 9, 5, 7, {3, 3, 1, 1, 1, 1, 1, 2}},      // enlarged, odd
-      {1, 4, 5, 3, 51, {3, 3, 1, 1, 1, 1, 1, 2}},     // enlarged to rows wider than a tile
-      {3, 36, 20, 9, 5, {1, 1, 1, 0, 0, 0, 0, 1}},    // one tap
-      {2, 32, 20, 16, 16, {1, 1, 1, 0, 0, 0, 0, 1}},  // one tap, whole vectors
-      {2, 8, 7, 6, 5, {1, 1, 2, 0, 0, 0, 0, 1}},      // one tap, stride 2
-      {2, 4, 24, 8, 12, {2, 2, 2, 0, 0, 0, 0, 1}},    // patches
-      {1, 8, 16, 11, 10, {5, 4, 3, 2, 1, 0, 3, 2}},   // anything
-      {1, 132, 17, 6, 6, {3, 3, 1, 1, 1, 1, 1, 1}},   // several blocks of the depth
-      {1, 64, 65, 10, 16, {3, 3, 1, 1, 1, 1, 1, 1}},  // and of rows
-  };
   bool good = true;
   for (const char* lanes : {"t-lanes", "n-lanes", "r-lanes"}) {
     if (std::string(lanes) == "r-lanes" && std::string(tier) != "avx512-bf16") continue;
-    for (const ConvCase& shape : cases) {
+    for (const ConvCase& shape : kConvCases) {
       for (const char* activation : {"none", "silu"}) good &= run_conv_case(shape, tier, lanes, activation);
     }
     // Every number of pixels in a tile's last vectors, of one image and of three.
@@ -587,6 +591,80 @@ bool run_int8_extreme_case(const char* tier, bool dense, int weight, int code, i
   return good;
 }
 
+// Exact sums of a convolution in 8 bits, of codes and of floats that are
+// rounded first; and a group norm's codes.
+bool run_conv_int8_case(const ConvCase& shape, const char* tier) {
+  const sparse_engine::Window& window = shape.window;
+  std::mt19937 random(shape.rows * 1000 + shape.width);
+  const int depth = shape.channels * window.taps(), zero = 77;
+  std::vector<int8_t> values(size_t(shape.rows) * depth / 2);
+  for (int8_t& value : values) value = int8_t(int(random() % 255) - 127);
+  std::vector<uint8_t> positions(values.size() / 2);
+  const uint8_t patterns[6] = {0 | 1 << 2, 0 | 2 << 2, 0 | 3 << 2, 1 | 2 << 2, 1 | 3 << 2, 2 | 3 << 2};
+  for (uint8_t& position : positions) position = patterns[random() % 6];
+  const size_t area = size_t(shape.height) * shape.width;
+  std::vector<uint8_t> codes(size_t(shape.batch) * area * shape.channels);
+  for (uint8_t& code : codes) code = uint8_t(random());
+  std::vector<float> maps(codes.size());  // the same as floats, a map a channel
+  for (size_t i = 0; i < codes.size(); ++i) {
+    const size_t channel = i % shape.channels, place = i / shape.channels % area, image = i / shape.channels / area;
+    maps[(image * shape.channels + channel) * area + place] = float(codes[i] - zero);
+  }
+  const int32_t told[8] = {window.height,   window.width,      window.stride,    window.pad_top,
+                           window.pad_left, window.pad_bottom, window.pad_right, window.upsample};
+  const std::vector<float> ones(shape.rows, 1.0f);
+  char message[256] = "";
+  void* conv = nullptr;
+  int64_t height = 0, width = 0;
+  std::vector<float> y, again;
+  bool good =
+      !sparse_engine_conv_int8_create(shape.rows, depth, values.data(), positions.data(), ones.data(), 1.0f, zero, told,
+                                      tier, &conv, message, sizeof message) &&
+      !sparse_engine_conv_int8_out_size(conv, shape.height, shape.width, &height, &width, message, sizeof message);
+  if (good) {
+    y.resize(size_t(shape.batch) * shape.rows * height * width);
+    again.resize(y.size());
+    good &= !sparse_engine_conv_int8_run(conv, codes.data(), nullptr, shape.batch, shape.height, shape.width, y.data(),
+                                         nullptr, nullptr, nullptr, "none", 2, message, sizeof message);
+    good &= !sparse_engine_conv_int8_run(conv, nullptr, maps.data(), shape.batch, shape.height, shape.width,
+                                         again.data(), nullptr, nullptr, nullptr, "none", 2, message, sizeof message);
+  }
+  sparse_engine_conv_int8_destroy(conv);
+  good &= y == again;
+  for (size_t i = 0; good && i < y.size(); ++i) {
+    const int column = int(i % width), row = int(i / width % height);
+    const size_t plane = i / (width * height);
+    const int n = int(plane % shape.rows), image = int(plane / shape.rows);
+    int64_t sum = 0;
+    for (int g = 0; g < depth / 4; ++g) {
+      const size_t group = size_t(n) * (depth / 4) + g;
+      const int tap = g % window.taps(), channel = g / window.taps() * 4;
+      const int down = row * window.stride - window.pad_top + tap / window.width;
+      const int right = column * window.stride - window.pad_left + tap % window.width;
+      if (down < 0 || right < 0 || down >= shape.height * window.upsample || right >= shape.width * window.upsample) {
+        continue;
+      }
+      const size_t place = image * area + size_t(down / window.upsample) * shape.width + right / window.upsample;
+      const uint8_t* const four = codes.data() + place * shape.channels + channel;
+      sum += int64_t(values[2 * group]) * (four[positions[group] & 3] - zero);
+      sum += int64_t(values[2 * group + 1]) * (four[positions[group] >> 2] - zero);
+    }
+    good &= y[i] == float(sum);
+  }
+  std::vector<uint8_t> rounded(codes.size());
+  good &= !sparse_engine_group_norm(maps.data(), shape.batch, shape.channels, area, 2, 1e-5f, nullptr, nullptr, nullptr,
+                                    nullptr, "silu", "scalar", 2, maps.data(), tier, 0.02f, 30, rounded.data(), message,
+                                    sizeof message);
+  if (!good) {
+    std::printf(
+        "%s int8 convolution %d x %d x %d x %d to %d, window %d x %d, "
+        "stride %d, enlarged %d: %s\n",
+        tier, shape.batch, shape.channels, shape.height, shape.width, shape.rows, window.height, window.width,
+        window.stride, window.upsample, message);
+  }
+  return good;
+}
+
 bool run_int8_cases(const char* tier) {
   bool good = true;
   for (const bool dense : {false, true}) {
@@ -664,6 +742,12 @@ int main(int count, char** arguments) {
   for (const char* tier : {"scalar", "avx-vnni", "avx512-vnni", "neon-dot"}) {
     if (!sparse_engine_has_tier(tier)) continue;
     good &= run_int8_cases(tier);
+    if (std::string(tier) != "neon-dot") {
+      for (const ConvCase& shape : kConvCases) good &= run_conv_int8_case(shape, tier);
+      for (int width = 1; width <= 100; ++width) {
+        good &= run_conv_int8_case({3, 4, 5, 2, width, {2, 3, 1, 0, 1, 1, 1, 1}}, tier);
+      }
+    }
     std::printf("%s in int8 ran\n", tier);
   }
   return good ? 0 : 1;

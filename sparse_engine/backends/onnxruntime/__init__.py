@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sparse_engine.backends.base import StepRunner
 
 PRECISIONS = ("fp32", "bf16", "int8")
-CONV_IS_DENSE = "a convolution in int8, which ONNX Runtime has dense kernels for alone"
+CONV_IS_DENSE = "a convolution in int8 whose weights are not 2:4, which ONNX Runtime has kernels for alone"
 FEWEST_BF16_WEIGHTS = 1 << 16  # of a dense layer: a smaller one (the last, say) gains nothing and stays float32
 
 
@@ -69,7 +69,7 @@ class OnnxRuntimeBackend:
 
         Of layers in int8 the codes are packed, and nothing else is changed.
         """
-        from .compress import compress, compress_codes, why_no_kernel
+        from .compress import compress, compress_codes, why_no_kernel, why_not_packed
 
         if on_gpu(options.device):
             return build_cuda(graph)
@@ -79,7 +79,8 @@ class OnnxRuntimeBackend:
         others = [name for name in graph.layers if name not in ours and _worth_bf16(graph, name)]
         others = others if options.precision == "bf16" else []
         proto, weights = compress(graph, ours, others) if ours or others else (graph.proto, graph.weights)
-        packed = [name for name in sparse_layers if name in quantised and _packs(graph, name)]
+        unpacked = {name: why_not_packed(graph, name) for name in sparse_layers if name in quantised}
+        packed = [name for name, why in unpacked.items() if why is None]
         if packed:
             proto, weights = compress_codes(graph, proto, weights, packed)
         files = [bytes_payload(GRAPH_FILE, proto.SerializeToString()), weights_payload(weights)]
@@ -89,7 +90,10 @@ class OnnxRuntimeBackend:
         layers |= {name: {"chosen": False, "kernel": "dense", "why": why} for name, why in obstacles.items() if why}
         layers |= {name: {"chosen": False, "kernel": later} for name in quantised}
         convolutions = [name for name in quantised if graph.weights[graph.layers[name][0]].ndim != 2]
-        layers |= {name: {"chosen": False, "kernel": "dense int8", "why": CONV_IS_DENSE} for name in convolutions}
+        layers |= {
+            name: {"chosen": False, "kernel": "dense int8", "why": unpacked.get(name) or CONV_IS_DENSE}
+            for name in convolutions
+        }
         layers |= {name: {"chosen": None, "kernel": later} for name in packed}
         layers |= {name: {"chosen": False, "kernel": later} for name in others}
         layers |= {name: {"chosen": None, "kernel": later} for name in ours}
@@ -111,13 +115,6 @@ class OnnxRuntimeBackend:
         asked = arguments.threads(threads)
         say_if_capped(asked)
         return OnnxRuntimeRunner(engine, pool_size(asked), autotune)
-
-
-def _packs(graph: StepGraph, layer: str) -> bool:
-    """Whether a layer in int8 is a product whose codes can be packed."""
-    initializer, axis = graph.layers[layer]
-    weight = graph.weights[initializer]
-    return weight.ndim == 2 and weight.shape[axis] % 4 == 0
 
 
 def _worth_bf16(graph: StepGraph, layer: str) -> bool:

@@ -25,7 +25,8 @@ from .compute import EXACT_PRODUCTS, attention_in, products_in
 from .convolutions import FusedConv
 from .group_norm import GroupNorm
 from .int8 import Int8Layer, Int8Unit
-from .layers import DOMAIN, FusedLayer
+from .int8_convolutions import Int8Conv
+from .layers import DOMAIN, PATTERNS, FusedLayer
 from .layers_bf16 import Bf16Unit
 from .library import load_onnxruntime
 
@@ -38,10 +39,10 @@ ENOUGH_TOKENS = 2048  # more of them take longer and change nothing
 ENOUGH_OF_STEPS = 1024  # tokens; the same of whole steps, which take long enough
 DENSE = ("dense", "dense-bf16")
 OWN_INT8, RUNTIME_INT8 = "own", "dense int8"  # candidates for layers in 8 bits
+SPARSE_INT8 = "r-lanes int8"  # what reports call ours over 2:4 weights
 LACKING = "this processor has neither AVX512-VNNI and AVX512-VBMI, nor AVX-VNNI, nor Arm's dot products"
 PAIRED = ("t-lanes", "n-lanes", "dense-bf16")  # kernels that compute two layers in a row
 ATTENTION_RULE = {"fp32": "onnxruntime", "bf16": "own", "int8": "own"}  # without timing
-PATTERNS = (4, 8, 12, 9, 13, 14)  # the positions that two of four can have
 # Without timing: ours, its lanes by the tokens of the usual batch. Where T-lanes overtake N-lanes on a Zen 4: below it
 # most lanes of a tile are empty.
 UNTIMED_N_LANES_UP_TO = {"fp32": 12, "bf16": 24}
@@ -163,6 +164,20 @@ class Chooser:
             ("together", "apart"),
         )
         return choice.leaning_to("together")
+
+    def choose_int8_conv(self, conv: Int8Conv, view: GraphView) -> LayerChoice:
+        """The same for a convolution."""
+        if not kernels.is_available() or kernels.best_tier("int8 convolutions") == "scalar":
+            return LayerChoice(RUNTIME_INT8, f"no kernel of ours: {LACKING}", {})
+        tokens = self._tokens(conv.conv)
+        if not self._autotune:
+            return LayerChoice(OWN_INT8, "not timed: ours by default", {})
+        choice = self._cache.choose(
+            f"int8 {kernels.best_tier('int8 convolutions')} {conv.words()} tokens {tokens}",
+            lambda: _int8_conv_candidates(conv, view, tokens, self._threads),
+            (OWN_INT8, RUNTIME_INT8),
+        )
+        return LayerChoice(choice.kernel, "faster at the usual batch", {tokens: choice})
 
     def together(self, first: FusedLayer, second: FusedLayer, kernel: str) -> Choice | None:
         """Two layers in one node ("together") or two ("apart"), at the usual batch; None where they cannot be one.
@@ -320,7 +335,7 @@ def _product(layer: FusedLayer, tokens: int, kernel: str, compute: str, threads:
 
 def own_int8_kernel(layer: Int8Layer) -> str:
     """What reports call our kernel for a layer in 8 bits."""
-    return "r-lanes int8" if layer.is_sparse else "own dense int8"
+    return SPARSE_INT8 if layer.is_sparse else "own dense int8"
 
 
 def _int8_candidates(
@@ -328,16 +343,11 @@ def _int8_candidates(
 ) -> Mapping[str, Callable[[], object]]:
     """One unit alone, on random weights: as a node of ours, and as the graph has it."""
     rng = np.random.default_rng(0)
-    small, own, plain = {}, {}, {}
+    own, plain = {}, {}
     # Codes that several layers read are made floats once, by a node that is none of the unit's.
     shared = [view.producer(name, "DequantizeLinear") for layer in unit.layers for name in _read_by(layer)]
     nodes = [*(node for node in shared if node is not None and node not in unit.nodes), *unit.nodes]
-    for name in dict.fromkeys(name for node in nodes for name in node.input if name in view.constants):
-        tensor = view.constants[name]
-        if not tensor.external_data:
-            small[name] = numpy_helper.to_array(tensor)
-        elif tensor.data_type == TensorProto.FLOAT:
-            small[name] = rng.random(tuple(tensor.dims), np.float32)
+    small = _small_constants(nodes, view)
     for layer in unit.all_layers:
         kept = layer.depth // 2 if layer.is_sparse else layer.depth
         own[layer.values] = rng.integers(-127, 128, (layer.rows, kept), np.int8)
@@ -376,6 +386,32 @@ def _bf16_candidates(
         "together": _alone([unit.node(pool_size(threads))], feed, output, constants, threads),
         "apart": _alone(nodes, feed, output, constants, threads),
     }
+
+
+def _int8_conv_candidates(
+    conv: Int8Conv, view: GraphView, tokens: int, threads: int | None
+) -> Mapping[str, Callable[[], object]]:
+    """One convolution alone, on random weights: as a node of ours, and as the graph has it."""
+    own, plain = conv.arrays(np.random.default_rng(0))
+    nodes = conv.plain()
+    small = _small_constants(nodes, view)
+    feed, output = _feed(conv.conv, tokens), {conv.conv.output: conv.conv.output_shape(tokens)}
+    return {
+        OWN_INT8: _alone([conv.node(pool_size(threads))], feed, output, {**small, **own}, threads),
+        RUNTIME_INT8: _alone(nodes, feed, output, {**small, **plain}, threads),
+    }
+
+
+def _small_constants(nodes: Sequence[NodeProto], view: GraphView) -> dict[str, np.ndarray]:
+    """What nodes read beside codes; random, where it lies in a file of weights."""
+    rng, found = np.random.default_rng(0), {}
+    for name in dict.fromkeys(name for node in nodes for name in node.input if name in view.constants):
+        tensor = view.constants[name]
+        if not tensor.external_data:
+            found[name] = numpy_helper.to_array(tensor)
+        elif tensor.data_type == TensorProto.FLOAT:
+            found[name] = rng.random(tuple(tensor.dims), np.float32)
+    return found
 
 
 def _read_by(layer: Int8Layer) -> list[str]:

@@ -13,7 +13,7 @@ from sparse_engine.backends.base import LazyArray, StepGraph, Weights
 from sparse_engine.backends.onnx_graph import refer_to_weights
 from sparse_engine.kernels.packing import conv_as_matrix, pack, pack_codes, unpack_codes
 
-from .convolutions import CONV_OP, FusedConv, fuse_conv, why_not
+from .convolutions import CONV_OP, FusedConv, fuse_conv, why_no_window, why_not
 from .int8 import codes_node, packed_codes
 from .layers import DENSE_OP, DOMAIN, SPARSE_OP, FusedLayer, from_nibbles, fuse, to_nibbles
 
@@ -86,7 +86,7 @@ def compress_codes(
     Args:
         graph: as quantised.
         proto, weights: the same, other layers packed already.
-        sparse: names of MatMul and Gemm layers whose codes are 2:4 along the inputs.
+        sparse: names of layers whose codes are 2:4 along the inputs, and can be packed (``why_not_packed``).
     """
     packed = ModelProto()
     packed.CopyFrom(proto)
@@ -94,17 +94,27 @@ def compress_codes(
     for name in sparse:
         initializer, axis = graph.layers[name]
         codes = graph.weights[initializer]
-        values, positions = pack_codes(codes if axis else codes.T)
+        kernel = codes.shape[2:] if codes.ndim == 4 else None
+        matrix = _matrix(graph, name)
+        values, positions = pack_codes(matrix)
         del made[initializer]
         kept, where = f"{initializer}.values", f"{initializer}.positions"
         made[kept], made[where] = values, to_nibbles(positions)
         packed.graph.initializer.remove(next(each for each in packed.graph.initializer if each.name == initializer))
-        rows, depth = codes.shape if axis else codes.shape[::-1]
-        packed.graph.node.insert(0, codes_node(name, (rows, depth), kept, where, initializer, axis))
+        packed.graph.node.insert(0, codes_node(name, matrix.shape, kept, where, initializer, axis, kernel))
     if DOMAIN not in {entry.domain for entry in packed.opset_import}:
         packed.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     refer_to_weights(packed, made)
     return packed, made
+
+
+def why_not_packed(graph: StepGraph, layer: str) -> str | None:
+    """Why the codes of a 2:4 layer in 8 bits stay as they are; None where they can be packed."""
+    initializer, axis = graph.layers[layer]
+    weight = graph.weights[initializer]
+    if weight.shape[axis] % 4:
+        return f"{weight.shape[axis]} inputs: the kernels take groups of four"
+    return why_no_window(_node(graph.proto, layer)) if weight.ndim == 4 else None
 
 
 def expand_codes(proto: ModelProto, weights: dict[str, np.ndarray]) -> None:

@@ -120,15 +120,22 @@ class FusedConv(FusedLayer):
         """See ``FusedLayer``."""
         return self.node(tactic=kernel, compute=compute, threads=threads)
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """The attributes that every operator of a convolution has."""
+        numbers = {"N": self.rows, "C": self.channels, "kernel_h": self.kernel[0], "kernel_w": self.kernel[1]}
+        window = {"stride": self.stride, "upsample": self.upsample, **dict(zip(SIDES, self.pads, strict=True))}
+        return {**numbers, **window, "activation": self.activation}
+
     def node(self, **attributes: Any) -> NodeProto:
         """Write it as a node. Attributes: ``compute``, ``tactic`` and ``threads``."""
         inputs = [self.x, self.values, self.positions, self.bias, self.image_bias, self.residual]
         while not inputs[-1]:
             inputs.pop()
-        attributes |= {"N": self.rows, "C": self.channels, "activation": self.activation, "stride": self.stride}
-        attributes |= {"kernel_h": self.kernel[0], "kernel_w": self.kernel[1], "upsample": self.upsample}
-        attributes |= dict(zip(SIDES, self.pads, strict=True))
-        attributes |= {"height": self.size[0], "width": self.size[1]}  # not the kernel's: what it is timed at
+        attributes |= self.told | {
+            "height": self.size[0],
+            "width": self.size[1],
+        }  # not the kernel's: what it is timed at
         return helper.make_node(CONV_OP, inputs, [self.output], name=self.name, domain=DOMAIN, **attributes)
 
     def feeds(self, second: FusedLayer) -> bool:
@@ -166,6 +173,13 @@ def _enlarging(x: str, output: str, scales: str, times: int) -> list[NodeProto]:
 
 def why_not(graph: GraphProto, node: NodeProto) -> str | None:
     """Why the kernel does not take a Conv whose weights are 2:4; None where it does."""
+    return why_no_window(node) or (
+        None if _image_size(graph, node.input[0]) is not None else "the size of its images is not known"
+    )
+
+
+def why_no_window(node: NodeProto) -> str | None:
+    """The same, of how a Conv moves over images of whatever size."""
     attributes = _attributes(node)
     if attributes.get("group", 1) != 1:
         return f"a convolution in {attributes['group']} groups: the kernels have none"
@@ -175,19 +189,33 @@ def why_not(graph: GraphProto, node: NodeProto) -> str | None:
         return f"a convolution with strides {list(attributes['strides'])}: the kernels have one for both axes"
     if attributes.get("auto_pad", b"NOTSET") != b"NOTSET" or len(attributes["kernel_shape"]) != 2:
         return "not a convolution of images with explicit padding"
-    if _image_size(graph, node.input[0]) is None:
-        return "the size of its images is not known"
     return None
 
 
 def fuse_conv(proto: ModelProto, name: str, shape: tuple[int, int], values: str, positions: str) -> None:
     """Replace a Conv that the kernel takes, and what goes before and follows it, by one node over a weight [N, K]."""
-    rows, depth = shape
     graph = proto.graph
-    constants = {tensor.name for tensor in graph.initializer}
     start = next(node for node in graph.node if node.name == name)
+    conv, absorbed = with_neighbours(graph, start, start.input[0], shape, (values, positions))
+    put_in_place(graph, absorbed, conv.node(), start.input[1])
+
+
+def with_neighbours(
+    graph: GraphProto, start: NodeProto, given: str, shape: tuple[int, int], weight: tuple[str, str]
+) -> tuple[FusedConv, list[NodeProto]]:
+    """A Conv with what one kernel computes before and after it, and those nodes, the Conv among them.
+
+    Args:
+        graph: that it is in.
+        start: the Conv.
+        given: what it convolves: its input, or floats that its input is rounded from.
+        shape: (N, K).
+        weight: names of values and positions.
+    """
+    rows, depth = shape
+    constants = {tensor.name for tensor in graph.initializer}
     attributes = _attributes(start)
-    x, upsample, absorbed = start.input[0], 1, [start]
+    x, upsample, absorbed = given, 1, [start]
     before = next((node for node in graph.node if x in node.output), None)
     if before is not None and (times := _times_enlarged(graph, before)) and only_consumer(graph, x) is not None:
         x, upsample, absorbed = before.input[0], times, [before, start]
@@ -204,28 +232,27 @@ def fuse_conv(proto: ModelProto, name: str, shape: tuple[int, int], values: str,
             absorbed, residual = [*absorbed, follower], other
     size = _image_size(graph, x)
     if size is None:  # of what is enlarged, where that of the enlarged is known
-        height, width = _image_size(graph, start.input[0]) or (0, 0)
+        height, width = _image_size(graph, given) or (0, 0)
         size = (height // upsample, width // upsample)
-    kernel = tuple(attributes["kernel_shape"])
     conv = FusedConv(
-        name=name,
+        name=start.name,
         rows=rows,
         depth=depth,
         activation="none",
         x=x,
-        values=values,
-        positions=positions,
+        values=weight[0],
+        positions=weight[1],
         bias=start.input[2] if len(start.input) > 2 else "",
         residual=residual,
         output=absorbed[-1].output[0],
-        kernel=kernel,
+        kernel=tuple(attributes["kernel_shape"]),
         stride=next(iter(attributes.get("strides", [1]))),
         pads=tuple(attributes.get("pads", (0, 0, 0, 0))),
         upsample=upsample,
         size=size,
         image_bias=image_bias,
     )
-    put_in_place(graph, absorbed, conv.node(), start.input[1])
+    return conv, absorbed
 
 
 def _attributes(node: NodeProto) -> dict[str, Any]:

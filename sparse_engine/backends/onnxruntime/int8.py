@@ -21,6 +21,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from sparse_engine.backends.onnx_graph import GraphView
 from sparse_engine.kernels.int8 import Codes
+from sparse_engine.kernels.packing import matrix_as_conv
 
 from .layers import DOMAIN, GELU_FORMS, PAIR, approximation, other_input
 
@@ -29,15 +30,27 @@ OUTPUTS = ("fp32", "bf16", "codes")  # of the operator, in its order
 ANY_CODES = Codes(1.0)
 
 
-def codes_node(name: str, shape: tuple[int, int], values: str, positions: str, output: str, axis: int) -> NodeProto:
-    """The node that stands in a file for codes [N, K] (axis 1) or [K, N] (axis 0), ``shape`` being (N, K)."""
+def codes_node(
+    name: str,
+    shape: tuple[int, int],
+    values: str,
+    positions: str,
+    output: str,
+    axis: int,
+    kernel: tuple[int, int] | None = None,
+) -> NodeProto:
+    """The node that stands in a file for codes [N, K] (axis 1) or [K, N] (axis 0), ``shape`` being (N, K).
+
+    Those of a convolution are [N, C, *kernel]; K then runs over (C / 4, kernel, 4).
+    """
     rows, depth = shape
     inputs, name = [values, positions], f"{name}.codes"
-    return helper.make_node(CODES_OP, inputs, [output], name=name, domain=DOMAIN, N=rows, K=depth, axis=axis)
+    taps: dict[str, Any] = {} if kernel is None else {"kernel_h": kernel[0], "kernel_w": kernel[1]}
+    return helper.make_node(CODES_OP, inputs, [output], name=name, domain=DOMAIN, N=rows, K=depth, axis=axis, **taps)
 
 
 class PackedCodes(NamedTuple):
-    """A ``Codes24`` node: [N, K] from ``values`` and ``positions``; laid out with K along ``axis``."""
+    """A ``Codes24`` node: [N, K] from ``values`` and ``positions``; K along ``axis``, or as a convolution has it."""
 
     node: NodeProto
     rows: int
@@ -45,6 +58,7 @@ class PackedCodes(NamedTuple):
     axis: int
     values: str
     positions: str
+    kernel: tuple[int, int] | None = None
 
     def parts(self) -> tuple[tuple[str, type], tuple[str, type]]:
         """Its inputs, and the types of their numbers."""
@@ -52,6 +66,8 @@ class PackedCodes(NamedTuple):
 
     def plain(self, codes: np.ndarray) -> np.ndarray:
         """Codes [N, K] as the graph reads them."""
+        if self.kernel is not None:
+            return matrix_as_conv(codes, self.kernel)
         return np.ascontiguousarray(codes if self.axis else codes.T)
 
 
@@ -61,7 +77,9 @@ def packed_codes(graph: GraphProto) -> dict[str, PackedCodes]:
     for node in graph.node:
         if node.op_type == CODES_OP and node.domain == DOMAIN:
             told = {entry.name: entry.i for entry in node.attribute}
-            found[node.output[0]] = PackedCodes(node, told["N"], told["K"], told["axis"], *node.input)
+            values, positions = node.input
+            kernel = (told["kernel_h"], told["kernel_w"]) if "kernel_h" in told else None
+            found[node.output[0]] = PackedCodes(node, told["N"], told["K"], told["axis"], values, positions, kernel)
     return found
 
 
@@ -194,16 +212,16 @@ class Int8Unit:
             "K": first.depth,
             "activation": first.activation,
             "threads": threads,
-            **_codes_as("x", first.given),
+            **codes_as("x", first.given),
         }
         if second:
-            attributes |= _codes_as("h", second.given)
+            attributes |= codes_as("h", second.given)
         if self.front:
-            attributes |= {"F": self.front.depth, **_codes_as("f", self.front.given)}
+            attributes |= {"F": self.front.depth, **codes_as("f", self.front.given)}
         if self.norm:
             attributes["epsilon"] = self.norm.epsilon
         if self.output == "codes":
-            attributes |= _codes_as("y", self.gives)
+            attributes |= codes_as("y", self.gives)
         index = OUTPUTS.index(self.output)
         outputs = [""] * index + [self.result or self.last.output]
         return helper.make_node(LAYERS_OP, inputs, outputs, name=self.name, domain=DOMAIN, output=index, **attributes)
@@ -236,7 +254,8 @@ class Int8Unit:
         return given
 
 
-def _codes_as(prefix: str, codes: Codes) -> dict[str, float | int]:
+def codes_as(prefix: str, codes: Codes) -> dict[str, float | int]:
+    """Scale and zero point as a node's attributes."""
     return {f"{prefix}_scale": codes.scale, f"{prefix}_zero": codes.zero}
 
 
@@ -310,10 +329,10 @@ def _layer(view: GraphView, node: NodeProto, packed: Mapping[str, PackedCodes]) 
         return None
     codes = packed.get(weight.input[0])
     shape = (codes.rows, codes.depth) if codes else _matrix(view, weight.input[0], axis)
-    given_codes = _codes(view, quantise)
+    given_codes = codes_of(view, quantise)
     if shape is None or given_codes is None or list(given.input[1:]) != list(quantise.input[1:]):
         return None
-    if shape[1] % 4 or not _scales_rows(view, weight, shape[0], 1 - axis):
+    if shape[1] % 4 or not scales_rows(view, weight, shape[0], 1 - axis):
         return None
     if view.only_reader(weight.output[0]) is None:
         return None
@@ -346,7 +365,7 @@ def _matrix(view: GraphView, name: str, axis: int) -> tuple[int, int] | None:
     return tensor.dims[1 - axis], tensor.dims[axis]
 
 
-def _scales_rows(view: GraphView, weight: NodeProto, rows: int, axis: int) -> bool:
+def scales_rows(view: GraphView, weight: NodeProto, rows: int, axis: int) -> bool:
     """Whether a weight has one scale a row, and no zero points."""
     scales = view.constants.get(weight.input[1])
     if scales is None or tuple(scales.dims) != (rows,):
@@ -357,7 +376,7 @@ def _scales_rows(view: GraphView, weight: NodeProto, rows: int, axis: int) -> bo
     return next((entry.i for entry in weight.attribute if entry.name == "axis"), 1) in (axis, axis - 2)
 
 
-def _codes(view: GraphView, quantise: NodeProto) -> Codes | None:
+def codes_of(view: GraphView, quantise: NodeProto) -> Codes | None:
     """The codes that a QuantizeLinear gives, one scale a tensor."""
     scale, zero = (view.constants.get(name) for name in quantise.input[1:3])
     if scale is None or zero is None or zero.data_type != TensorProto.UINT8:
@@ -443,7 +462,7 @@ def connect_attention(units: Sequence[Int8Unit], view: GraphView) -> list[Int8Un
         if maker is not None and _takes_halves(maker) and _only_quantised(view, unit.x) is not None:
             name = f"{unit.x}.codes"
             maker.output[:] = ["", "", name]
-            for key, value in {"output": 2, **_codes_as("y", unit.entry.given)}.items():
+            for key, value in {"output": 2, **codes_as("y", unit.entry.given)}.items():
                 maker.attribute.append(helper.make_attribute(key, value))
             unit = replace(unit, x="", codes=name)
         made.append(unit)

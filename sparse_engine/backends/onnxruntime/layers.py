@@ -21,6 +21,7 @@ SPARSE_OP, DENSE_OP = "MatMul24", "MatMulBf16"
 # Two layers in one node: made where an engine is loaded, never stored in its file.
 SPARSE_MLP, DENSE_MLP = "Mlp24", "MlpBf16"
 PAIR = "+"  # between their names
+PATTERNS = (4, 8, 12, 9, 13, 14)  # the positions that two of four can have
 GELU_FORMS = {"none": "gelu", "tanh": "gelu-tanh"}  # ONNX's `approximate` -> the kernels' activation
 
 

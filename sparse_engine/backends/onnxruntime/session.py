@@ -20,12 +20,13 @@ from sparse_engine.cores import pool_size
 from sparse_engine.kernels.library import Compute
 
 from .attention import own_nodes, runtime_nodes
-from .choose import OWN_INT8, Chooser, LayerChoice, own_int8_kernel, shape_of
+from .choose import OWN_INT8, SPARSE_INT8, Chooser, LayerChoice, own_int8_kernel, shape_of
 from .compress import layers_in
 from .compute import EXACT_PRODUCTS, attention_in, products_in
 from .convolutions import FusedConv
 from .group_norm import GroupNorm, fuse_group_norms
-from .int8 import Int8Layer, connect_attention, int8_units, packed_codes, put_in_place
+from .int8 import Int8Layer, PackedCodes, connect_attention, int8_units, packed_codes, put_in_place
+from .int8_convolutions import connect_group_norms, int8_convs, put_conv_in_place
 from .int8_in_floats import put_in_floats
 from .layers import DOMAIN, FusedLayer, from_nibbles
 from .layers_bf16 import KERNELS, bf16_units
@@ -215,6 +216,7 @@ def _fuse_int8(
             prepared.report[layer.name] |= {"kernel": own_int8_kernel(layer), "chosen": layer.is_sparse}
             _lay_out_codes(prepared, path, spans, layer)
     ours = {layer.codes for unit in units for layer in unit.all_layers}
+    ours |= _fuse_int8_convs(prepared, path, spans, chooser, threads)
     for name, packed in packed_codes(graph).items():
         graph.node.remove(packed.node)
         values, positions = (_mapped_rows(path, spans, part, kind, packed.rows) for part, kind in packed.parts())
@@ -224,19 +226,39 @@ def _fuse_int8(
             _forget(prepared, packed.values, packed.positions)
 
 
+def _fuse_int8_convs(
+    prepared: Prepared, path: Path, spans: dict[str, tuple[int, int]], chooser: Chooser, threads: int | None
+) -> set[str]:
+    """The same of convolutions; return the names of the codes that ours read packed."""
+    view = GraphView(prepared.model)
+    convs = []
+    for conv in int8_convs(prepared.model, view):
+        choice = chooser.choose_int8_conv(conv, view)
+        prepared.report[conv.name] = choice.to_dict()
+        if choice.kernel == OWN_INT8:
+            convs.append(conv)
+            prepared.report[conv.name] |= {"kernel": SPARSE_INT8, "chosen": True}
+    for conv in connect_group_norms(convs, view):
+        put_conv_in_place(prepared.model, conv, conv.node(pool_size(threads)))
+        _lay_out_positions(prepared, path, spans, conv.packed)
+    return {conv.packed.node.output[0] for conv in convs}
+
+
 def _lay_out_codes(prepared: Prepared, path: Path, spans: dict[str, tuple[int, int]], layer: Int8Layer) -> None:
     """Give a layer's weights the form that our kernel reads."""
-    graph = prepared.model.graph
     if layer.packed is None:
         codes = _mapped_rows(path, spans, layer.codes, np.int8, layer.rows if layer.axis else layer.depth)
         _in_memory(prepared, path, layer.values, np.ascontiguousarray(codes if layer.axis else codes.T))
         _forget(prepared, layer.codes)
     else:
-        packed = _mapped_rows(path, spans, layer.packed.positions, np.uint8, layer.rows)
-        positions = from_nibbles(packed, layer.depth)
-        tensor = next(tensor for tensor in graph.initializer if tensor.name == layer.packed.positions)
-        tensor.dims[:] = positions.shape
-        prepared.overrides[layer.packed.positions] = positions
+        _lay_out_positions(prepared, path, spans, layer.packed)
+
+
+def _lay_out_positions(prepared: Prepared, path: Path, spans: dict[str, tuple[int, int]], packed: PackedCodes) -> None:
+    positions = from_nibbles(_mapped_rows(path, spans, packed.positions, np.uint8, packed.rows), packed.depth)
+    tensor = next(tensor for tensor in prepared.model.graph.initializer if tensor.name == packed.positions)
+    tensor.dims[:] = positions.shape
+    prepared.overrides[packed.positions] = positions
 
 
 def _mapped_rows(path: Path, spans: dict[str, tuple[int, int]], name: str, dtype: type, rows: int) -> np.ndarray:

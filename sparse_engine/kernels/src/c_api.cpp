@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "convolution24.h"
+#include "convolution_int8.h"
 #include "cpu_features.h"
 #include "dispatch.h"
 #include "error.h"
@@ -49,6 +50,10 @@ int to_int(int64_t value, const char* name) {
   throw Error(Status::kInvalidInput, std::string(name) + " is " + std::to_string(value) + ", out of range");
 }
 
+Window window_of(const int32_t* told) {
+  return {told[0], told[1], told[2], told[3], told[4], told[5], told[6], told[7]};
+}
+
 void parallel_for(int workers, const std::function<void()>& work) {
   std::vector<std::thread> threads;
   for (int i = 1; i < workers; ++i) threads.emplace_back(work);
@@ -71,6 +76,8 @@ double measure(const PeakLoop& loop, bool load) {
 
 const Conv24& as_conv(const void* conv) { return *static_cast<const Conv24*>(conv); }
 
+const ConvInt8& as_conv_int8(const void* conv) { return *static_cast<const ConvInt8*>(conv); }
+
 const LayerInt8& as_layer(const void* layer) { return *static_cast<const LayerInt8*>(layer); }
 
 const LayerBf16& as_bf16(const void* layer) { return *static_cast<const LayerBf16*>(layer); }
@@ -79,7 +86,7 @@ const MatMul24& as_product(const void* product) { return *static_cast<const MatM
 
 }  // namespace
 
-int sparse_engine_abi_version() { return 7; }
+int sparse_engine_abi_version() { return 8; }
 
 int sparse_engine_has_tier(const char* tier) {
   bool has = false;
@@ -89,8 +96,13 @@ int sparse_engine_has_tier(const char* tier) {
 
 int sparse_engine_best_tier(const char* compute, const char** tier, char* message, size_t message_size) {
   return guarded(message, message_size, [&] {
-    const bool int8 = std::strcmp(compute, "int8") == 0;
-    *tier = tier_name(int8 ? best_int8_tier() : best_tier(parse_compute_is_bfloat16(compute)));
+    if (std::strcmp(compute, "int8") == 0) {
+      *tier = tier_name(best_int8_tier());
+    } else if (std::strcmp(compute, "int8 convolutions") == 0) {
+      *tier = tier_name(best_conv_int8_tactic().tier);
+    } else {
+      *tier = tier_name(best_tier(parse_compute_is_bfloat16(compute)));
+    }
   });
 }
 
@@ -211,8 +223,7 @@ int sparse_engine_conv24_create(int64_t rows, int64_t depth, const float* values
                                 size_t message_size) {
   return guarded(message, message_size, [&] {
     const Weights24 weights = {to_int(rows, "rows"), to_int(depth, "depth"), values, positions};
-    const Window moving = {window[0], window[1], window[2], window[3], window[4], window[5], window[6], window[7]};
-    *conv = new Conv24(weights, moving, parse_tier(tier), parse_lanes(lanes));
+    *conv = new Conv24(weights, window_of(window), parse_tier(tier), parse_lanes(lanes));
   });
 }
 
@@ -237,10 +248,45 @@ int sparse_engine_conv24_run(const void* conv, const float* input, int64_t batch
 
 void sparse_engine_conv24_destroy(void* conv) { delete static_cast<Conv24*>(conv); }
 
+int sparse_engine_conv_int8_create(int64_t rows, int64_t depth, const int8_t* values, const uint8_t* positions,
+                                   const float* scales, float input_scale, int input_zero, const int32_t* window,
+                                   const char* tier, void** conv, char* message, size_t message_size) {
+  return guarded(message, message_size, [&] {
+    const WeightsInt8 weights = {to_int(rows, "rows"), to_int(depth, "depth"), values, positions};
+    *conv = new ConvInt8(weights, scales, window_of(window), {input_scale, input_zero}, parse_tier(tier));
+  });
+}
+
+int sparse_engine_conv_int8_out_size(const void* conv, int64_t height, int64_t width, int64_t* out_height,
+                                     int64_t* out_width, char* message, size_t message_size) {
+  return guarded(message, message_size, [&] {
+    const ImageSizes sizes = as_conv_int8(conv).sizes(height, width);
+    *out_height = sizes.out_height;
+    *out_width = sizes.out_width;
+  });
+}
+
+int sparse_engine_conv_int8_run(const void* conv, const uint8_t* codes, const float* maps, int64_t batch,
+                                int64_t height, int64_t width, float* output, const float* bias,
+                                const float* image_bias, const float* residual, const char* activation, int threads,
+                                char* message, size_t message_size) {
+  return guarded(message, message_size, [&] {
+    const ConvEpilogue epilogue = {{bias, residual, parse_activation(activation)}, image_bias};
+    const ConvInt8& self = as_conv_int8(conv);
+    self.run({codes, maps}, size_t(to_int(batch, "batch")), self.sizes(height, width), output, epilogue, threads,
+             parallel_for);
+  });
+}
+
+const char* sparse_engine_conv_int8_tier(const void* conv) { return tier_name(as_conv_int8(conv).tier()); }
+
+void sparse_engine_conv_int8_destroy(void* conv) { delete static_cast<ConvInt8*>(conv); }
+
 int sparse_engine_group_norm(const float* input, int64_t batch, int64_t channels, int64_t area, int64_t groups,
                              float epsilon, const float* gamma, const float* beta, const float* scale,
                              const float* shift, const char* activation, const char* tier, int threads, float* output,
-                             char* message, size_t message_size) {
+                             const char* codes_tier, float output_scale, int output_zero, uint8_t* codes, char* message,
+                             size_t message_size) {
   return guarded(message, message_size, [&] {
     const Tier parsed = parse_tier(tier);
     find_tactic(parsed, Lanes::kTokens);  // throws where the machine lacks the tier
@@ -258,7 +304,12 @@ int sparse_engine_group_norm(const float* input, int64_t batch, int64_t channels
     norm.shift = shift;
     norm.scale_stride = norm.shift_stride = norm.channels;
     norm.activation = parse_activation(activation);
-    run_group_norm(norm, parsed, threads, parallel_for);
+    if (codes) {
+      const ConvTacticInt8& tactic = find_conv_int8_tactic(parse_tier(codes_tier));
+      run_group_norm_to_codes(norm, {output_scale, output_zero}, codes, parsed, tactic, threads, parallel_for);
+    } else {
+      run_group_norm(norm, parsed, threads, parallel_for);
+    }
   });
 }
 

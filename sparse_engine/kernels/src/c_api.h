@@ -14,7 +14,8 @@ SPARSE_ENGINE_API int sparse_engine_abi_version();
 // 1 if this machine runs the tier (scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16, neon, neon-dot), else 0.
 SPARSE_ENGINE_API int sparse_engine_has_tier(const char* tier);
 
-// The tier used for a precision (fp32, bf16, int8), SPARSE_ENGINE_ISA respected. *tier is a static string.
+// The tier used for a precision (fp32, bf16, int8, or "int8 convolutions"), SPARSE_ENGINE_ISA respected. *tier is a
+// static string.
 SPARSE_ENGINE_API int sparse_engine_best_tier(const char* compute, const char** tier, char* message,
                                               size_t message_size);
 
@@ -134,13 +135,37 @@ SPARSE_ENGINE_API int sparse_engine_conv24_run(const void* conv, const float* in
 
 SPARSE_ENGINE_API void sparse_engine_conv24_destroy(void* conv);
 
+// A convolution in 8 bits, of canonical 2:4 codes: weights as sparse_engine_int8_create's, depth and window as
+// sparse_engine_conv24_create's.
+SPARSE_ENGINE_API int sparse_engine_conv_int8_create(int64_t rows, int64_t depth, const int8_t* values,
+                                                     const uint8_t* positions, const float* scales, float input_scale,
+                                                     int input_zero, const int32_t* window, const char* tier,
+                                                     void** conv, char* message, size_t message_size);
+SPARSE_ENGINE_API int sparse_engine_conv_int8_out_size(const void* conv, int64_t height, int64_t width,
+                                                       int64_t* out_height, int64_t* out_width, char* message,
+                                                       size_t message_size);
+
+// As sparse_engine_conv24_run, of codes[batch, height, width, channels] or, where that is null, of maps[batch,
+// channels, height, width], which are rounded to codes first.
+SPARSE_ENGINE_API int sparse_engine_conv_int8_run(const void* conv, const uint8_t* codes, const float* maps,
+                                                  int64_t batch, int64_t height, int64_t width, float* output,
+                                                  const float* bias, const float* image_bias, const float* residual,
+                                                  const char* activation, int threads, char* message,
+                                                  size_t message_size);
+
+SPARSE_ENGINE_API const char* sparse_engine_conv_int8_tier(const void* conv);
+SPARSE_ENGINE_API void sparse_engine_conv_int8_destroy(void* conv);
+
 // output[batch, channels, area] = activation((norm(input) * gamma + beta) * (1 + scale) + shift), norm() over each
 // group of channels / groups adjacent channels of an image. gamma, beta [channels]; scale, shift [batch, channels];
-// each may be null. activation: none, silu. The output may be the input. Starts threads - 1 threads and joins them.
+// each may be null. activation: none, silu. The output may be the input. Where `codes` is not null, they are written
+// instead, uint8 [batch, area, channels] of that scale and zero point, by a tier for 8 bits. Starts threads - 1 threads
+// and joins them.
 SPARSE_ENGINE_API int sparse_engine_group_norm(const float* input, int64_t batch, int64_t channels, int64_t area,
                                                int64_t groups, float epsilon, const float* gamma, const float* beta,
                                                const float* scale, const float* shift, const char* activation,
-                                               const char* tier, int threads, float* output, char* message,
+                                               const char* tier, int threads, float* output, const char* codes_tier,
+                                               float output_scale, int output_zero, uint8_t* codes, char* message,
                                                size_t message_size);
 
 // The machine's peak with one thread, in floating-point operations per second: of multiply-adds between

@@ -13,6 +13,15 @@ struct ConvEpilogue {
   const float* image_bias = nullptr;  // [batch, rows], or null
 };
 
+// Throws Error(kInvalidInput) for a window that is none, or that does not divide the depth into whole groups.
+void check_window(const Window& window, int depth);
+
+// The sizes that a window makes of images of height x width. Throws Error(kInvalidInput) where there is no output.
+ImageSizes sizes_after(const Window& window, int64_t height, int64_t width);
+
+// The same convolution as fewer words: of one tap that moves pixel by pixel an image is one row of pixels.
+ImageSizes sizes_to_walk(const Window& window, const ImageSizes& sizes);
+
 class Conv24 {
  public:
   // Weights [rows, channels / 4 * taps * 4]: see conv24.h. They are packed now, and may then be freed.
@@ -20,8 +29,8 @@ class Conv24 {
   // the lanes.
   Conv24(const Weights24& weights, const Window& window, Tier tier, Lanes lanes);
 
-  // The size of the output for images of height x width. Throws Error(kInvalidInput) where there is none.
-  ImageSizes sizes(int64_t height, int64_t width) const;
+  // As sizes_after().
+  ImageSizes sizes(int64_t height, int64_t width) const { return sizes_after(window_, height, width); }
 
   // output[batch, rows, out_height, out_width] of input[batch, channels, height, width]. Safe to call from several
   // threads at once; the result does not depend on `threads`, nor an image's on the others.

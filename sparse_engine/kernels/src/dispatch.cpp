@@ -103,6 +103,22 @@ const TacticInt8& find_int8_tactic(Tier tier) {
   throw Error(Status::kUnsupported, std::string("8-bit products are not computed on ") + tier_name(tier));
 }
 
+const ConvTacticInt8& find_conv_int8_tactic(Tier tier) {
+  require(tier, "the caller");
+#ifdef SPARSE_ENGINE_X86
+  if (tier == Tier::kAvx512Vnni) return kAvx512VnniConvInt8;
+  if (tier == Tier::kAvxVnni) return kAvxVnniConvInt8;
+#endif
+  if (tier == Tier::kScalar) return kScalarConvInt8;
+  throw Error(Status::kUnsupported, std::string("8-bit convolutions are not computed on ") + tier_name(tier));
+}
+
+const ConvTacticInt8& best_conv_int8_tactic() {
+  const Tier tier = best_int8_tier();
+  const bool has = tier == Tier::kAvx512Vnni || tier == Tier::kAvxVnni;
+  return find_conv_int8_tactic(has ? tier : Tier::kScalar);
+}
+
 const Tactic& find_tactic(Tier tier, Lanes lanes) {
   require_floats(tier);
   require_lanes("products", tier, lanes, lanes != Lanes::kRegisters);

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "conv24.h"
+#include "conv_int8.h"
 #include "int8.h"
 #include "layers_bf16.h"
 #include "matmul24.h"
@@ -41,6 +42,12 @@ const TacticBf16& find_bf16_tactic();
 
 // For 8-bit products. Throws Error(kUnsupported) where the machine lacks the tier, or the tier has none.
 const TacticInt8& find_int8_tactic(Tier tier);
+
+// For 8-bit convolutions. Throws Error(kUnsupported) where the machine lacks the tier, or the tier has none.
+const ConvTacticInt8& find_conv_int8_tactic(Tier tier);
+
+// The fastest one; scalar where there is no other.
+const ConvTacticInt8& best_conv_int8_tactic();
 
 // For 2:4 convolutions. Throws Error(kUnsupported) where the machine lacks the tier, or the tier the lanes.
 const ConvTactic& find_conv_tactic(Tier tier, Lanes lanes);

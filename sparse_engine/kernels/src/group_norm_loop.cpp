@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <vector>
 
+#include "convolution_int8.h"
 #include "error.h"
 #include "work_queue.h"
 
@@ -67,29 +69,53 @@ Affine affine_of(const GroupNorm& norm, size_t image, size_t channel, double mea
   return affine;
 }
 
-void run_group(const GroupNorm& norm, const GroupNormKernel& kernel, size_t image, size_t group) {
+// Calls each(channel, what becomes of it) for the channels of one group of one image.
+template <class Each>
+void for_each_channel(const GroupNorm& norm, const GroupNormKernel& kernel, size_t image, size_t group,
+                      const Each& each) {
   const size_t channels = norm.group_channels();
   const size_t begin = (image * norm.channels + group * channels) * norm.area;
   const double count = double(channels * norm.area);
   const Moments moments = moments_of(kernel, norm.input + begin, channels * norm.area);
   const double inverse_deviation = 1.0 / std::sqrt(moments.squares / count + norm.epsilon);
-  for (size_t c = 0; c < channels; ++c) {
-    const Affine affine = affine_of(norm, image, group * channels + c, moments.mean, inverse_deviation);
-    const size_t map = begin + c * norm.area;
-    kernel.apply(norm.input + map, norm.area, affine, norm.activation, norm.output + map);
+  for (size_t channel = group * channels; channel < (group + 1) * channels; ++channel) {
+    each(channel, affine_of(norm, image, channel, moments.mean, inverse_deviation));
   }
+}
+
+int workers_of(const GroupNorm& norm, int threads) {
+  const size_t values = norm.batch * norm.channels * norm.area;
+  return int(std::min(size_t(std::max(1, threads)), (values + kThreadValues - 1) / kThreadValues));
 }
 
 }  // namespace
 
 void run_group_norm(const GroupNorm& norm, Tier tier, int threads, const ParallelFor& parallel_for) {
   check(norm);
-  const size_t values = norm.batch * norm.channels * norm.area;
-  if (values == 0) return;
+  if (norm.batch * norm.channels * norm.area == 0) return;
   const GroupNormKernel& kernel = find_kernel(tier);
-  const int workers = int(std::min(size_t(std::max(1, threads)), (values + kThreadValues - 1) / kThreadValues));
-  for_each_item(norm.batch * norm.groups, 0, workers, parallel_for,
-                [&](size_t i, void*) { run_group(norm, kernel, i / norm.groups, i % norm.groups); });
+  for_each_item(norm.batch * norm.groups, 0, workers_of(norm, threads), parallel_for, [&](size_t i, void*) {
+    const size_t image = i / norm.groups;
+    for_each_channel(norm, kernel, image, i % norm.groups, [&](size_t channel, const Affine& affine) {
+      const size_t map = (image * norm.channels + channel) * norm.area;
+      kernel.apply(norm.input + map, norm.area, affine, norm.activation, norm.output + map);
+    });
+  });
+}
+
+void run_group_norm_to_codes(const GroupNorm& norm, Codes codes, uint8_t* output, Tier tier,
+                             const ConvTacticInt8& tactic, int threads, const ParallelFor& parallel_for) {
+  check(norm);
+  if (norm.batch * norm.channels * norm.area == 0) return;
+  const GroupNormKernel& kernel = find_kernel(tier);
+  std::vector<Affine> affines(norm.batch * norm.channels);
+  for_each_item(norm.batch * norm.groups, 0, workers_of(norm, threads), parallel_for, [&](size_t i, void*) {
+    const size_t image = i / norm.groups;
+    for_each_channel(norm, kernel, image, i % norm.groups,
+                     [&](size_t channel, const Affine& affine) { affines[image * norm.channels + channel] = affine; });
+  });
+  const MapsToCodes maps = {norm.input, norm.area, int(norm.channels), affines.data(), norm.activation, codes, output};
+  code_images(maps, norm.batch, tactic, threads, parallel_for);
 }
 
 }  // namespace sparse_engine

@@ -5,6 +5,7 @@
 
 #include "int8.h"
 #include "scalar_activation.h"
+#include "scalar_codes.h"
 
 namespace sparse_engine {
 namespace {
@@ -39,11 +40,6 @@ int32_t dot(const ProductInt8& product, int row, const uint8_t* x) {
     sum += uint32_t(int(four[positions[index] >> 2]) * packed[2 * index + 1]);
   }
   return int32_t(sum);
-}
-
-uint8_t to_code(float x, Codes codes) {
-  const float code = std::nearbyint(x / codes.scale) + float(codes.zero);
-  return code >= 255.0f ? 255 : code > 0.0f ? static_cast<uint8_t>(code) : 0;  // NaN: 0
 }
 
 uint16_t to_bfloat16(float x) {

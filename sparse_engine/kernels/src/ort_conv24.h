@@ -15,10 +15,21 @@
 //               activation, compute, tactic, threads    as MatMul24's
 #pragma once
 
+#include "convolution24.h"
 #include "ort_support.h"
 
 namespace sparse_engine::ort {
 
 Operator conv24(FunctionTable table);
+
+// What the operator in 8 bits (ort_conv_int8.h) shares with it.
+int small_attribute(const Api& api, const KernelInfo* info, const char* name, int64_t missing);  // 0 and above
+Window window_attributes(const Api& api, const KernelInfo* info);
+// Of an output whose axes of places are `first` and the next one in `shape`, which is the input's.
+void infer_places(const Api& api, ShapeInferContext* context, size_t first, Shape& shape,
+                  std::vector<const char*>& names);
+// The output of images of these sizes; `epilogue` gets the inputs from `bias` on: bias, image_bias and residual.
+float* output_and_epilogue(const Api& api, KernelContext* context, size_t bias, const Shape& shape,
+                           ConvEpilogue* epilogue);
 
 }  // namespace sparse_engine::ort

@@ -1,5 +1,7 @@
 #include "ort_group_norm.h"
 
+#include <algorithm>
+
 #include "dispatch.h"
 #include "group_norm_loop.h"
 #include "ort_support.h"
@@ -18,13 +20,22 @@ class GroupNormNode {
         groups_(groups_attribute(api, info)),
         epsilon_(epsilon_attribute(api, info)),
         activation_(parse_activation(string_attribute(api, info, "activation", "none"))),
+        element_(element_attribute(api, info)),
+        codes_(codes_attribute(api, info, "y")),
         threads_(threads_attribute(api, info)),
-        tier_(best_tier(false)) {}
+        tier_(best_tier(false)) {
+    if (element_ == Element::kBfloat16) fail("attribute output = 1, expected 0 or 2");
+  }
 
   static ElementType input_type(size_t) { return kFloat; }
   static bool is_optional(size_t index) { return index > 0; }
   static void infer_shape(const Api& api, ShapeInferContext* context) {
-    infer_from_first(api, context, [](Shape&, std::vector<const char*>&) {});
+    const Element element = inferred_element(api, context);
+    infer_shape_from(api, context, 0, element, [=](Shape& shape, std::vector<const char*>& names) {
+      if (element == Element::kFloat32 || shape.size() < 2) return;  // channels go to the end
+      std::rotate(shape.begin() + 1, shape.begin() + 2, shape.end());
+      std::rotate(names.begin() + 1, names.begin() + 2, names.end());
+    });
   }
   const Api& api() const { return api_; }
 
@@ -44,8 +55,15 @@ class GroupNormNode {
     norm.beta = of_channels(context, 2, "beta", norm);
     norm.scale = of_images(context, 3, "scale", norm, norm.scale_stride);
     norm.shift = of_images(context, 4, "shift", norm, norm.shift_stride);
-    norm.output = allocate_output(api_, context, x.shape);
-    run_group_norm(norm, tier_, threads_, parallel_for(api_, context));
+    if (element_ == Element::kFloat32) {
+      norm.output = allocate_output(api_, context, x.shape);
+      run_group_norm(norm, tier_, threads_, parallel_for(api_, context));
+      return;
+    }
+    Shape shape = x.shape;
+    std::rotate(shape.begin() + 1, shape.begin() + 2, shape.end());
+    uint8_t* const codes = static_cast<uint8_t*>(allocate_output(api_, context, shape, element_));
+    run_group_norm_to_codes(norm, codes_, codes, tier_, best_conv_int8_tactic(), threads_, parallel_for(api_, context));
   }
 
  private:
@@ -89,12 +107,14 @@ class GroupNormNode {
   size_t groups_;
   float epsilon_;
   Activation activation_;
+  Element element_;
+  Codes codes_;
   int threads_;
   Tier tier_;
 };
 
 }  // namespace
 
-Operator group_norm(FunctionTable table) { return operator_of<GroupNormNode>(table); }
+Operator group_norm(FunctionTable table) { return operator_of_elements<GroupNormNode>(table); }
 
 }  // namespace sparse_engine::ort

@@ -27,33 +27,12 @@ enum Input : size_t {
   kInputCount
 };
 
-size_t element_count(const Shape& shape) {
-  size_t count = 1;
-  for (const int64_t size : shape) count *= size_t(size);
-  return count;
-}
-
 // A layer of canonical weights [rows, depth] from input `index` on, which are packed.
 LayerInt8 layer_input(const Api& api, const KernelInfo* info, int64_t rows, int64_t depth, size_t index, Codes codes,
                       Tier tier) {
-  constexpr int64_t kMost = std::numeric_limits<int>::max();
-  if (rows < 1 || depth < 4 || depth % 4 != 0 || rows > kMost || depth > kMostDepthInt8) {
-    fail("a layer of N = " + std::to_string(rows) + ", K = " + std::to_string(depth) +
-         ", expected N >= 1 and K a positive multiple of 4, at most " + std::to_string(kMostDepthInt8));
-  }
-  const Tensor values = constant_input(api, info, index, "values");
-  const bool dense = values.shape == Shape{rows, depth};
-  if (!dense) expect_shape("values", values.shape, {rows, depth / 2});
-  WeightsInt8 weights = {int(rows), int(depth), static_cast<const int8_t*>(values.data), nullptr};
-  if (!dense) {
-    const Tensor positions = constant_input(api, info, index + 1, "positions");
-    expect_shape("positions", positions.shape, {rows, depth / 4});
-    weights.positions = static_cast<const uint8_t*>(positions.data);
-  }
-  const Tensor scales = constant_input(api, info, index + 2, "scales");
-  expect_shape("scales", scales.shape, {rows});
-  LayerInt8 layer(weights, scales.floats(), codes, tier);
-  page_out(values.data, element_count(values.shape));
+  const Int8Input given = int8_weights_input(api, info, rows, depth, index);
+  LayerInt8 layer(given.weights, given.scales, codes, tier);
+  given.page_out();
   return layer;
 }
 
@@ -169,6 +148,31 @@ class Node {
 };
 
 }  // namespace
+
+Int8Input int8_weights_input(const Api& api, const KernelInfo* info, int64_t rows, int64_t depth, size_t index) {
+  constexpr int64_t kMost = std::numeric_limits<int>::max();
+  if (rows < 1 || depth < 4 || depth % 4 != 0 || rows > kMost || depth > kMostDepthInt8) {
+    fail("a layer of N = " + std::to_string(rows) + ", K = " + std::to_string(depth) +
+         ", expected N >= 1 and K a positive multiple of 4, at most " + std::to_string(kMostDepthInt8));
+  }
+  const Tensor values = constant_input(api, info, index, "values");
+  const bool dense = values.shape == Shape{rows, depth};
+  if (!dense) expect_shape("values", values.shape, {rows, depth / 2});
+  WeightsInt8 weights = {int(rows), int(depth), static_cast<const int8_t*>(values.data), nullptr};
+  if (!dense) {
+    const Tensor positions = constant_input(api, info, index + 1, "positions");
+    expect_shape("positions", positions.shape, {rows, depth / 4});
+    weights.positions = static_cast<const uint8_t*>(positions.data);
+  }
+  const Tensor scales = constant_input(api, info, index + 2, "scales");
+  expect_shape("scales", scales.shape, {rows});
+  return {weights, scales.floats()};
+}
+
+void Int8Input::page_out() const {
+  const size_t kept = size_t(weights.depth) / (weights.dense() ? 1 : 2);
+  sparse_engine::page_out(weights.values, size_t(weights.rows) * kept);
+}
 
 Operator layers_int8(FunctionTable table) { return operator_of_elements<Node>(table); }
 

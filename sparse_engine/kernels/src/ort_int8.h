@@ -41,4 +41,13 @@ namespace sparse_engine::ort {
 
 Operator layers_int8(FunctionTable table);
 
+// What the operator of a convolution (ort_conv_int8.h) shares with it: canonical weights [rows, depth] from input
+// `index` on, and what tells the system that they were packed.
+struct Int8Input {
+  WeightsInt8 weights;
+  const float* scales;
+  void page_out() const;
+};
+Int8Input int8_weights_input(const Api& api, const KernelInfo* info, int64_t rows, int64_t depth, size_t index);
+
 }  // namespace sparse_engine::ort

@@ -8,6 +8,7 @@
 
 #include "ort_attention.h"
 #include "ort_conv24.h"
+#include "ort_conv_int8.h"
 #include "ort_group_norm.h"
 #include "ort_int8.h"
 #include "ort_layers_bf16.h"
@@ -23,13 +24,14 @@ struct Registration {
   explicit Registration(FunctionTable table)
       : api(table),
         operators{matmul24(table),  matmul_bf16(table), mlp24(table),      mlp_bf16(table),    self_attention(table),
-                  attention(table), conv24(table),      group_norm(table), layers_int8(table), layers_bf16(table)} {
+                  attention(table), conv24(table),      group_norm(table), layers_int8(table), layers_bf16(table),
+                  conv_int8(table)} {
     check(api, api.CreateCustomOpDomain("sparse_engine", &domain));
     for (Operator& op : operators) check(api, api.CustomOpDomain_Add(domain, &op));
   }
   const Api api;
   CustomOpDomain* domain = nullptr;
-  std::array<Operator, 10> operators;
+  std::array<Operator, 11> operators;
 };
 
 // A process may hold two runtimes, for instance one inside another library.

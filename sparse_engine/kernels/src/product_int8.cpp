@@ -23,7 +23,9 @@ size_t bytes_of(Element element) {
   return element == Element::kFloat32 ? sizeof(float) : element == Element::kBfloat16 ? sizeof(uint16_t) : 1;
 }
 
-void check(const WeightsInt8& weights, const float* scales, Codes input) {
+}  // namespace
+
+void check_int8(const WeightsInt8& weights, const float* scales, Codes input) {
   if (weights.depth > kMostDepthInt8) {
     throw Error(Status::kInvalidInput, "K is " + std::to_string(weights.depth) + ", and 8-bit sums hold " +
                                            std::to_string(kMostDepthInt8) + " products at most");
@@ -40,7 +42,16 @@ void check(const WeightsInt8& weights, const float* scales, Codes input) {
   }
 }
 
-}  // namespace
+void fill_starts_and_scales(const WeightsInt8& weights, const float* scales, Codes input, int offset, int32_t* starts,
+                            float* products) {
+  const size_t kept = size_t(weights.depth) / (weights.dense() ? 1 : 2);
+  for (int row = 0; row < weights.rows; ++row) {
+    int32_t sum = 0;
+    for (size_t i = 0; i < kept; ++i) sum += weights.values[row * kept + i];
+    starts[row] = (offset - input.zero) * sum;  // within 255 * 127 * depth
+    products[row] = scales[row] * input.scale;
+  }
+}
 
 LayerInt8::LayerInt8(const WeightsInt8& weights, const float* scales, Codes input, Tier tier)
     : rows_(weights.rows),
@@ -48,19 +59,13 @@ LayerInt8::LayerInt8(const WeightsInt8& weights, const float* scales, Codes inpu
       dense_(weights.dense()),
       input_(input),
       tactic_(&find_int8_tactic(tier)) {
-  check(weights, scales, input);
+  check_int8(weights, scales, input);
   packed_ = Buffer(tactic_->packed_bytes(rows_, depth_, dense_));
   tactic_->pack(weights, packed_.data());
   const size_t padded = size_t(rows_ + tactic_->row_multiple + kRowPaddingInt8 - 1);
   starts_.resize(padded);
   scales_.resize(padded);
-  const size_t kept = size_t(depth_) / (dense_ ? 1 : 2);
-  for (int row = 0; row < rows_; ++row) {
-    int32_t sum = 0;
-    for (size_t i = 0; i < kept; ++i) sum += weights.values[row * kept + i];
-    starts_[row] = (tactic_->offset - input.zero) * sum;  // within 255 * 127 * depth
-    scales_[row] = scales[row] * input.scale;
-  }
+  fill_starts_and_scales(weights, scales, input, tactic_->offset, starts_.data(), scales_.data());
 }
 
 ProductInt8 LayerInt8::product(void* output, const EpilogueInt8& epilogue) const {

@@ -17,6 +17,14 @@ struct InputInt8 {
   const LayerNorm* norm = nullptr;  // of one part; null: none
 };
 
+// What layers and convolutions in 8 bits share. Throws Error(kInvalidInput) for weights that are not canonical, too
+// deep, or scales that are not above 0.
+void check_int8(const WeightsInt8& weights, const float* scales, Codes input);
+
+// Of each row: what its sums start at, of codes less `offset`, and what they are multiplied with.
+void fill_starts_and_scales(const WeightsInt8& weights, const float* scales, Codes input, int offset, int32_t* starts,
+                            float* products);
+
 class LayerInt8;
 
 // A layer before a pair, whose output, of floats, is what the pair is given and what is added to its own: the form
