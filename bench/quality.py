@@ -96,10 +96,10 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     Source: Dowson and Landau 1982; Heusel et al., arXiv 1706.08500, eq. 6.
     """
     a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (a, b))
-    cov_a, cov_b = (np.cov(x, rowvar=False) for x in (a, b))
-    # tr (C_a C_b)^(1/2) = sum of the square roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric.
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
     mean = np.square(a.mean(0) - b.mean(0)).sum()
-    return float(mean + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+    a, b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))  # whose covariances are x^T x
+    # tr (C_a C_b)^(1/2) is the sum of the singular values of a b^T.
+    if min(len(a), len(b)) > a.shape[1]:
+        a, b = (np.linalg.qr(x, mode="r") for x in (a, b))  # as many rows as features, and the same x^T x
+    cross = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    return float(mean + np.square(a).sum() + np.square(b).sum() - 2 * cross)
