@@ -15,10 +15,12 @@ from sparse_engine import kernels
 from sparse_engine.backends.onnxruntime.choose import DENSE, candidates
 from sparse_engine.backends.onnxruntime.convolutions import FusedConv
 from sparse_engine.backends.onnxruntime.layers import FusedLayer
+from sparse_engine.backends.onnxruntime.layers_bf16 import KERNELS, Bf16Unit
 from sparse_engine.backends.onnxruntime.library import load_onnxruntime
 
 LAYERS_PER_CALL = 4  # in a row, as a network runs them: waking the threads is paid once, not by each layer
-ONE_NODE = "one node"  # two layers in T-lanes
+ONE_NODE = "one node"  # two layers in T-lanes; in 8 bits in R-lanes
+ONE_NODE_BF16 = "one node, r-lanes"
 ORT, TORCH = "ORT", "torch"
 TORCH_PACKED = "torch, packed weights"
 ORT_PLAIN = "ORT, plain layout"  # of a convolution: ONNX Runtime's own blocked layout has to be reordered to and from
@@ -99,11 +101,21 @@ def make_contenders(
     }
     if len(layers) == 2:
         nodes = {ONE_NODE: [layers[0].node_with(layers[1], compute=compute, threads=threads)], **nodes}
+    if compute == "bf16" and not isinstance(layers[0], FusedConv):
+        nodes |= _in_whole_registers(layers, threads)
     nodes[ORT] = [node for index, layer in enumerate(layers) for node in layer.plain_nodes(f"weight{index}")]
     contenders = {name: _onnxruntime_call(stack, x, each, threads) for name, each in nodes.items()}
     if isinstance(layers[0], FusedConv):
         contenders[ORT_PLAIN] = _onnxruntime_call(stack, x, nodes[ORT], threads, optimise=False)
     return contenders | _torch_calls(stack, x, compute, threads)
+
+
+def _in_whole_registers(layers: Sequence[FusedLayer], threads: int) -> dict[str, list[NodeProto]]:
+    """Products in bf16 as a network's engine has them, without what surrounds them there."""
+    nodes = {KERNELS[True]: [Bf16Unit((layer,), layer.x, 2).node(threads) for layer in layers]}
+    if len(layers) == 2:
+        nodes[ONE_NODE_BF16] = [Bf16Unit(tuple(layers), layers[0].x, 2).node(threads)]
+    return nodes
 
 
 def _rows_of_x(layer: FusedLayer, x: NDArray[np.float32]) -> int:

@@ -31,6 +31,7 @@ from sparse_engine.kernels.library import Compute
 from .contenders import (
     LAYERS_PER_CALL,
     ONE_NODE,
+    ONE_NODE_BF16,
     ORT,
     ORT_PLAIN,
     TORCH,
@@ -77,7 +78,7 @@ class Cell:
         """The fastest kernel of each contender, at the median."""
         others = {ORT: (ORT, ORT_PLAIN), TORCH: (TORCH, TORCH_PACKED)}
         ours = [name for name in self.seconds if name not in (*others[ORT], *others[TORCH])]
-        apart = [name for name in ours if name != ONE_NODE] if ONE_NODE in ours else []
+        apart = [name for name in ours if name not in (ONE_NODE, ONE_NODE_BF16)] if ONE_NODE in ours else []
         named = {OURS: ours, APART: apart} | {
             contender: [name for name in names if name in self.seconds] for contender, names in others.items()
         }
@@ -211,8 +212,8 @@ def _one_table(kind: str, cells: Sequence[dict[str, Any]]) -> tuple[list[str], l
 
 def _lanes(kernel: str, compute: str) -> str:
     """T, N or R, in one letter; in 8 bits there is R alone."""
-    if kernel == ONE_NODE:
-        return "R" if compute == "int8" else "T"
+    if kernel in (ONE_NODE, ONE_NODE_BF16):
+        return "R" if compute == "int8" or kernel == ONE_NODE_BF16 else "T"
     return kernel[0].upper()
 
 
