@@ -100,6 +100,6 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     a, b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))  # whose covariances are x^T x
     # tr (C_a C_b)^(1/2) is the sum of the singular values of a b^T.
     if min(len(a), len(b)) > a.shape[1]:
-        a, b = (np.linalg.qr(x, mode="r") for x in (a, b))  # as many rows as features, and the same x^T x
+        a, b = (np.asarray(np.linalg.qr(x, mode="r")) for x in (a, b))  # as many rows as features, and the same x^T x
     cross = np.linalg.svd(a @ b.T, compute_uv=False).sum()
     return float(mean + np.square(a).sum() + np.square(b).sum() - 2 * cross)

@@ -22,10 +22,9 @@ namespace {
 // The domain and its operators, for one runtime. They must outlive every session, so they are never freed.
 struct Registration {
   explicit Registration(FunctionTable table)
-      : api(table),
-        operators{matmul24(table),  matmul_bf16(table), mlp24(table),      mlp_bf16(table),    self_attention(table),
-                  attention(table), conv24(table),      group_norm(table), layers_int8(table), layers_bf16(table),
-                  conv_int8(table)} {
+      : api(table), operators{matmul24(table),       matmul_bf16(table), mlp24(table),    mlp_bf16(table),
+                              self_attention(table), attention(table),   conv24(table),   group_norm(table),
+                              layers_int8(table),    layers_bf16(table), conv_int8(table)} {
     check(api, api.CreateCustomOpDomain("sparse_engine", &domain));
     for (Operator& op : operators) check(api, api.CustomOpDomain_Add(domain, &op));
   }
