@@ -35,7 +35,7 @@ class _Arguments(ctypes.Structure):
         ("tokens", ctypes.c_int64),
         ("front_bias", ctypes.c_void_p),
         ("front_residual", ctypes.c_void_p),
-        ("first_bias", ctypes.c_void_p),
+        ("after_bias", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("residual", ctypes.c_void_p),
         ("activation", ctypes.c_char_p),
@@ -123,23 +123,21 @@ class MatMulBf16:
         if buffer is None:
             buffer = np.empty((max(tokens, 0), self.rows), _DTYPES.get(out, np.float32))
         gamma, beta = (norm.gamma, norm.beta) if norm else (None, None)
-        for name, array, shape in (
-            ("x", x, (tokens, entry.depth - more)),
-            ("beside", beside, (tokens, more)),
-            ("gamma", gamma, (first.depth,)),
-            ("beta", beta, (first.depth,)),
-            ("bias", bias, (self.rows,)),
-            ("after_bias", after_bias, (first.rows,)),
-            ("front_bias", front_bias, (first.depth,)),
-            ("front_residual", front_residual, (tokens, first.depth)),
-            ("residual", residual, (tokens, self.rows)),
-            ("buffer", buffer, (tokens, self.rows)),
-        ):
-            kind = np.uint16 if name == "x" and is_halves else np.float32
+        floats = {
+            "gamma": (gamma, (first.depth,)),
+            "beta": (beta, (first.depth,)),
+            "bias": (bias, (self.rows,)),
+            "after_bias": (after_bias, (first.rows,)),
+            "front_bias": (front_bias, (first.depth,)),
+            "front_residual": (front_residual, (tokens, first.depth)),
+            "residual": (residual, (tokens, self.rows)),
+        }
+        _check("x", x, (tokens, entry.depth - more), np.uint16 if is_halves else np.float32)
+        _check("buffer", buffer, (tokens, self.rows), _DTYPES.get(out, np.float32))
+        for name, (array, shape) in {"beside": (beside, (tokens, more)), **floats}.items():
             if array is not None:
-                _check(name, array, shape, _DTYPES.get(out, np.float32) if name == "buffer" else kind)
-        if (is_halves and (beside is not None or (norm and not front))) or (norm and beside is not None and not front):
-            raise InputError("bfloat16 is neither normalised nor put beside floats, nor are two parts normalised")
+                _check(name, array, shape, np.float32)
+        _check_what_goes_together(is_halves, beside is not None, norm is not None, front is not None)
         if front is not None and (after is None or residual is not None):
             raise InputError("a front comes before two layers, and is what is added to their output")
         arguments = _Arguments(
@@ -147,19 +145,13 @@ class MatMulBf16:
             parts=(ctypes.c_void_p * 2)(_address(None if is_halves else x).value, _address(beside).value),
             depths=(ctypes.c_int64 * 2)(entry.depth - more, more),
             normalise=norm is not None,
-            gamma=_address(gamma),
-            beta=_address(beta),
             epsilon=norm.epsilon if norm else 0.0,
             tokens=tokens,
-            front_bias=_address(front_bias),
-            front_residual=_address(front_residual),
-            first_bias=_address(after_bias),
-            bias=_address(bias),
-            residual=_address(residual),
             activation=activation.encode(),
             output=_address(buffer),
             element=out.encode(),
             threads=threads,
+            **{name: _address(array) for name, (array, _) in floats.items()},
         )
         handles = (front._handle if front else None, first._handle, self._handle if after else None)
         _call("sparse_engine_bf16_run", *handles, ctypes.byref(arguments))
@@ -173,3 +165,10 @@ class MatMulBf16:
     def __del__(self) -> None:
         if self._handle:
             _library().sparse_engine_bf16_destroy(self._handle)
+
+
+def _check_what_goes_together(is_halves: bool, is_beside: bool, is_normalised: bool, has_front: bool) -> None:
+    """A front's output is normalised in the place of x."""
+    is_normalised = is_normalised and not has_front
+    if (is_halves and (is_beside or is_normalised)) or (is_beside and is_normalised):
+        raise InputError("bfloat16 is neither normalised nor put beside floats, nor are two parts normalised")

@@ -132,11 +132,12 @@ def test_nor_does_one_in_int8(
     monkeypatch.setattr(
         "sparse_engine.tactics.fastest",
         lambda candidates: Choice(
-            kernel if kernel in candidates else next(name for name in candidates if name.startswith("dense")),
+            kernel if kernel in candidates else next(name for name in candidates if name.startswith(("dense", "int8"))),
             dict.fromkeys(candidates, 1.0),
         ),
     )
     info = assert_same_in_every_batch(engines["int8"], autotune=True)
+    assert info["runtime"]["step"]["precision"] == "int8"
     assert info["runtime"]["attention"]["kernel"] == kernel
 
 
