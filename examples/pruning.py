@@ -80,15 +80,21 @@ class Subject:
 
 @dataclass(frozen=True)
 class Way:
-    """From the dense model to another: pruned by a method, or not; then trained for some steps by a loss, or not."""
+    """From the dense model to another: pruned by a method, or not; then trained for some steps by a loss, or not.
+
+    Or a model that lies beside it.
+    """
 
     prune: str | None = None
     steps: int = 0
     loss: str = "teacher"
+    shipped: str = ""
 
     @property
     def name(self) -> str:
         """As the table says it."""
+        if self.shipped:
+            return f"the shipped `{self.shipped}`"
         if not self.steps:
             return self.prune or "dense"
         return f"{self.prune or 'dense'} + {self.steps:,} steps, {self.loss}"
@@ -97,8 +103,11 @@ class Way:
 PRUNED = [Way(method) for method in ("magnitude", "wanda", "sparsegpt", "full")]
 TRAINED = [Way(*each, loss) for loss in LOSSES for each in (("full", 150), ("full", 500), (None, 150), (None, 500))]
 LONG = [Way(None, 3000, "noise + 0.1 teacher")]
-SHORT = [Way(None, 500), Way("full", 500)]
-WAYS = {"digits": [*PRUNED, *TRAINED, *LONG], "digits_unet": [*PRUNED, *SHORT], "emoji": [*PRUNED, *SHORT]}
+WAYS = {
+    "digits": [*PRUNED, *TRAINED, *LONG, Way(shipped="sparsedm.pth")],
+    "digits_unet": [*PRUNED, Way("full", 500), Way(shipped="sparsedm")],
+    "emoji": [*PRUNED, Way(shipped="sparse.pth")],
+}
 
 
 def of_digits(dense: str) -> Callable[[Path, int], Subject]:
@@ -129,7 +138,7 @@ SUBJECTS: dict[str, Callable[[Path, int], Subject]] = {
     "digits_unet": of_digits("digits_unet/dense"),
     "emoji": of_emoji,
 }
-EACH = {"digits": 200, "digits_unet": 200, "emoji": 5}
+EACH = {"digits": 200, "digits_unet": 200, "emoji": 2}
 
 
 def command(*arguments: object) -> None:
@@ -138,20 +147,23 @@ def command(*arguments: object) -> None:
         sys.exit(code)
 
 
-def made(way: Way, subject: Subject, runs: Path) -> tuple[Path, float]:
-    """Go a way. Returns what is built, and the processor's seconds that it took."""
+def made(way: Way, subject: Subject, runs: Path) -> tuple[Path, dict[str, float]]:
+    """Go a way. Returns what is built, and the processor's seconds that it took, if it was gone now."""
+    if way.shipped:
+        return subject.dense.parent / way.shipped, {}
     began = time.process_time()
-    start = subject.dense
+    start, slug = subject.dense, way.name.replace(" ", "")
     if way.prune:
-        start = runs / (way.prune if subject.dense.is_dir() else f"{way.prune}.safetensors")
-        command("prune", subject.dense, "-o", start, f"--method={way.prune}")
+        start = runs / f"{slug}-pruned{'' if subject.dense.is_dir() else '.safetensors'}"
+        if not start.exists():
+            command("prune", subject.dense, "-o", start, f"--method={way.prune}")
     if not way.steps:
-        return start, time.process_time() - began
-    folder = runs / way.name.replace(" ", "")
+        return start, {"seconds": time.process_time() - began}
+    folder = runs / slug
     given = [f"--data={subject.data}", f"--output={folder}", f"--steps={way.steps}"]
     given.append(f"--warmup={min(train.WARMUP, way.steps // 10)}")
     command("finetune", subject.dense, f"--from={start}", *SHARED, *LOSSES[way.loss], *given)
-    return folder, time.process_time() - began
+    return folder, {"seconds": time.process_time() - began}
 
 
 def draw(checkpoint: Path, sparse: bool, subject: Subject) -> list[np.ndarray]:
@@ -187,7 +199,7 @@ def rows_of(subject: Subject, ways: list[Way], runs: Path, known: list[dict[str,
             yield rows[way.name]
             continue
         checkpoint, seconds = made(way, subject, runs)
-        yield {"model": way.name, "seconds": seconds, **measured(draw(checkpoint, True, subject), dense, subject)}
+        yield {"model": way.name, **seconds, **measured(draw(checkpoint, True, subject), dense, subject)}
 
 
 def table(results: dict[str, Any]) -> str:
