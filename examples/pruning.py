@@ -38,7 +38,6 @@ from sparse_engine.backends import BuildOptions  # noqa: E402
 from sparse_engine.bench.judges import digits_judge, frechet_judge  # noqa: E402
 from sparse_engine.bench.quality import Judge  # noqa: E402
 from sparse_engine.bench.similarity import paired  # noqa: E402
-from sparse_engine.cli.main import run  # noqa: E402
 from sparse_engine.export.build import build_engine  # noqa: E402
 
 SEEDS, BATCH, RANGE = (0, 1, 2), 64, (-1.0, 1.0)
@@ -141,12 +140,6 @@ SUBJECTS: dict[str, Callable[[Path, int], Subject]] = {
 EACH = {"digits": 200, "digits_unet": 200, "emoji": 2}
 
 
-def command(*arguments: object) -> None:
-    """One command of ``sparse-engine``; its failure ends the script."""
-    if code := run([str(argument) for argument in arguments]):
-        sys.exit(code)
-
-
 def made(way: Way, subject: Subject, runs: Path) -> tuple[Path, dict[str, float]]:
     """Go a way. Returns what is built, and the processor's seconds that it took, if it was gone now."""
     if way.shipped:
@@ -156,13 +149,13 @@ def made(way: Way, subject: Subject, runs: Path) -> tuple[Path, dict[str, float]
     if way.prune:
         start = runs / f"{slug}-pruned{'' if subject.dense.is_dir() else '.safetensors'}"
         if not start.exists():
-            command("prune", subject.dense, "-o", start, f"--method={way.prune}")
+            train.command("prune", subject.dense, "-o", start, f"--method={way.prune}")
     if not way.steps:
         return start, {"seconds": time.process_time() - began}
     folder = runs / slug
     given = [f"--data={subject.data}", f"--output={folder}", f"--steps={way.steps}"]
     given.append(f"--warmup={min(train.WARMUP, way.steps // 10)}")
-    command("finetune", subject.dense, f"--from={start}", *SHARED, *LOSSES[way.loss], *given)
+    train.command("finetune", subject.dense, f"--from={start}", *SHARED, *LOSSES[way.loss], *given)
     return folder, {"seconds": time.process_time() - began}
 
 

@@ -57,11 +57,15 @@ def train_both(
     for name, arguments, steps in stages:
         folder, warmup = runs / name, min(WARMUP, steps)
         named = [f"--data={runs / DATA}", f"--output={folder}", f"--steps={steps}", f"--warmup={warmup}", *given]
-        code = run(["finetune", *arguments, *named])
-        if code:
-            raise SystemExit(code)
+        command("finetune", *arguments, *named)
         (keep or copy_weights)(folder, out / name)
     shutil.rmtree(runs)
+
+
+def command(*arguments: object) -> None:
+    """One command of ``sparse-engine``; its failure ends the script."""
+    if code := run([str(argument) for argument in arguments]):
+        raise SystemExit(code)
 
 
 def copy_weights(folder: Path, path: Path) -> None:

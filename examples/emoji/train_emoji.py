@@ -15,8 +15,6 @@ from pathlib import Path
 
 import torch
 
-from sparse_engine.cli.main import run
-
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "digits"))
 
@@ -26,12 +24,6 @@ DATA, CONFIG = HERE / "emoji.npz", HERE / "config.json"
 SHARED = ("--batch=32", *train.SHARED[1:])
 DENSE = (*SHARED, "--method=dense", "--lr=1e-3", "--warmup=200", "--precision=bf16", "--sample-every=500")
 SPARSE = (*SHARED, "--lr=5e-4", "--warmup=50", *train.SPARSE[-2:])  # from the teacher alone
-
-
-def command(*arguments: object) -> None:
-    """One command of ``sparse-engine``; its failure ends the script."""
-    if code := run([str(argument) for argument in arguments]):
-        sys.exit(code)
 
 
 def keep(folder: Path, path: Path) -> None:
@@ -49,11 +41,11 @@ def main() -> None:
     if chosen.out != HERE:
         shutil.copyfile(CONFIG, chosen.out / CONFIG.name)  # which says of both what weights cannot
     steps = f"--steps={chosen.dense_steps}"
-    command("finetune", *train.anew(CONFIG), data, "-o", runs / "dense", steps, *DENSE)
+    train.command("finetune", *train.anew(CONFIG), data, "-o", runs / "dense", steps, *DENSE)
     keep(runs / "dense", dense)
-    command("prune", dense, "-o", pruned)
+    train.command("prune", dense, "-o", pruned)
     steps = f"--steps={chosen.sparse_steps}"
-    command("finetune", dense, f"--from={pruned}", data, "-o", runs / "sparse", steps, *SPARSE)
+    train.command("finetune", dense, f"--from={pruned}", data, "-o", runs / "sparse", steps, *SPARSE)
     keep(runs / "sparse", chosen.out / "sparse.pth")
     shutil.rmtree(runs)
 

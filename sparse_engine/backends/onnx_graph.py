@@ -139,6 +139,14 @@ def replace_patterns(
     return replaced
 
 
+def put_in_place(graph: GraphProto, gone: Sequence[NodeProto], node: NodeProto) -> None:
+    """Write a node where the last of those stands that it takes the place of."""
+    indices = [index for index, each in enumerate(graph.node) if any(each is other for other in gone)]
+    graph.node.insert(indices[-1] + 1, node)
+    for index in reversed(indices):
+        del graph.node[index]
+
+
 def drop_unread(graph: GraphProto, nodes: Sequence[NodeProto]) -> None:
     """Take out those of some nodes, each after those that read it, that nobody reads any more."""
     outputs = {value.name for value in graph.output}

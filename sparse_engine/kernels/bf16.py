@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from sparse_engine.errors import InputError
 
-from .int8 import LayerNorm, _check
-from .library import Activation, _address, _call, _library
+from .int8 import LayerNorm
+from .library import Activation, _address, _call, _check, _library
 from .packing import Positions, validate
 
 _DTYPES = {"fp32": np.float32, "bf16": np.uint16}

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from sparse_engine.errors import InputError
 
 from .convolution import Padding
-from .int8 import Codes, _check
-from .library import Activation, _address, _call, _library, best_tier
+from .int8 import Codes
+from .library import Activation, _address, _call, _check, _library, best_tier
 from .packing import Positions, validate
 
 

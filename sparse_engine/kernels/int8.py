@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from sparse_engine.errors import InputError
 
-from .library import Activation, _address, _call, _library, best_tier
+from .library import Activation, _address, _call, _check, _library, best_tier
 from .packing import Positions, validate
 
 Element = Literal["fp32", "bf16", "codes"]
@@ -201,12 +201,3 @@ class MatMulInt8:
     def __del__(self) -> None:
         if self._handle:
             _library().sparse_engine_int8_destroy(self._handle)
-
-
-def _check(name: str, array: NDArray[Any], shape: tuple[int, ...], kind: Any) -> None:
-    if array.dtype != kind or array.shape != shape or not array.flags.c_contiguous:
-        layout = "" if array.flags.c_contiguous else ", not C-contiguous"
-        expected = ["M" if size < 0 else size for size in shape]
-        raise InputError(
-            f"{name} is {array.dtype} {list(array.shape)}{layout}, expected C-contiguous {np.dtype(kind)} {expected}"
-        )

@@ -336,10 +336,10 @@ def _address(array: NDArray[Any] | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if array is None else array.ctypes.data)
 
 
-def _check(name: str, array: NDArray[np.float32], shape: tuple[int, ...]) -> None:
-    if array.dtype != np.float32 or array.shape != shape or not array.flags.c_contiguous:
+def _check(name: str, array: NDArray[Any], shape: tuple[int, ...], kind: Any = np.float32) -> None:
+    if array.dtype != kind or array.shape != shape or not array.flags.c_contiguous:
         layout = "" if array.flags.c_contiguous else ", not C-contiguous"
         expected = ["M" if size < 0 else size for size in shape]
         raise InputError(
-            f"{name} is {array.dtype} {list(array.shape)}{layout}, expected C-contiguous float32 {expected}"
+            f"{name} is {array.dtype} {list(array.shape)}{layout}, expected C-contiguous {np.dtype(kind)} {expected}"
         )

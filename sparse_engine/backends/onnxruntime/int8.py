@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from sparse_engine.backends.onnx_graph import GraphView
 from sparse_engine.kernels.int8 import Codes
@@ -438,14 +438,6 @@ def _with_what_comes_before(view: GraphView, layer: Int8Layer) -> Int8Unit:
     if before.op_type == "Concat" and len(before.input) == 2 and all(view.sizes(name) for name in before.input):
         return replace(unit, x=before.input[0], beside=before.input[1], before=(before, quantise))
     return unit
-
-
-def put_in_place(model: ModelProto, unit: Int8Unit, node: NodeProto) -> None:
-    """Write a node where the last of those stands that it takes the place of."""
-    graph = model.graph
-    graph.node.insert(list(graph.node).index(unit.nodes[-1]), node)
-    for gone in unit.nodes:
-        graph.node.remove(gone)
 
 
 def connect_attention(units: Sequence[Int8Unit], view: GraphView) -> list[Int8Unit]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
-from sparse_engine.backends.onnx_graph import GraphView, drop_unread
+from sparse_engine.backends.onnx_graph import GraphView
 from sparse_engine.kernels.int8 import Codes
 
 from .convolutions import FusedConv, with_neighbours
@@ -165,12 +165,3 @@ def _reads_codes_alone(convs: Sequence[Int8Conv], view: GraphView, norm: NodePro
     floats = view.readers(quantise.output[0])
     readers = [reader for each in floats for reader in view.readers(each.output[0])]
     return all(each.op_type == "DequantizeLinear" for each in floats) and {each.name for each in readers} <= ours
-
-
-def put_conv_in_place(model: ModelProto, conv: Int8Conv, node: NodeProto) -> None:
-    """Write a node where the last of those stands that it takes the place of."""
-    graph = model.graph
-    graph.node.insert(list(graph.node).index(conv.nodes[-1]), node)
-    for gone in conv.nodes:
-        graph.node.remove(gone)
-    drop_unread(graph, conv.before)

@@ -7,7 +7,7 @@ an attention of ours go bfloat16. Made where an engine is loaded, never stored i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -219,11 +219,3 @@ def connect_attention(units: Sequence[Bf16Unit], view: GraphView) -> list[Bf16Un
 def _takes_halves(node: NodeProto) -> bool:
     compute = next((entry.s for entry in node.attribute if entry.name == "compute"), b"")
     return node.domain == DOMAIN and node.op_type == "SelfAttention" and compute == b"bf16"
-
-
-def put_in_place(graph: GraphProto, gone: Collection[NodeProto], node: NodeProto) -> None:
-    """Write a node where the last of those stands that it takes the place of."""
-    indices = [index for index, each in enumerate(graph.node) if any(each is other for other in gone)]
-    graph.node.insert(indices[-1] + 1, node)
-    for index in reversed(indices):
-        del graph.node[index]

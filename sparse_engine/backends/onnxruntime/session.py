@@ -15,7 +15,7 @@ from sparse_engine import kernels
 from sparse_engine.artifact import EngineFile
 from sparse_engine.backends.attention import Attention, fuse_attention
 from sparse_engine.backends.base import GRAPH_FILE, WEIGHTS_FILE
-from sparse_engine.backends.onnx_graph import GraphView, only_consumer
+from sparse_engine.backends.onnx_graph import GraphView, drop_unread, only_consumer, put_in_place
 from sparse_engine.cores import pool_size
 from sparse_engine.kernels.library import Compute
 
@@ -25,13 +25,12 @@ from .compress import layers_in
 from .compute import EXACT_PRODUCTS, attention_in, products_in
 from .convolutions import FusedConv
 from .group_norm import GroupNorm, fuse_group_norms
-from .int8 import Int8Layer, PackedCodes, connect_attention, int8_units, packed_codes, put_in_place
-from .int8_convolutions import connect_group_norms, int8_convs, put_conv_in_place
+from .int8 import Int8Layer, PackedCodes, connect_attention, int8_units, packed_codes
+from .int8_convolutions import connect_group_norms, int8_convs
 from .int8_in_floats import put_in_floats
 from .layers import DOMAIN, FusedLayer, from_nibbles
 from .layers_bf16 import KERNELS, bf16_units
 from .layers_bf16 import connect_attention as connect_bf16_attention
-from .layers_bf16 import put_in_place as put_layers_in_place
 from .library import load_onnxruntime
 
 
@@ -167,7 +166,7 @@ def _fuse_bf16(prepared: Prepared, chooser: Chooser, layers: list[FusedLayer], t
                 report = {"with": others, "chosen": "together", "milliseconds": choice.milliseconds}
                 prepared.report[layer.name] |= {"kernel": KERNELS[layer.is_sparse], "surroundings": report}
     for unit in connect_bf16_attention(chosen, view):
-        put_layers_in_place(graph, unit.nodes(graph), unit.node(pool_size(threads)))
+        put_in_place(graph, unit.nodes(graph), unit.node(pool_size(threads)))
     fused = {layer.name for unit in chosen for layer in unit.all_layers}
     return [layer for layer in layers if layer.name not in fused]
 
@@ -211,7 +210,7 @@ def _fuse_int8(
         if choice.kernel == OWN_INT8:
             units.append(unit)
     for unit in connect_attention(units, view):
-        put_in_place(prepared.model, unit, unit.node(pool_size(threads)))
+        put_in_place(graph, unit.nodes, unit.node(pool_size(threads)))
         for layer in unit.all_layers:
             prepared.report[layer.name] |= {"kernel": own_int8_kernel(layer), "chosen": layer.is_sparse}
             _lay_out_codes(prepared, path, spans, layer)
@@ -239,7 +238,8 @@ def _fuse_int8_convs(
             convs.append(conv)
             prepared.report[conv.name] |= {"kernel": SPARSE_INT8, "chosen": True}
     for conv in connect_group_norms(convs, view):
-        put_conv_in_place(prepared.model, conv, conv.node(pool_size(threads)))
+        put_in_place(prepared.model.graph, conv.nodes, conv.node(pool_size(threads)))
+        drop_unread(prepared.model.graph, conv.before)
         _lay_out_positions(prepared, path, spans, conv.packed)
     return {conv.packed.node.output[0] for conv in convs}
 
