@@ -13,6 +13,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from sparse_engine import kernels
 from sparse_engine.backends.onnxruntime.choose import DENSE, candidates
+from sparse_engine.backends.onnxruntime.compute import NO_SPINNING
 from sparse_engine.backends.onnxruntime.convolutions import FusedConv
 from sparse_engine.backends.onnxruntime.layers import FusedLayer
 from sparse_engine.backends.onnxruntime.layers_bf16 import KERNELS, Bf16Unit
@@ -153,7 +154,7 @@ def session_options(threads: int) -> Any:
     options = load_onnxruntime().SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry(*NO_SPINNING)
     return options
 
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sparse_engine.cores import QUIET_FOR, wait_for_quiet
+
 MAX_ROUNDS = 100
 TIMED_PER_TURN = 2
 SETTLING = 0.01  # seconds of untimed calls before timed ones
-# Runtimes' threads spin after their last call (ONNX Runtime's for 40 ms on a Zen 4) and would take a core from the next
-# candidate: its turn begins when the process has used next to no processor time for a while, or after QUIET_AFTER.
-QUIET_FOR, QUIET_SHARE, QUIET_AFTER = 0.01, 0.1, 0.5
 
 
 @dataclass(frozen=True)
@@ -68,20 +67,11 @@ def interleave(
 
 
 def _settle(run: Callable[[], object]) -> None:
-    _wait_for_quiet()
+    wait_for_quiet()
     end = time.perf_counter() + SETTLING
     run()
     while time.perf_counter() < end:
         run()
-
-
-def _wait_for_quiet() -> None:
-    end = time.perf_counter() + QUIET_AFTER
-    while time.perf_counter() < end:
-        used = time.process_time()
-        time.sleep(QUIET_FOR)
-        if time.process_time() - used < QUIET_SHARE * QUIET_FOR:
-            return
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -104,7 +104,8 @@ def fastest_within(
         if not within:
             raise _none_within(limit, candidates, left_out)
         options.progress(f"timing {', '.join(within)}")
-        choice = fastest({name: _step(each.engine, options.batch[1]) for name, each in within.items()})
+        steps = {name: _step(each.engine, options.batch[1]) for name, each in within.items()}
+        choice = fastest(steps, spinning=True)
     note = f"precision {choice.kernel}: the fastest within a loss of {limit:.2%} ({_listed(candidates, choice)})"
     return dataclasses.replace(candidates[choice.kernel], note=note + _left_out(left_out))
 

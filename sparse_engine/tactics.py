@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from sparse_engine.cores import wait_for_quiet
 from sparse_engine.errors import OutputError
 from sparse_engine.files import replacing
 
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 # Each candidate runs once per round, so that a drifting machine hits all alike. Rounds stop at SECONDS_PER_CHOICE.
 MIN_ROUNDS, MAX_ROUNDS = 3, 31
 SECONDS_PER_CHOICE = 0.15
+CLEAR = 1.25  # who was faster than all others by so much in each of the first MIN_ROUNDS rounds is: they are the last
 CACHE_VARIABLE = "SPARSE_ENGINE_CACHE"
 MOST_TIMES = 3  # that a choice within the noise is timed
 SECONDS_BETWEEN = 86400.0  # from one choice that is timed again to the next
@@ -95,16 +97,23 @@ class Choice:
         return Choice(_least(milliseconds), milliseconds, noise, times)
 
 
-def fastest(candidates: Mapping[str, Callable[[], object]]) -> Choice:
-    """Time candidates in turn, after one warm-up each, and take the one with the smallest median."""
+def fastest(candidates: Mapping[str, Callable[[], object]], spinning: bool = False) -> Choice:
+    """Time candidates in turn, after one warm-up each, and take the one with the smallest median.
+
+    ``spinning``: their threads spin on after a call, and would take cores from the next: each turn waits for that, and
+    calls once more before it times.
+    """
     for run in candidates.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     started = time.perf_counter()
     for done in range(MAX_ROUNDS):
-        if done >= MIN_ROUNDS and time.perf_counter() - started > SECONDS_PER_CHOICE:
+        if done >= MIN_ROUNDS and (time.perf_counter() - started > SECONDS_PER_CHOICE or _is_clear(seconds)):
             break
         for name, run in candidates.items():
+            if spinning:
+                wait_for_quiet()
+                run()
             before = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - before)
@@ -113,6 +122,13 @@ def fastest(candidates: Mapping[str, Callable[[], object]]) -> Choice:
     others = {name: value for name, value in medians.items() if name != kernel}
     noise = _noise(seconds[kernel], seconds[_least(others)]) if others else 0.0
     return Choice(kernel, medians, noise)
+
+
+def _is_clear(seconds: Mapping[str, list[float]]) -> bool:
+    """Whether one candidate was the fastest by ``CLEAR`` in every round."""
+    first = _least({name: sum(values) for name, values in seconds.items()})
+    others = [values for name, values in seconds.items() if name != first]
+    return all(CLEAR * own <= min(rest) for own, *rest in zip(seconds[first], *others, strict=True)) if others else True
 
 
 def _least(milliseconds: Mapping[str, float]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -53,15 +54,49 @@ def test_what_another_engine_has_stored_meanwhile_is_kept() -> None:
         assert TacticCache(device="x").choose(key, never).kernel == "only"
 
 
+def spin(seconds: float, calls: list[None] | None = None) -> Callable[[], None]:
+    """Something that takes so long, and counts how often it was called."""
+
+    def run() -> None:
+        if calls is not None:
+            calls.append(None)
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    return run
+
+
+def test_a_clear_case_is_timed_as_often_as_it_takes() -> None:
+    clear: list[None] = []
+    assert fastest({"short": spin(1e-3), "long": spin(4e-3, clear)}).kernel == "short"
+    assert len(clear) == 1 + tactics.MIN_ROUNDS
+    assert tactics._is_clear({"short": [1.0, 1.0], "long": [1.3, 1.3], "longer": [2.0, 2.0]})
+    assert not tactics._is_clear({"short": [1.0, 1.0], "long": [1.3, 1.2]})
+    assert not tactics._is_clear({"now": [1.0, 2.0], "then": [2.0, 1.0]})
+
+
+def test_a_turn_begins_when_the_threads_of_the_one_before_have_stopped() -> None:
+    until = 0.0
+
+    def busy() -> None:
+        while time.perf_counter() < until:
+            pass
+
+    def spinning() -> None:
+        nonlocal until
+        until = time.perf_counter() + 0.08
+        threading.Thread(target=busy).start()
+
+    seen: list[bool] = []
+    fastest({"spins": spinning, "own": lambda: seen.append(time.perf_counter() < until)}, spinning=True)
+    assert not any(seen[1:])  # the first is the warm-up
+    seen.clear()
+    fastest({"spins": spinning, "own": lambda: seen.append(time.perf_counter() < until)})
+    assert all(seen[1:])
+
+
 def test_the_noise_is_the_spread_of_paired_rounds() -> None:
-    def spin(seconds: float) -> Callable[[], None]:
-        def run() -> None:
-            end = time.perf_counter() + seconds
-            while time.perf_counter() < end:
-                pass
-
-        return run
-
     assert not fastest({"short": spin(1e-4), "long": spin(1e-3)}).within_noise
     assert fastest({"only": spin(1e-4)}).within_noise is False
     steady, shaken = [1.0] * 9, [1.01, 1.01, 1.02, 1.01, 1.0, 1.02, 1.01, 1.01, 1.01]

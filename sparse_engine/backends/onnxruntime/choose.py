@@ -21,7 +21,7 @@ from sparse_engine.tactics import Choice, TacticCache
 from sparse_engine.version import __version__
 
 from .attention import MICROSOFT, own_nodes, runtime_nodes
-from .compute import EXACT_PRODUCTS, attention_in, products_in
+from .compute import EXACT_PRODUCTS, NO_SPINNING, attention_in, products_in
 from .convolutions import FusedConv
 from .group_norm import GroupNorm
 from .int8 import Int8Layer, Int8Unit
@@ -466,7 +466,7 @@ def _alone(
     options.intra_op_num_threads = pool_size(threads)
     options.log_severity_level = 3
     options.add_session_config_entry(*EXACT_PRODUCTS)
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # not into the next candidate's turn
+    options.add_session_config_entry(*NO_SPINNING)
     if any(node.domain == DOMAIN for node in nodes):
         options.register_custom_ops_library(str(kernels.LIBRARY_PATH))
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

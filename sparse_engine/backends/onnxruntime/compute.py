@@ -9,6 +9,7 @@ from sparse_engine.kernels.library import Compute
 # A session's entry for exact 8-bit products. Without it, ONNX Runtime adds pairs of them up in 16 bits on processors
 # with AVX2 or AVX-512 and no VNNI, where they saturate: U-ViTs came out wrong by 4 %. With VNNI it changes nothing.
 EXACT_PRODUCTS = ("session.x64quantprecision", "1")
+NO_SPINNING = ("session.force_spinning_stop", "1")  # of a session that is timed: not into the next one's turn
 
 
 def products_in(precision: str) -> Compute:

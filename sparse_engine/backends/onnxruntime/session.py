@@ -121,10 +121,12 @@ def create_session(
     threads: int | None,
     profile: Path | None = None,
     providers: Sequence[Any] = ("CPUExecutionProvider",),
+    settings: Sequence[tuple[str, str]] = (),
 ) -> Any:
     """An ``onnxruntime.InferenceSession`` over weights that stay mapped in ``path``.
 
-    ``profile`` starts the names of its traces; ``providers`` are ONNX Runtime's, with their options.
+    ``profile`` starts the names of its traces; ``providers`` are ONNX Runtime's, with their options; ``settings``, its
+    names and values, go beyond what every session of ours has.
     """
     onnxruntime = load_onnxruntime()
 
@@ -134,7 +136,8 @@ def create_session(
     options.intra_op_num_threads = pool_size(threads)  # its own default knows no quota
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.add_session_config_entry(*EXACT_PRODUCTS)
+    for setting in (EXACT_PRODUCTS, *settings):
+        options.add_session_config_entry(*setting)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.resolve().parent))
     if prepared.has_own_nodes:
         options.register_custom_ops_library(str(kernels.LIBRARY_PATH))

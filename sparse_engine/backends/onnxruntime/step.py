@@ -20,7 +20,7 @@ from sparse_engine.backends.onnx_graph import GraphView
 from sparse_engine.tactics import Choice
 
 from .choose import Chooser, find_obstacle
-from .compute import halves_or_floats
+from .compute import NO_SPINNING, halves_or_floats
 from .int8 import int8_layers
 from .int8_in_floats import takes
 from .session import Prepared, create_session, prepare
@@ -67,7 +67,8 @@ def _timed(engine: EngineFile, threads: int | None, names: Sequence[str], made: 
         prepared = made.get(name) or prepare(engine, threads, tuned or name == CODES, name)
         if tuned or name == CODES:
             made[name] = prepared
-        return _one_step(create_session(prepared, engine.path, threads), chooser.step_batch)
+        session = create_session(prepared, engine.path, threads, settings=[NO_SPINNING])
+        return _one_step(session, chooser.step_batch)
 
     for tuned in (False, True):
         candidates = {name: partial(candidate, name, tuned) for name in names}
