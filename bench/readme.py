@@ -37,6 +37,7 @@ NETWORKS = {
     "cpu-dit-l2-bf16.json": "DiT-L/2, 32x32 latents",
     "cpu-sparsedm-cifar10-fp32.json": "SparseDM's U-Net, 32x32",
     "cpu-sparsedm-cifar10-bf16.json": "SparseDM's U-Net, 32x32",
+    "cpu-sparsedm-cifar10-int8.json": "SparseDM's U-Net, 32x32",
     "cpu-ddpm-cifar10-fp32.json": "google/ddpm-cifar10-32's U-Net, 32x32",
     "cpu-ddpm-cifar10-bf16.json": "google/ddpm-cifar10-32's U-Net, 32x32",
     "cpu-sd15-fp32.json": "Stable Diffusion 1.5's U-Net, 64x64 latents",

@@ -40,9 +40,9 @@ from sparse_engine.bench.quality import Judge  # noqa: E402
 from sparse_engine.bench.similarity import paired  # noqa: E402
 from sparse_engine.export.build import build_engine  # noqa: E402
 
-SEEDS, BATCH, RANGE = (0, 1, 2), 64, (-1.0, 1.0)
+SEEDS, RANGE = (0, 1, 2), (-1.0, 1.0)
 LOSSES = {"noise + 0.1 teacher": ("--noise-weight=1", "--teacher-weight=0.1"), "teacher": train.SPARSE[-2:]}
-SHARED = (*train.SHARED[1:], f"--batch={BATCH}", "--lr=5e-4")
+SHARED = (*train.SHARED[1:], "--lr=5e-4")
 RESULTS = "pruning.json"
 SHOWN_IN = {
     "digits": [HERE / "digits" / "README.md", HERE.parent / "docs" / "pruning.md"],
@@ -61,6 +61,7 @@ class Subject:
         real: images, float32 [n, C, H, W] in -1..1.
         classes: that are drawn in turn.
         each: pictures of each class and seed.
+        batch: pictures of a step of training.
         judge: of samples.
     """
 
@@ -69,6 +70,7 @@ class Subject:
     real: np.ndarray
     classes: int
     each: int
+    batch: int
     judge: Judge
 
     @property
@@ -102,11 +104,8 @@ class Way:
 PRUNED = [Way(method) for method in ("magnitude", "wanda", "sparsegpt", "full")]
 TRAINED = [Way(*each, loss) for loss in LOSSES for each in (("full", 150), ("full", 500), (None, 150), (None, 500))]
 LONG = [Way(None, 3000, "noise + 0.1 teacher")]
-WAYS = {
-    "digits": [*PRUNED, *TRAINED, *LONG, Way(shipped="sparsedm.pth")],
-    "digits_unet": [*PRUNED, Way("full", 500), Way(shipped="sparsedm")],
-    "emoji": [*PRUNED, Way(shipped="sparse.pth")],
-}
+SHIPPED = {"digits": "sparsedm.pth", "digits_unet": "sparsedm", "emoji": "sparse.pth"}
+WAYS = {name: [*PRUNED, *TRAINED, *LONG, Way(shipped=file)] for name, file in SHIPPED.items()}
 
 
 def of_digits(dense: str) -> Callable[[Path, int], Subject]:
@@ -117,7 +116,7 @@ def of_digits(dense: str) -> Callable[[Path, int], Subject]:
         file = runs / train.DATA
         np.savez(file, images=images, labels=labels)
         samples = data.NUM_DIGITS * each
-        return Subject(HERE / dense, file, images, data.NUM_DIGITS, each, digits_judge(samples))
+        return Subject(HERE / dense, file, images, data.NUM_DIGITS, each, 64, digits_judge(samples))
 
     return subject
 
@@ -129,7 +128,7 @@ def of_emoji(runs: Path, each: int) -> Subject:
     held = np.load(file)
     real = held["images"].transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
     classes = int(held["labels"].max()) + 1
-    return Subject(folder / "dense.pth", file, real, classes, each, frechet_judge(real, RANGE, classes * each))
+    return Subject(folder / "dense.pth", file, real, classes, each, 32, frechet_judge(real, RANGE, classes * each))
 
 
 SUBJECTS: dict[str, Callable[[Path, int], Subject]] = {
@@ -153,7 +152,7 @@ def made(way: Way, subject: Subject, runs: Path) -> tuple[Path, dict[str, float]
     if not way.steps:
         return start, {"seconds": time.process_time() - began}
     folder = runs / slug
-    given = [f"--data={subject.data}", f"--output={folder}", f"--steps={way.steps}"]
+    given = [f"--data={subject.data}", f"--output={folder}", f"--steps={way.steps}", f"--batch={subject.batch}"]
     given.append(f"--warmup={min(train.WARMUP, way.steps // 10)}")
     train.command("finetune", subject.dense, f"--from={start}", *SHARED, *LOSSES[way.loss], *given)
     return folder, {"seconds": time.process_time() - began}
@@ -224,7 +223,7 @@ def facts_of(name: str, subject: Subject) -> dict[str, Any]:
         "command": f"python examples/pruning.py {name} --write",
         "samples": len(subject.labels),
         "seeds": list(SEEDS),
-        "batch": BATCH,
+        "batch": subject.batch,
         "sampler": evaluate.SAMPLER,
         "steps": evaluate.STEPS,
     }
