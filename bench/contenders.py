@@ -113,9 +113,9 @@ def make_contenders(
 
 def _in_whole_registers(layers: Sequence[FusedLayer], threads: int) -> dict[str, list[NodeProto]]:
     """Products in bf16 as a network's engine has them, without what surrounds them there."""
-    nodes = {KERNELS[True]: [Bf16Unit((layer,), layer.x, 2).node(threads) for layer in layers]}
+    nodes = {KERNELS[True]: [Bf16Unit((layer,), layer.x).node(threads) for layer in layers]}
     if len(layers) == 2:
-        nodes[ONE_NODE_BF16] = [Bf16Unit(tuple(layers), layers[0].x, 2).node(threads)]
+        nodes[ONE_NODE_BF16] = [Bf16Unit(tuple(layers), layers[0].x).node(threads)]
     return nodes
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +15,60 @@ from .packing import Positions, Values, validate
 Padding = tuple[int, int, int, int]
 
 
-class Conv24:
+class PackedConvolution:
+    """What 2:4 convolutions of all precisions have in common: a packed one behind the C API, and how it is run.
+
+    Attributes:
+        rows: output channels, N.
+        channels: of the input, C.
+    """
+
+    KIND: ClassVar[str]  # in the names of the C API
+    rows: int
+    channels: int
+
+    def __init__(self) -> None:
+        self._handle = ctypes.c_void_p()
+
+    def _convolve(
+        self,
+        inputs: Sequence[NDArray[Any] | None],
+        sizes: tuple[int, int, int],
+        operands: Mapping[str, NDArray[np.float32] | None],
+        activation: Activation,
+        threads: int,
+    ) -> NDArray[np.float32]:
+        """Run it on inputs that are checked, B images of H x W. Raises InputError on operands that do not fit."""
+        batch, height, width = sizes
+        places = [ctypes.c_int64(), ctypes.c_int64()]
+        self._c_call("out_size", ctypes.c_int64(height), ctypes.c_int64(width), *map(ctypes.byref, places))
+        shape = (batch, self.rows, places[0].value, places[1].value)
+        given = operands["out"]
+        out = np.empty(shape, np.float32) if given is None else given
+        made = {**operands, "out": out}
+        shapes = {"out": shape, "bias": shape[1:2], "image_bias": shape[:2], "residual": shape}
+        for name, expected in shapes.items():
+            if (array := made[name]) is not None:
+                _check(name, array, expected, np.float32)
+        self._c_call(
+            "run",
+            *map(_address, inputs),
+            *map(ctypes.c_int64, sizes),
+            *(_address(made[name]) for name in shapes),
+            activation.encode(),
+            ctypes.c_int(threads),
+        )
+        return out
+
+    def _c_call(self, what: str, *arguments: Any) -> None:
+        _call(f"sparse_engine_{self.KIND}_{what}", self._handle, *arguments)
+
+    def __del__(self) -> None:
+        if self._handle:
+            getattr(_library(), f"sparse_engine_{self.KIND}_destroy")(self._handle)
+
+
+class Conv24(PackedConvolution):
     """A 2:4 convolution, packed for one tier: ``y = activation(conv(x) + bias + image_bias) + residual``.
 
     Args:
@@ -33,6 +88,8 @@ class Conv24:
         UnsupportedError: the machine lacks the tier, or the tier the lanes.
     """
 
+    KIND = "conv24"
+
     def __init__(
         self,
         values: Values,
@@ -46,7 +103,7 @@ class Conv24:
         compute: Compute = "fp32",
         lanes: Lanes = "t-lanes",
     ) -> None:
-        self._handle = ctypes.c_void_p()
+        super().__init__()
         validate(values, positions)
         values, positions = np.ascontiguousarray(values), np.ascontiguousarray(positions)
         self.rows, depth = positions.shape[0], 4 * positions.shape[1]
@@ -92,40 +149,5 @@ class Conv24:
         """
         batch, height, width = (x.shape[0], *x.shape[2:]) if x.ndim == 4 else (-1, -1, -1)
         _check("x", x, (batch, self.channels, height, width))
-        sizes = [ctypes.c_int64(), ctypes.c_int64()]
-        _call(
-            "sparse_engine_conv24_out_size",
-            self._handle,
-            ctypes.c_int64(height),
-            ctypes.c_int64(width),
-            *(ctypes.byref(size) for size in sizes),
-        )
-        shape = (batch, self.rows, sizes[0].value, sizes[1].value)
-        out = np.empty(shape, np.float32) if out is None else out
-        for name, array, expected in (
-            ("out", out, shape),
-            ("bias", bias, shape[1:2]),
-            ("image_bias", image_bias, shape[:2]),
-            ("residual", residual, shape),
-        ):
-            if array is not None:
-                _check(name, array, expected)
-        _call(
-            "sparse_engine_conv24_run",
-            self._handle,
-            _address(x),
-            ctypes.c_int64(batch),
-            ctypes.c_int64(height),
-            ctypes.c_int64(width),
-            _address(out),
-            _address(bias),
-            _address(image_bias),
-            _address(residual),
-            activation.encode(),
-            ctypes.c_int(threads),
-        )
-        return out
-
-    def __del__(self) -> None:
-        if self._handle:
-            _library().sparse_engine_conv24_destroy(self._handle)
+        operands = {"out": out, "bias": bias, "image_bias": image_bias, "residual": residual}
+        return self._convolve([x], (batch, height, width), operands, activation, threads)

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from sparse_engine.errors import InputError
 
-from .convolution import Padding
+from .convolution import PackedConvolution, Padding
 from .int8 import Codes
 from .library import Activation, _address, _call, _check, _library, best_tier
 from .packing import Positions, validate
 
 
-class ConvInt8:
+class ConvInt8(PackedConvolution):
     """A 2:4 convolution in 8 bits, packed for one tier.
 
     Args:
@@ -39,6 +39,8 @@ class ConvInt8:
         UnsupportedError: the machine lacks the tier, or the tier has no such convolutions.
     """
 
+    KIND = "conv_int8"
+
     def __init__(
         self,
         values: NDArray[np.int8],
@@ -52,7 +54,7 @@ class ConvInt8:
         upsample: int = 1,
         tier: str | None = None,
     ) -> None:
-        self._handle = ctypes.c_void_p()
+        super().__init__()
         validate(values, positions, np.int8)
         values, positions = np.ascontiguousarray(values), np.ascontiguousarray(positions)
         scales = np.ascontiguousarray(scales, np.float32)
@@ -106,46 +108,11 @@ class ConvInt8:
         height, width = places[:2] if is_codes else places[1:]
         given = (batch, height, width, self.channels) if is_codes else (batch, self.channels, height, width)
         _check("x", x, given, np.uint8 if is_codes else np.float32)
-        sizes = [ctypes.c_int64(), ctypes.c_int64()]
-        _call(
-            "sparse_engine_conv_int8_out_size",
-            self._handle,
-            ctypes.c_int64(height),
-            ctypes.c_int64(width),
-            *(ctypes.byref(size) for size in sizes),
-        )
-        shape = (batch, self.rows, sizes[0].value, sizes[1].value)
-        out = np.empty(shape, np.float32) if out is None else out
-        for name, array, expected in (
-            ("out", out, shape),
-            ("bias", bias, shape[1:2]),
-            ("image_bias", image_bias, shape[:2]),
-            ("residual", residual, shape),
-        ):
-            if array is not None:
-                _check(name, array, expected, np.float32)
-        _call(
-            "sparse_engine_conv_int8_run",
-            self._handle,
-            _address(x if is_codes else None),
-            _address(None if is_codes else x),
-            ctypes.c_int64(batch),
-            ctypes.c_int64(height),
-            ctypes.c_int64(width),
-            _address(out),
-            _address(bias),
-            _address(image_bias),
-            _address(residual),
-            activation.encode(),
-            ctypes.c_int(threads),
-        )
-        return out
+        inputs = [x, None] if is_codes else [None, x]
+        operands = {"out": out, "bias": bias, "image_bias": image_bias, "residual": residual}
+        return self._convolve(inputs, (batch, height, width), operands, activation, threads)
 
     @property
     def tier(self) -> str:
         """The tier that computes it."""
         return str(_library().sparse_engine_conv_int8_tier(self._handle).decode())
-
-    def __del__(self) -> None:
-        if self._handle:
-            _library().sparse_engine_conv_int8_destroy(self._handle)

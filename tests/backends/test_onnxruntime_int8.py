@@ -195,7 +195,7 @@ def units_of(model: onnx.ModelProto) -> list[Any]:
 @pytest.mark.parametrize("operator", ["MatMul", "Gemm"])
 def test_a_product_between_pairs_is_a_layer(operator: str) -> None:
     (unit,) = units_of(quantised_graph(operator))
-    assert (unit.x, unit.codes, unit.last.rows, unit.last.depth) == ("x", "", 12, 8)
+    assert (unit.x, unit.rounded, unit.last.rows, unit.last.depth) == ("x", "", 12, 8)
 
 
 def test_weights_with_zero_points_are_left_alone() -> None:
@@ -206,7 +206,7 @@ def test_weights_with_zero_points_are_left_alone() -> None:
 def test_layers_that_share_codes_read_them() -> None:
     model = quantised_graph(shared=True)
     units = units_of(model)
-    assert [(unit.x, unit.codes) for unit in units] == [("", "q")] * 2
+    assert [(unit.x, unit.rounded) for unit in units] == [("", "q")] * 2
     x = np.random.default_rng(1).standard_normal((3, 5, 8)).astype(np.float32)
     expected = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
     for unit in units:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
@@ -23,7 +24,8 @@ from sparse_engine.backends.onnx_graph import GraphView
 from sparse_engine.kernels.int8 import Codes
 from sparse_engine.kernels.packing import matrix_as_conv
 
-from .layers import DOMAIN, GELU_FORMS, PAIR, approximation, other_input
+from .layers import DOMAIN, GELU_FORMS, approximation, other_input
+from .units import Unit, exchanges, with_fronts
 
 CODES_OP, LAYERS_OP = "Codes24", "LayersInt8"
 OUTPUTS = ("fp32", "bf16", "codes")  # of the operator, in its order
@@ -83,14 +85,6 @@ def packed_codes(graph: GraphProto) -> dict[str, PackedCodes]:
     return found
 
 
-class Norm(NamedTuple):
-    """A LayerNormalization over the last axis; absent inputs are empty strings."""
-
-    gamma: str
-    beta: str
-    epsilon: float
-
-
 @dataclass(frozen=True)
 class Int8Layer:
     """A layer in 8 bits as a graph has it. Absent inputs are empty strings.
@@ -138,104 +132,46 @@ class Int8Layer:
         return self.packed.values if self.packed else f"{self.name}.codes.rows"
 
     @property
-    def weights(self) -> list[str]:
-        """Inputs of the operator."""
+    def arguments(self) -> list[str]:
+        """The operator's inputs of this layer."""
         positions = self.packed.positions if self.packed else ""
         return [self.values, positions, self.scales, self.bias]
 
 
 @dataclass(frozen=True)
-class Int8Unit:
-    """What one node of ours computes: a layer, or two in a row, and what comes before them.
+class Int8Unit(Unit[Int8Layer]):
+    """Layers in 8 bits as one node. What it reads may be codes; what it gives is of one of ``OUTPUTS``.
 
     Attributes:
-        layers: one or two.
-        front: a layer before those, whose output, with its residual, they are given and is added to theirs; ``x``,
-            ``beside`` and ``codes`` are then what it reads.
-        x, beside: floats that it reads; ``beside`` are more numbers of each token.
-        codes: or codes.
-        norm: of x.
-        before: nodes that it takes the place of, before those of its layers.
-        output: "fp32", "bf16" or "codes".
+        output: which.
         gives: the codes that it gives.
-        result: name of what it gives.
     """
 
-    layers: tuple[Int8Layer, ...]
-    x: str
-    beside: str = ""
-    codes: str = ""
-    norm: Norm | None = None
-    before: tuple[NodeProto, ...] = ()
     output: str = "fp32"
     gives: Codes = ANY_CODES
-    result: str = ""
-    front: Int8Layer | None = None
-
-    @property
-    def all_layers(self) -> tuple[Int8Layer, ...]:
-        """The front too."""
-        return (self.front, *self.layers) if self.front else self.layers
-
-    @property
-    def entry(self) -> Int8Layer:
-        """The layer that reads what the node is given."""
-        return self.all_layers[0]
-
-    @property
-    def name(self) -> str:
-        """Of the node."""
-        return PAIR.join(layer.name for layer in self.all_layers)
 
     @property
     def nodes(self) -> tuple[NodeProto, ...]:
-        """All that it takes the place of."""
+        """All that it takes the place of, in the order of the graph."""
         return (*self.before, *(node for layer in self.layers for node in layer.nodes))
-
-    @property
-    def last(self) -> Int8Layer:
-        """The layer whose output it gives."""
-        return self.layers[-1]
 
     def node(self, threads: int) -> NodeProto:
         """It as one node."""
-        first, second = self.layers[0], self.layers[1] if len(self.layers) > 1 else None
-        gamma, beta = (self.norm.gamma, self.norm.beta) if self.norm else ("", "")
-        inputs = [self.x, self.beside, self.codes, *first.weights, *(second.weights if second else [""] * 4)]
-        inputs += ["" if self.front else self.last.residual, gamma, beta]
-        inputs += [*self.front.weights, self.front.residual] if self.front else []
-        while not inputs[-1]:
-            inputs.pop()
-        attributes: dict[str, Any] = {
-            "N": self.last.rows,
-            "H": first.rows,
-            "K": first.depth,
-            "activation": first.activation,
-            "threads": threads,
-            **codes_as("x", first.given),
-        }
-        if second:
-            attributes |= codes_as("h", second.given)
+        attributes = self.attributes(threads) | codes_as("x", self.layers[0].given)
+        if len(self.layers) > 1:
+            attributes |= codes_as("h", self.layers[1].given)
         if self.front:
-            attributes |= {"F": self.front.depth, **codes_as("f", self.front.given)}
-        if self.norm:
-            attributes["epsilon"] = self.norm.epsilon
+            attributes |= codes_as("f", self.front.given)
         if self.output == "codes":
             attributes |= codes_as("y", self.gives)
         index = OUTPUTS.index(self.output)
         outputs = [""] * index + [self.result or self.last.output]
-        return helper.make_node(LAYERS_OP, inputs, outputs, name=self.name, domain=DOMAIN, output=index, **attributes)
+        attributes["output"] = index
+        return helper.make_node(LAYERS_OP, self.inputs(), outputs, name=self.name, domain=DOMAIN, **attributes)
 
-    def words(self) -> str:
-        """What its time depends on."""
-        layers = ", ".join(
-            f"{'2:4' if layer.is_sparse else 'dense'} {layer.rows}x{layer.depth} {layer.activation}"
-            for layer in self.all_layers
-        )
-        given = "codes" if self.codes else "two parts" if self.beside else "floats"
-        given += ", norm" if self.norm else ""
-        residual = self.front.residual if self.front else self.last.residual
-        return f"{layers} of {given}, {'residual' if residual else 'no residual'}"
+    def behind(self, front: Self) -> Self:
+        """See ``Unit.behind``: the front's own nodes come before."""
+        return replace(super().behind(front), before=(*front.nodes, *self.before))
 
     def feed(self, tokens: int, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
         """Random inputs of so many tokens; ``sizes`` says how wide the two parts are."""
@@ -243,14 +179,13 @@ class Int8Unit:
         first = self.entry
         lead = (1, tokens) if first.rank > 2 else (tokens,)
         given = {}
-        if self.codes:
-            given[self.codes] = rng.integers(0, 256, (*lead, first.depth), np.uint8)
+        if self.rounded:
+            given[self.rounded] = rng.integers(0, 256, (*lead, first.depth), np.uint8)
         for part in filter(None, (self.x, self.beside)):
             width = sizes[part][-1] if self.beside else first.depth
             given[part] = rng.standard_normal((*lead, width), np.float32)
-        added = self.front if self.front else self.last
-        if added.residual:
-            given[added.residual] = rng.standard_normal((*lead, added.rows), np.float32)
+        if self.added.residual:
+            given[self.added.residual] = rng.standard_normal((*lead, self.added.rows), np.float32)
         return given
 
 
@@ -287,30 +222,12 @@ def int8_units(view: GraphView, graph: GraphProto) -> list[Int8Unit]:
             between = replace(second, nodes=(quantise, *second.nodes))
             unit = replace(unit, layers=(first, between))
         units.append(unit)
-    return _with_fronts(view, units)
+    return with_fronts(view, units, partial(_feeds_itself, view))
 
 
-def _with_fronts(view: GraphView, units: Sequence[Int8Unit]) -> list[Int8Unit]:
-    """Units of two layers with the layer before them, where nobody else reads what lies between."""
-    by_output = {unit.last.output: unit for unit in units}
-    made, fronts = [], set[str]()
-    for unit in units:
-        front = by_output.get(unit.x) if unit.norm and len(unit.layers) > 1 and unit.last.residual == unit.x else None
-        readers = [*unit.before[:1], unit.last.nodes[-1]]  # the normalisation, and the sum
-        if (
-            front is None
-            or front.norm
-            or len(front.layers) > 1
-            or front.last.activation != "none"
-            or view.leaves(unit.x)
-            or view.readers(unit.x) != readers
-        ):
-            made.append(unit)
-            continue
-        fronts.add(front.name)
-        before = (*front.nodes, *unit.before)
-        made.append(replace(unit, x=front.x, beside=front.beside, codes=front.codes, front=front.last, before=before))
-    return [unit for unit in made if unit.name not in fronts]
+def _feeds_itself(view: GraphView, unit: Int8Unit) -> bool:
+    """Whether nobody reads what a unit reads but its normalisation and its sum."""
+    return view.readers(unit.x) == [*unit.before[:1], unit.last.nodes[-1]]
 
 
 def _layer(view: GraphView, node: NodeProto, packed: Mapping[str, PackedCodes]) -> Int8Layer | None:
@@ -420,24 +337,9 @@ def _is_private(view: GraphView, layer: Int8Layer) -> bool:
 def _with_what_comes_before(view: GraphView, layer: Int8Layer) -> Int8Unit:
     """A layer, and the nodes that one kernel computes before it."""
     if not _is_private(view, layer):
-        return Int8Unit((layer,), x="", codes=layer.quantised)
-    quantise = view.producers[layer.quantised]
-    unit = Int8Unit((layer,), x=layer.x, before=(quantise,))
-    if view.only_reader(layer.x) is None:
-        return unit
-    before = view.producers.get(layer.x)
-    last = (-1, layer.rank - 1)
-    axis = next((entry.i for entry in before.attribute if entry.name == "axis"), -1) if before is not None else None
-    if before is None or axis not in last:
-        return unit
-    if before.op_type == "LayerNormalization" and len([name for name in before.output if name]) == 1:
-        epsilon = next((entry.f for entry in before.attribute if entry.name == "epsilon"), 1e-5)
-        gamma, beta = [*before.input[1:], ""][:2]
-        if all(not name or name in view.constants for name in (gamma, beta)):
-            return replace(unit, x=before.input[0], norm=Norm(gamma, beta, epsilon), before=(before, quantise))
-    if before.op_type == "Concat" and len(before.input) == 2 and all(view.sizes(name) for name in before.input):
-        return replace(unit, x=before.input[0], beside=before.input[1], before=(before, quantise))
-    return unit
+        return Int8Unit((layer,), x="", rounded=layer.quantised)
+    unit = Int8Unit((layer,), x=layer.x, before=(view.producers[layer.quantised],))
+    return unit.with_what_comes_before(view, layer.rank)
 
 
 def connect_attention(units: Sequence[Int8Unit], view: GraphView) -> list[Int8Unit]:
@@ -445,22 +347,16 @@ def connect_attention(units: Sequence[Int8Unit], view: GraphView) -> list[Int8Un
     made = []
     for unit in units:
         reader = view.only_reader(unit.last.output)
-        if reader is not None and _takes_halves(reader):
+        if reader is not None and exchanges(reader, b"bf16", b"int8"):
             name = f"{unit.last.output}.bf16"
             reader.input[:] = ["", name]
             unit = replace(unit, output="bf16", result=name)
-        plain = unit.x and not unit.beside and (unit.front or not unit.norm)
-        maker = view.producers.get(unit.x) if plain else None
-        if maker is not None and _takes_halves(maker) and _only_quantised(view, unit.x) is not None:
+        maker = view.producers.get(unit.x) if unit.reads_one else None
+        if maker is not None and exchanges(maker, b"bf16", b"int8") and _only_quantised(view, unit.x) is not None:
             name = f"{unit.x}.codes"
             maker.output[:] = ["", "", name]
             for key, value in {"output": 2, **codes_as("y", unit.entry.given)}.items():
                 maker.attribute.append(helper.make_attribute(key, value))
-            unit = replace(unit, x="", codes=name)
+            unit = replace(unit, x="", rounded=name)
         made.append(unit)
     return made
-
-
-def _takes_halves(node: NodeProto) -> bool:
-    compute = next((entry.s for entry in node.attribute if entry.name == "compute"), b"")
-    return node.domain == DOMAIN and node.op_type == "SelfAttention" and compute in (b"bf16", b"int8")

@@ -66,6 +66,11 @@ class FusedLayer:
         return bool(self.positions)
 
     @property
+    def arguments(self) -> list[str]:
+        """Inputs of the operators that take several layers."""
+        return [self.values, self.positions, self.bias]
+
+    @property
     def _weights(self) -> list[str]:
         return [self.values, self.positions] if self.is_sparse else [self.values]
 
