@@ -61,7 +61,7 @@ class Subject:
         real: images, float32 [n, C, H, W] in -1..1.
         classes: that are drawn in turn.
         each: pictures of each class and seed.
-        batch: pictures of a step of training.
+        training: options of its training.
         judge: of samples.
     """
 
@@ -70,7 +70,7 @@ class Subject:
     real: np.ndarray
     classes: int
     each: int
-    batch: int
+    training: tuple[str, ...]
     judge: Judge
 
     @property
@@ -116,7 +116,7 @@ def of_digits(dense: str) -> Callable[[Path, int], Subject]:
         file = runs / train.DATA
         np.savez(file, images=images, labels=labels)
         samples = data.NUM_DIGITS * each
-        return Subject(HERE / dense, file, images, data.NUM_DIGITS, each, 64, digits_judge(samples))
+        return Subject(HERE / dense, file, images, data.NUM_DIGITS, each, ("--batch=64",), digits_judge(samples))
 
     return subject
 
@@ -128,7 +128,9 @@ def of_emoji(runs: Path, each: int) -> Subject:
     held = np.load(file)
     real = held["images"].transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
     classes = int(held["labels"].max()) + 1
-    return Subject(folder / "dense.pth", file, real, classes, each, 32, frechet_judge(real, RANGE, classes * each))
+    training = ("--batch=32", "--precision=bf16")
+    judge = frechet_judge(real, RANGE, classes * each)
+    return Subject(folder / "dense.pth", file, real, classes, each, training, judge)
 
 
 SUBJECTS: dict[str, Callable[[Path, int], Subject]] = {
@@ -152,7 +154,7 @@ def made(way: Way, subject: Subject, runs: Path) -> tuple[Path, dict[str, float]
     if not way.steps:
         return start, {"seconds": time.process_time() - began}
     folder = runs / slug
-    given = [f"--data={subject.data}", f"--output={folder}", f"--steps={way.steps}", f"--batch={subject.batch}"]
+    given = [f"--data={subject.data}", f"--output={folder}", f"--steps={way.steps}", *subject.training]
     given.append(f"--warmup={min(train.WARMUP, way.steps // 10)}")
     train.command("finetune", subject.dense, f"--from={start}", *SHARED, *LOSSES[way.loss], *given)
     return folder, {"seconds": time.process_time() - began}
@@ -223,7 +225,7 @@ def facts_of(name: str, subject: Subject) -> dict[str, Any]:
         "command": f"python examples/pruning.py {name} --write",
         "samples": len(subject.labels),
         "seeds": list(SEEDS),
-        "batch": subject.batch,
+        "training": list(subject.training),
         "sampler": evaluate.SAMPLER,
         "steps": evaluate.STEPS,
     }
