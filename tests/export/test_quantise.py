@@ -185,7 +185,8 @@ def test_auto_takes_the_fastest_within_the_limit(
 ) -> None:
     timed: list[set[str]] = []
 
-    def pretend(candidates: dict[str, Any]) -> Choice:
+    def pretend(candidates: dict[str, Any], spinning: bool) -> Choice:
+        assert spinning  # the threads of one engine would take cores from the next
         timed.append(set(candidates))
         milliseconds = {name: {"fp32": 3.0, "bf16": 2.0, "int8": 1.0}[name] for name in candidates}
         return Choice(min(milliseconds, key=lambda name: milliseconds[name]), milliseconds)
