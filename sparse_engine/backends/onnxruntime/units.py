@@ -197,8 +197,7 @@ def with_fronts(view: GraphView, units: Sequence[U], alone: Callable[[U], bool])
     return [unit for unit in made if unit.name not in fronts]
 
 
-def exchanges(node: NodeProto | None, *computes: bytes) -> bool:
+def exchanges(node: NodeProto, *computes: bytes) -> bool:
     """Whether a node is an attention of ours in one of these precisions, which takes and gives what is rounded."""
-    if node is None or node.domain != DOMAIN or node.op_type != "SelfAttention":
-        return False
-    return next((entry.s for entry in node.attribute if entry.name == "compute"), b"") in computes
+    compute = next((entry.s for entry in node.attribute if entry.name == "compute"), b"")
+    return node.domain == DOMAIN and node.op_type == "SelfAttention" and compute in computes
